@@ -1,0 +1,455 @@
+"""The target model: a Llama-family transformer that is handed its KV cache.
+
+There is one forward for everything this program does::
+
+    model(tokens [B, T], pos [B, T], cache) -> logits [B, T, V]
+
+Prefill, plain decoding, drafting and verification differ only in T and in the cache they are
+handed, so a lossless speculative decoder needs no second model code path that could disagree
+with the first. The cache (see `kv_cache.py`) answers two questions once per forward, in
+`cache.step(pos)`: into which slots do these tokens go, and which slots may each of them see?
+All layers share the answer.
+
+Attention at long context is a memory problem: a decode step does about one multiply-add per
+cached number it reads. Two things keep the reading fast:
+
+* **The query heads of a KV head are folded into the query length.** With grouped-query attention,
+  G = H / Hkv query heads share one KV head. Instead of repeating K and V G times we view the
+  queries as ``[B, Hkv, G * T, D]``: the cache is read once per group, for any G, and a decode
+  step (T = 1) and a verification (T = gamma + 1) are the same kernel with a taller query.
+* **flex_attention with a block mask made from lengths.** It reads ceil(len / block) blocks of
+  each row, not the capacity of the static buffer, and compiles to a split-KV kernel on CUDA.
+  Where flex_attention cannot run (no compiler, no AVX2) the cache hands out a boolean mask
+  instead and the same line of code calls scaled_dot_product_attention.
+
+Blocks are compiled one by one (`compile_blocks`): all layers share one compiled function, so a
+32-layer model compiles as fast as a 2-layer one, and no Python runs between the kernels of a
+block. ``cache=None`` is plain causal attention over the given tokens: training, and tests.
+
+Weights are read from a Hugging Face directory as it is. Positions are rotated in float32 with the
+half-split convention of those checkpoints.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from kv_cache import Step
+
+ARCHITECTURES = ("LlamaForCausalLM",)
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama-3.1's stretching of the low RoPE frequencies (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Dimensions of a Llama-family model. Defaults are the values Hugging Face assumes."""
+
+    dim: int
+    n_layer: int
+    n_head: int  # H, query heads
+    n_kv_head: int  # Hkv, key/value heads
+    head_dim: int  # D
+    ffn_dim: int
+    vocab_size: int  # V
+    max_seq_len: int = 2048  # tokens of trained context
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"num_attention_heads {self.n_head} is not a multiple of "
+                f"num_key_value_heads {self.n_kv_head}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
+
+    @property
+    def n_group(self) -> int:
+        """G, query heads per KV head."""
+        return self.n_head // self.n_kv_head
+
+    @property
+    def max_context(self) -> int:
+        """Longest text the model was trained for, prompt and continuation together, in tokens."""
+        return self.max_seq_len
+
+    @classmethod
+    def from_hf(cls, hf: dict, source: str = "config.json") -> "ModelConfig":
+        """Read a Hugging Face `config.json`; ValueError names any field that is not supported."""
+        check_supported(hf, source)
+        try:
+            n_head = hf["num_attention_heads"]
+            return cls(
+                dim=hf["hidden_size"],
+                n_layer=hf["num_hidden_layers"],
+                n_head=n_head,
+                n_kv_head=hf.get("num_key_value_heads") or n_head,
+                head_dim=hf.get("head_dim") or hf["hidden_size"] // n_head,
+                ffn_dim=hf["intermediate_size"],
+                vocab_size=hf["vocab_size"],
+                max_seq_len=hf.get("max_position_embeddings", 2048),
+                rope_theta=rope_fields(hf).get("rope_theta", 10000.0),
+                rope_scaling=rope_scaling(hf, source),
+                norm_eps=hf.get("rms_norm_eps", 1e-6),
+                tie_embeddings=hf.get("tie_word_embeddings", False),
+            )
+        except KeyError as missing:
+            raise ValueError(f"{source} has no field {missing}") from None
+
+
+def check_supported(hf: dict, source: str) -> None:
+    """Raise ValueError for a field whose value changes the arithmetic in a way we do not do."""
+    architectures = hf.get("architectures") or [f"model_type {hf.get('model_type')}"]
+    if architectures[0] not in ARCHITECTURES:
+        raise ValueError(
+            f"{source}: architecture {architectures[0]} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for field, value in only.items():
+        if hf.get(field, value) != value:
+            raise ValueError(f"{source}: {field} = {hf[field]!r} is not supported, only {value!r}")
+    if hf.get("quantization_config"):
+        raise ValueError(f"{source}: quantization_config is not supported; use the bf16 checkpoint")
+
+
+def rope_fields(hf: dict) -> dict:
+    """RoPE settings from either spelling: transformers 5 nests them, 4 keeps theta outside."""
+    nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    return {k: v for k, v in hf.items() if k == "rope_theta"} | nested
+
+
+def rope_scaling(hf: dict, source: str) -> RopeScaling | None:
+    """The RoPE scaling of a config, None where there is none; ValueError for unknown kinds."""
+    fields = rope_fields(hf)
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(
+            f"{source}: rope_type {kind!r} is not supported; supported: default, llama3"
+        )
+    return RopeScaling(
+        factor=fields["factor"],
+        low_freq_factor=fields["low_freq_factor"],
+        high_freq_factor=fields["high_freq_factor"],
+        original_max_seq_len=fields["original_max_position_embeddings"],
+    )
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Angle per position of each rotated pair, [D/2] float32 (RoFormer, arXiv 2104.09864)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    freq = config.rope_theta**-exponent
+    s = config.rope_scaling
+    if s is None:
+        return freq
+    turns = s.original_max_seq_len * freq / (2 * math.pi)  # full turns within the old context
+    keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    keep = keep.clamp(0, 1)  # 1: fast pair, unchanged; 0: slow pair, stretched by `factor`
+    return freq * (keep + (1 - keep) / s.factor)
+
+
+def rotate(
+    x: Tensor,  # [B, T, heads, D]
+    cos: Tensor,  # [B, T, 1, D/2] float32
+    sin: Tensor,  # [B, T, 1, D/2] float32
+) -> Tensor:
+    """Turn the pairs (x_i, x_{i + D/2}) by their position's angle."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def attend(
+    q: Tensor,  # [B, T, H, D]
+    k: Tensor,  # [B, Hkv, S, D]
+    v: Tensor,  # [B, Hkv, S, D]
+    mask: BlockMask | Tensor | None,  # over folded queries, see the module docstring; None: causal
+) -> Tensor:  # [B, T, H * D]
+    """Attention of every query head to its KV head, with G folded into the query length."""
+    B, T, H, D = q.shape
+    Hkv = k.shape[1]
+    G = H // Hkv
+    if mask is None:
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, is_causal=True, enable_gqa=G > 1
+        )
+        return y.transpose(1, 2).reshape(B, T, H * D)
+    q = q.view(B, T, Hkv, G, D).permute(0, 2, 3, 1, 4).reshape(B, Hkv, G * T, D)
+    q = q * D**-0.5  # scaled here, not in the kernel: flex on the CPU wants a computed query
+    if isinstance(mask, BlockMask):
+        y = flex_attention(q, k, v, block_mask=mask, scale=1.0)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return y.view(B, Hkv, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.n_head * config.head_dim
+        kv_width = config.n_kv_head * config.head_dim
+        self.wqkv = nn.Linear(config.dim, width + 2 * kv_width, bias=False)
+        self.wo = nn.Linear(width, config.dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, dim]
+        rope: tuple[Tensor, Tensor],  # cos, sin, each [B, T, 1, D/2]
+        step: Step | None,  # slots to write and who sees what; None: causal, no cache
+        buffers: tuple[tuple[Tensor, Tensor], ...],  # (k, v) pairs; all written, the first is read
+    ) -> Tensor:  # [B, T, dim]
+        """Write this step's K and V into every buffer, in place, then attend to the first one."""
+        B, T, _ = x.shape
+        c = self.config
+        q, k, v = (
+            self.wqkv(x)
+            .view(B, T, -1, c.head_dim)
+            .split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
+        )
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if step is None:
+            return self.wo(attend(q, k.transpose(1, 2), v.transpose(1, 2), None))
+        rows = torch.arange(B, device=x.device)[:, None]
+        for (k_buffer, v_buffer), slot in zip(buffers, step.slots, strict=True):
+            k_buffer[rows, :, slot] = k  # this form stays in place under torch.compile
+            v_buffer[rows, :, slot] = v
+        return self.wo(attend(q, *buffers[0], step.mask))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w_gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.w_down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, dim] -> [B, T, dim]
+        gate, up = self.w_gate_up(x).chunk(2, dim=-1)
+        return self.w_down(F.silu(gate) * up)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+class Block(nn.Module):
+    """One transformer layer, the unit of compilation."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, dim]
+        rope: tuple[Tensor, Tensor],
+        step: Step | None,
+        buffers: tuple[tuple[Tensor, Tensor], ...],
+    ) -> Tensor:  # [B, T, dim]
+        x = x + self.attention(self.attention_norm(x), rope, step, buffers)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.flex = False  # attention through flex_attention: set by compile_blocks
+        self.register_buffer("rope_freq", rope_frequencies(config), persistent=False)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, T] int64
+        pos: Tensor,  # [B, T] int64, place in the text, consecutive within a row
+        cache=None,  # any cache of kv_cache.py; None: causal attention over these tokens alone
+    ) -> Tensor:  # [B, T, V]
+        """Logits of the token after each given one; writes the tokens' K and V into the cache."""
+        return self.logits(self.hidden(tokens, pos, cache))
+
+    def hidden(self, tokens: Tensor, pos: Tensor, cache=None) -> Tensor:
+        """The forward without its output layer, [B, T, dim]: what a prefill chunk needs."""
+        x = self.tok_embeddings(tokens)
+        angle = (pos[..., None].float() * self.rope_freq)[:, :, None, :]
+        rope = (angle.cos(), angle.sin())
+        step = None if cache is None else cache.step(pos)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, step, () if cache is None else cache.layer(i))
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., V]
+        return self.output(self.norm(x))
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compile every block, in place, into one shared function per (T, cache geometry)."""
+    torch._dynamo.config.recompile_limit = (
+        64  # static shapes: one entry per T and cache, few in all
+    )
+    for layer in model.layers:
+        layer.compile(fullgraph=True, dynamic=False)
+    model.flex = flex_runs(model.norm.weight.device)
+
+
+def flex_runs(device: torch.device) -> bool:
+    """Whether compiled flex_attention has a kernel for the device (CPU: x86 with AVX2)."""
+    return device.type == "cuda" or "AVX" in torch.backends.cpu.get_cpu_capability()
+
+
+def compiler_runs() -> bool:
+    """Whether torch.compile works on this machine: the CPU needs a C++ compiler."""
+    try:
+        torch.compile(torch.neg)(torch.ones(3))
+    except Exception:  # whatever is missing or broken, the answer is to run eagerly
+        return False
+    return True
+
+
+def hf_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a Hugging Face Llama checkpoint: its name, and where it lives in our model.
+
+    The tensors are views of the parameters (q, k, v and gate, up are row slices of the fused
+    ones), so a loader copies into them and an exporter copies from them.
+    """
+    c = model.config
+    kv_width = c.n_kv_head * c.head_dim
+    yield "model.embed_tokens.weight", model.tok_embeddings.weight.data
+    for i, layer in enumerate(model.layers):
+        prefix = f"model.layers.{i}."
+        qkv = layer.attention.wqkv.weight.data.split((c.n_head * c.head_dim, kv_width, kv_width))
+        for name, rows in zip("qkv", qkv, strict=True):
+            yield f"{prefix}self_attn.{name}_proj.weight", rows
+        yield f"{prefix}self_attn.o_proj.weight", layer.attention.wo.weight.data
+        gate, up = layer.feed_forward.w_gate_up.weight.data.chunk(2)
+        yield f"{prefix}mlp.gate_proj.weight", gate
+        yield f"{prefix}mlp.up_proj.weight", up
+        yield f"{prefix}mlp.down_proj.weight", layer.feed_forward.w_down.weight.data
+        yield f"{prefix}input_layernorm.weight", layer.attention_norm.weight.data
+        yield f"{prefix}post_attention_layernorm.weight", layer.ffn_norm.weight.data
+    yield "model.norm.weight", model.norm.weight.data
+    if not c.tie_embeddings:
+        yield "lm_head.weight", model.output.weight.data
+
+
+def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The model of a Hugging Face directory: `config.json` and safetensors, single or sharded.
+
+    One tensor at a time goes from the memory-mapped file to its place, so that there is never a
+    second full copy. Raises FileNotFoundError or ValueError, naming file and tensor.
+    """
+    config_file = checkpoint_dir / "config.json"
+    config = ModelConfig.from_hf(read_json(config_file), str(config_file))
+    shards = weight_files(checkpoint_dir)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    if config.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight  # to_empty made them two
+    model.rope_freq = rope_frequencies(config).to(device)
+    places = dict(hf_weights(model))
+    for shard in shards:
+        load_shard(shard, places)
+    if places:
+        raise ValueError(f"{checkpoint_dir}: no shard has {len(places)} tensors: {some(places)}")
+    return model
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; a checkpoint directory is one of Hugging Face, "
+            f"with config.json, model.safetensors and tokenizer.model"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+
+
+def weight_files(checkpoint_dir: Path) -> list[Path]:
+    """The safetensors files of a directory, from its index if it has one; all of them exist."""
+    index = checkpoint_dir / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index}: shard {name!r} is not a file name in this directory")
+        if not (checkpoint_dir / name).is_file():
+            raise FileNotFoundError(
+                f"{checkpoint_dir / name} does not exist; the download is incomplete"
+            )
+    return [checkpoint_dir / name for name in names]
+
+
+def load_shard(path: Path, places: dict[str, Tensor]) -> None:
+    """Copy a shard's tensors into their places, in place, and strike them off the list."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" not in places:
+                    continue  # derived from the config; tied
+                if name not in places:
+                    raise ValueError(f"{path}: unexpected tensor {name} (or it is there twice)")
+                shape = file.get_slice(name).get_shape()
+                place = places.pop(name)
+                if tuple(shape) != place.shape:
+                    raise ValueError(
+                        f"{path}: {name} is {shape}, config.json wants {[*place.shape]}"
+                    )
+                place.copy_(file.get_tensor(name))
+    except SafetensorError as e:
+        raise ValueError(f"{path} is corrupt or incomplete ({e}); download it again") from None
+
+
+def some(names: dict[str, Tensor]) -> str:
+    """The first few of many names."""
+    shown = list(names)[:3]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
+
+
+def eos_token_ids(checkpoint_dir: Path) -> tuple[int, ...]:
+    """End-of-text tokens: `generation_config.json` if it names them, else `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        if (checkpoint_dir / name).exists():
+            ids = read_json(checkpoint_dir / name).get("eos_token_id")
+            if ids is not None:
+                return (ids,) if isinstance(ids, int) else tuple(ids)
+    return ()

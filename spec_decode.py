@@ -1,0 +1,406 @@
+"""Speculative decoding of a batch: draft, verify, accept, commit.
+
+The state of a batch is ``tokens [B, S]`` and ``seq_len [B]``: how many tokens of each row are
+decided. The full KV cache holds K and V of all decided tokens but the newest. One round::
+
+    draft    gamma steps from the newest token with the sparse cache          gamma * T_D
+    verify   one pass over [newest, draft_1 .. draft_gamma], full cache       T_V(gamma)
+    accept   how many drafts stay, and the token that follows them
+    commit   write them, cut at EOS and at the row's limit, advance seq_len
+
+It yields 1 to gamma + 1 tokens per row, and the rows accept different numbers. Nothing here
+branches on that: ragged acceptance is `cumprod`, `gather` and `where` over static shapes, and what
+was rejected is forgotten by not advancing `seq_len` over it (see `kv_cache.py`). The expected
+number of tokens is Omega = (1 - alpha^(gamma+1)) / (1 - alpha) at acceptance alpha, so speculation
+wins when T_T * Omega > gamma * T_D + T_V(gamma). With a long context T_V is close to T_T, because
+both read the same KV cache once, and T_D is small, because the draft reads `budget` tokens of it.
+
+``gamma = 0`` is plain decoding: the round drafts nothing, verifies one token against the full cache
+alone and commits the target's next token. The baseline is the same code with zero drafts.
+
+**Losslessness.** Greedy: a draft stays while it equals the target's argmax. Sampling (Leviathan et
+al., arXiv 2211.17192): a draft token x stays with probability min(1, target(x) / draft(x)); at the
+first rejection the next token comes from normalize(max(target - draft, 0)); if all stay, from the
+target. Both models' logits become probabilities through one function, and randomness is an
+argument (uniforms), so that a test can enumerate every outcome.
+
+Nothing is committed before `commit`: `draft` and `verify` can be repeated at will, which is how they
+are warmed up and timed. Timing itself is the caller's business; `Stats` counts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kv_cache import (
+    POLICIES,
+    CacheSpec,
+    KVCache,
+    SelfSpeculationCache,
+    SparseKVCache,
+    check_fits,
+)
+from model import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How logits become probabilities, for the target and the draft alike."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_k: int | None = None  # keep the k likeliest tokens
+    top_p: float | None = None  # then the smallest set with at least this much probability
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature} must be a number >= 0 (0 is greedy)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k} must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be in (0, 1]")
+        if self.greedy and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("top_k and top_p need a temperature above 0; 0 is greedy decoding")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How drafts are made: whose KV they read, and how many tokens at a time."""
+
+    policy: str = "none"  # a name in kv_cache.POLICIES, or "none"
+    gamma: int = 4  # draft tokens per round
+    budget: int = 128  # K, tokens of draft KV per row, sinks included
+    n_sink: int = 4  # of them, always the first ones of the text
+    synthetic_acceptance: float | None = None  # benchmarks only: draw who is accepted; not lossless
+
+    def __post_init__(self) -> None:
+        if self.policy != "none" and self.policy not in POLICIES:
+            known = ", ".join(["none", *POLICIES])
+            raise ValueError(f"draft policy {self.policy!r} is unknown; known: {known}")
+        if not 0 <= self.gamma <= 32:
+            raise ValueError(f"speculate_k {self.gamma} must be in 0..32")
+        if self.n_sink < 0:
+            raise ValueError(f"n_sink {self.n_sink} must be at least 0")
+        if self.budget < self.n_sink + 1:
+            raise ValueError(
+                f"draft_budget {self.budget} must be at least n_sink + 1 = {self.n_sink + 1}"
+            )
+        if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
+            raise ValueError(f"synthetic_acceptance {self.synthetic_acceptance} must be in 0..1")
+
+    @property
+    def enabled(self) -> bool:
+        return self.policy != "none" and self.gamma > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a decoding run did. Definitions are vLLM's; a finished row drafts nothing."""
+
+    rounds: int  # passes of the target
+    gamma: int  # draft tokens per row and round
+    decoded_tokens: int  # all rows, without the first tokens, which the prefill decided
+    accepted_histogram: list[int]  # index n -> how often a row accepted exactly n drafts
+
+    @property
+    def drafts(self) -> int:
+        """How often a row was drafted for."""
+        return sum(self.accepted_histogram)
+
+    @property
+    def accepted(self) -> int:
+        return sum(n * count for n, count in enumerate(self.accepted_histogram))
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per row and round, the target's own token included: 1 + accepted / drafts."""
+        return 1 + self.accepted / max(self.drafts, 1)
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted / drafted tokens."""
+        return self.accepted / max(self.gamma * self.drafts, 1)
+
+    @property
+    def acceptance_rate_per_position(self) -> list[float]:
+        """Share of the drafts in which the first, second, ... token was accepted."""
+        h = self.accepted_histogram
+        return [sum(h[i:]) / max(self.drafts, 1) for i in range(1, len(h))]
+
+
+class Draft(NamedTuple):
+    tokens: Tensor  # [B, gamma] int64
+    probs: Tensor | None  # [B, gamma, V] float32, what they were sampled from; None when greedy
+
+
+def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:  # [..., V] -> [..., V] float32
+    """Probabilities after temperature, top-k and top-p, in this order. Ties at a cut are kept."""
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered = probs.sort(dim=-1, descending=True).values
+        before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
+        least = ordered.masked_fill(before >= sampling.top_p, torch.inf).amin(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs < least, 0)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs
+
+
+def sample(
+    weights: Tensor,  # [..., V] float, >= 0 with a positive sum; need not be normalised
+    u: Tensor,  # [...] uniforms in [0, 1)
+) -> Tensor:  # [...] int64
+    """Draw one index by inverting the cumulative distribution; never one of weight 0."""
+    cdf = weights.cumsum(dim=-1)
+    total = cdf[..., -1:]
+    x = (u[..., None] * total).minimum(total * (1 - 2**-23))  # below the total, also in float32
+    return (cdf <= x).sum(dim=-1)
+
+
+def accept_greedy(
+    draft_tokens: Tensor,  # [B, gamma]
+    target_tokens: Tensor,  # [B, gamma + 1], the target's argmax at each place
+) -> tuple[Tensor, Tensor]:  # n_accepted [B], next_token [B]
+    """Keep the longest prefix of drafts that the target would have chosen itself."""
+    agree = draft_tokens == target_tokens[:, :-1]
+    n_accepted = agree.long().cumprod(dim=1).sum(dim=1)
+    return n_accepted, target_tokens.gather(1, n_accepted[:, None])[:, 0]
+
+
+def accept_sampled(
+    draft: Draft,
+    target_probs: Tensor,  # [B, gamma + 1, V]
+    u_accept: Tensor,  # [B, gamma] uniforms in [0, 1)
+    u_next: Tensor,  # [B] uniforms in [0, 1)
+) -> tuple[Tensor, Tensor]:  # n_accepted [B], next_token [B]
+    """Speculative sampling (arXiv 2211.17192, algorithm 1): the output is the target's, exactly."""
+    B = len(u_next)
+    token = draft.tokens[..., None]
+    p = target_probs[:, :-1].gather(2, token)[..., 0]
+    q = draft.probs.gather(2, token)[..., 0]
+    n_accepted = (u_accept * q < p).long().cumprod(dim=1).sum(dim=1)  # u < p / q
+    rows = torch.arange(B, device=token.device)
+    target = target_probs[rows, n_accepted]
+    drafted = F.pad(draft.probs, (0, 0, 0, 1))[rows, n_accepted]  # zero where all were accepted
+    residual = (target - drafted).clamp_min(0)
+    # Rounding can leave an empty residual only where the two distributions are equal.
+    empty = residual.sum(dim=-1, keepdim=True) == 0
+    return n_accepted, sample(torch.where(empty, target, residual), u_next)
+
+
+def accept_synthetic(
+    rate: float,  # probability of each draft to be accepted, given that those before it were
+    u_accept: Tensor,  # [B, gamma] uniforms
+) -> Tensor:  # n_accepted [B]
+    """Benchmarks only: a drawn number of accepted drafts, whatever the target says."""
+    return (u_accept < rate).long().cumprod(dim=1).sum(dim=1)
+
+
+class Engine:
+    """One static batch: model, caches, state; `prefill`, then `round` until all rows are finished.
+
+    Every tensor of the state keeps its address for the engine's life. Rows are independent: each
+    has its own prompt length, limit and end, and a finished row keeps its length.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch_size: int,  # B
+        max_len: int,  # tokens of the longest row, prompt and continuation together
+        drafting: Drafting,
+        sampling: Sampling,
+        seed: int = 0,
+    ) -> None:
+        """Allocates the caches; ValueError if they will not fit into the memory that is free."""
+        spec = CacheSpec.for_model(model, batch_size)
+        self.model, self.drafting, self.sampling = model, drafting, sampling
+        self.prefill_chunk = min(2048 if spec.device.type == "cuda" else 512, max_len)
+        n_slots = KVCache.round_up(spec, max_len + drafting.gamma + 1)
+        n_recent = drafting.budget - drafting.n_sink
+        n_sparse = drafting.budget + drafting.gamma + 1 if drafting.enabled else 0
+        check_fits((n_slots + n_sparse) * spec.bytes_per_slot, spec.device)
+        self.full = KVCache.empty(spec, n_slots)
+        self.sparse = self.joint = None
+        if drafting.enabled:
+            self.sparse = SparseKVCache(spec, drafting.n_sink, n_recent, drafting.gamma)
+            self.joint = SelfSpeculationCache(self.full, self.sparse)
+        integers = {"dtype": torch.int64, "device": spec.device}
+        self.tokens = torch.zeros(batch_size, n_slots, **integers)
+        self.prompt_len = torch.ones(batch_size, **integers)
+        self.seq_len = torch.ones(batch_size, **integers)  # decided tokens
+        self.limit = torch.ones(batch_size, **integers)  # most tokens a row may reach
+        self.finished = torch.zeros(batch_size, dtype=torch.bool, device=spec.device)
+        self.eos = torch.zeros(0, **integers)
+        self.histogram = torch.zeros(drafting.gamma + 1, **integers)
+        self.rows = torch.arange(batch_size, device=spec.device)[:, None]
+        self.generator = torch.Generator(spec.device).manual_seed(seed)
+
+    def prefill(
+        self,
+        prompts: list[list[int]],  # B prompts of at least one token
+        max_new_tokens: list[int],  # per row, at least 1
+        eos_ids: tuple[int, ...] = (),
+        on_row: Callable[[int], None] = lambda b: None,  # told of each row that is done
+    ) -> None:
+        """Read the prompts into the caches, row by row in chunks, and decide each first token."""
+        self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.rows.device)
+        last = []
+        for b, prompt in enumerate(prompts):
+            self.tokens[b, : len(prompt)] = torch.tensor(prompt)
+            self.prompt_len[b] = len(prompt)
+            self.limit[b] = len(prompt) + max_new_tokens[b]
+            last.append(self.prefill_row(b, len(prompt)))
+            on_row(b)
+        logits = self.model.logits(torch.stack(last))  # [B, V]
+        if self.sampling.greedy:
+            first = logits.argmax(dim=-1)
+        else:
+            first = sample(logits_to_probs(logits, self.sampling), self.uniforms(1)[:, 0])
+        self.tokens[self.rows[:, 0], self.prompt_len] = first
+        self.rewind()
+
+    def prefill_row(self, b: int, length: int) -> Tensor:
+        """Hidden state [dim] of the row's last prompt token; its K and V are cached on the way.
+
+        All chunks have one static shape. The last one is moved back to end with the prompt (what
+        it computes twice, it computes the same); a prompt shorter than a chunk is followed by
+        tokens that do not exist yet, in slots that nobody sees before they are overwritten.
+        """
+        T, cache = self.prefill_chunk, self.full.row(b)
+        for start in range(0, length, T):
+            start = max(min(start, length - T), 0)
+            pos = torch.arange(start, start + T, device=self.rows.device)[None]
+            x = self.model.hidden(self.tokens[b : b + 1, start : start + T], pos, cache)
+        return x[0, length - 1 - start]
+
+    def rewind(self) -> None:
+        """Back to the end of the prefill, with the same first tokens: ready to decode (again)."""
+        first = self.tokens.gather(1, self.prompt_len[:, None])
+        self.seq_len.copy_(self.prompt_len + 1)
+        self.finished.copy_((first == self.eos).any(dim=1) | (self.seq_len >= self.limit))
+        self.histogram.zero_()
+        self.select()
+
+    def select(self) -> None:
+        """Let the policy choose what the draft keeps of the text so far, and load it."""
+        if self.sparse is not None:
+            policy = POLICIES[self.drafting.policy]
+            n_cached = self.seq_len - 1
+            kept = policy(self.full, n_cached, self.sparse.n_selected)
+            self.sparse.fill(self.full, kept, n_cached)
+
+    def uniforms(self, n: int) -> Tensor:  # [B, n] float32 in [0, 1)
+        return torch.rand(len(self.rows), n, device=self.rows.device, generator=self.generator)
+
+    def newest(self) -> tuple[Tensor, Tensor]:  # [B, 1] token, [B, 1] its position
+        pos = self.seq_len[:, None] - 1
+        return self.tokens.gather(1, pos), pos
+
+    def draft(self, gamma: int) -> Draft:
+        """gamma tokens per row from the sparse cache, one at a time."""
+        token, pos = self.newest()
+        V, device = self.model.config.vocab_size, token.device
+        tokens = torch.empty(len(token), gamma, dtype=torch.int64, device=device)
+        if self.sampling.greedy:
+            for i in range(gamma):
+                token = self.model(token, pos + i, self.sparse).argmax(dim=-1)
+                tokens[:, i] = token[:, 0]
+            return Draft(tokens, None)
+        probs = torch.empty(len(token), gamma, V, device=device)
+        u = self.uniforms(gamma)
+        for i in range(gamma):
+            logits = self.model(token, pos + i, self.sparse)
+            probs[:, i] = logits_to_probs(logits[:, 0], self.sampling)
+            token = sample(probs[:, i], u[:, i])[:, None]
+            tokens[:, i] = token[:, 0]
+        return Draft(tokens, probs)
+
+    def verify(self, draft_tokens: Tensor) -> Tensor:  # [B, gamma] -> logits [B, gamma + 1, V]
+        """The target's logits after the newest token and after each draft, in one pass."""
+        token, pos = self.newest()
+        gamma = draft_tokens.shape[1]
+        pos = pos + torch.arange(gamma + 1, device=pos.device)
+        cache = self.joint if gamma else self.full
+        return self.model(torch.cat((token, draft_tokens), dim=1), pos, cache)
+
+    def accept(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """n_accepted [B], next_token [B], by the rule that the sampling asks for."""
+        gamma, rate = draft.tokens.shape[1], self.drafting.synthetic_acceptance
+        if rate is not None:
+            n_accepted = accept_synthetic(rate, self.uniforms(gamma))
+            return n_accepted, logits.argmax(dim=-1).gather(1, n_accepted[:, None])[:, 0]
+        if self.sampling.greedy:
+            return accept_greedy(draft.tokens, logits.argmax(dim=-1))
+        u = self.uniforms(gamma + 1)
+        return accept_sampled(draft, logits_to_probs(logits, self.sampling), u[:, 1:], u[:, 0])
+
+    def commit(self, draft_tokens: Tensor, n_accepted: Tensor, next_token: Tensor) -> None:
+        """Append accepted drafts and the next token, cut at EOS and at the limit, in place."""
+        gamma = draft_tokens.shape[1]
+        i = torch.arange(gamma + 1, device=draft_tokens.device)
+        n = n_accepted[:, None]
+        block = torch.where(i == n, next_token[:, None], F.pad(draft_tokens, (0, 1)))
+        ends = (block[..., None] == self.eos).any(dim=-1) & (i <= n)
+        until_eos = torch.where(ends, i + 1, gamma + 1).amin(dim=1)
+        room = self.limit - self.seq_len
+        n_new = torch.minimum(torch.minimum(n_accepted + 1, until_eos), room)
+        n_new = n_new.masked_fill(self.finished, 0)
+        # Tokens past seq_len are not decided yet, so writing all of them is harmless.
+        self.tokens[self.rows, self.seq_len[:, None] + i] = block
+        self.histogram[: gamma + 1] += ((i == n) & ~self.finished[:, None]).sum(dim=0)
+        self.seq_len += n_new
+        self.finished |= (ends & (i < n_new[:, None])).any(dim=1) | (self.seq_len >= self.limit)
+
+    def round(self, gamma: int) -> None:
+        """Decide 1 to gamma + 1 more tokens of every unfinished row. gamma 0 is plain decoding."""
+        draft = self.draft(gamma)
+        logits = self.verify(draft.tokens)
+        n_accepted, next_token = self.accept(draft, logits)
+        self.commit(draft.tokens, n_accepted, next_token)
+
+    def outputs(self) -> list[list[int]]:
+        """The new tokens of every row, EOS included. Copies to the host."""
+        rows = zip(
+            self.tokens.tolist(), self.prompt_len.tolist(), self.seq_len.tolist(), strict=True
+        )
+        return [tokens[start:end] for tokens, start, end in rows]
+
+
+def decode(
+    engine: Engine,
+    gamma: int,
+    on_round: Callable[[], None] = lambda: None,  # called after every round
+) -> Stats:
+    """Run rounds until every row is finished. The engine must have been prefilled or rewound."""
+    start, rounds = engine.seq_len.sum().item(), 0
+    while not engine.finished.all():
+        engine.round(gamma)
+        rounds += 1
+        on_round()
+    decoded = engine.seq_len.sum().item() - start
+    return Stats(rounds, gamma, decoded, engine.histogram[: gamma + 1].tolist())
+
+
+def generate(
+    engine: Engine,
+    prompts: list[list[int]],  # one per row of the engine
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...] = (),
+) -> tuple[list[list[int]], Stats]:
+    """Continue the prompts with the engine's own drafting: new tokens per row, and the counts."""
+    with torch.inference_mode():
+        engine.prefill(prompts, [max_new_tokens] * len(prompts), eos_ids)
+        gamma = engine.drafting.gamma if engine.drafting.enabled else 0
+        stats = decode(engine, gamma)
+        return engine.outputs(), stats
