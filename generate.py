@@ -131,7 +131,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="tokens of KV that the draft reads per row, sinks included")  # fmt: skip
     p.add_argument("--n_sink", type=int, default=default(Drafting, "n_sink"))
     p.add_argument("--synthetic_acceptance", type=float, metavar="RATE",
-                   help="benchmarks: draw the accepted count at this rate; the text is meaningless")  # fmt: skip
+                   help="benchmarks: draw the accepted count at this rate")  # fmt: skip
     p.add_argument(
         "--compare", action=argparse.BooleanOptionalAction, help="run plain decoding too"
     )
@@ -188,11 +188,15 @@ def module_source(name: str) -> str:
 
 
 def demo_prompts(tokenizer: Tokenizer, n_rows: int, longest: int) -> list[list[int]]:
-    """Beginnings of standard modules, cut to different lengths of at most `longest` tokens."""
+    """Beginnings of standard modules, cut to different lengths of at most `longest` tokens.
+
+    Long and short rows alternate: threads share the rows of a batch in contiguous parts.
+    """
     shortest = longest * DEMO_SHORTEST // DEMO_LONGEST
     prompts = []
     for row in range(n_rows):
-        length = shortest + (longest - shortest) * row // max(n_rows - 1, 1)
+        rank = n_rows - 1 - row // 2 if row % 2 else row // 2
+        length = shortest + (longest - shortest) * rank // max(n_rows - 1, 1)
         ids = tokenizer.encode(module_source(DEMO_MODULES[row % len(DEMO_MODULES)]))
         prompts.append(ids[:length])
     return prompts
@@ -241,8 +245,8 @@ def read_prompts(
             raise ValueError(f"prompt {number} is empty; nothing can follow from it")
         if len(ids) > longest:
             raise ValueError(
-                f"prompt {number} has {len(ids)} tokens; with --max_new_tokens {args.max_new_tokens} "
-                f"the model's context of {max_context} leaves room for {longest}"
+                f"prompt {number} has {len(ids)} tokens; the model's context of {max_context} "
+                f"leaves room for {longest} with --max_new_tokens {args.max_new_tokens}"
             )
     if not prompts:
         raise ValueError(f"{args.prompts} holds no prompts")
@@ -325,12 +329,17 @@ def prepare(args: argparse.Namespace) -> tuple[Engine, Tokenizer, list[list[int]
     )
     tokenizer = load_tokenizer(args.checkpoint_path)
     model = load_model(args.checkpoint_path, device, DTYPES[args.dtype])
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{args.checkpoint_path}: tokenizer.model has {tokenizer.vocab_size} tokens, the model "
+            f"only {model.config.vocab_size}: they do not belong together"
+        )
     if args.interactive:
         prompts, max_len = [[]] * (args.batch_size or 1), model.config.max_seq_len
     else:
         prompts = read_prompts(args, tokenizer, model.config.max_seq_len)
         max_len = max(map(len, prompts)) + args.max_new_tokens
-    if args.compile and not compiler_runs():
+    if args.compile and not compiler_runs(device):
         print("generate.py: no working compiler for torch.compile on this machine (the CPU needs "
               "g++): running eagerly, which is slower", file=sys.stderr)  # fmt: skip
         args.compile = False
@@ -411,7 +420,8 @@ def verdict(report: Report) -> str:
     """Speedup, and whether the outputs are the same; if not, where they part and how closely."""
     same = report.identical
     lines = [
-        f"speedup {report.speedup:.2f}x over plain decoding, {sum(same)} of {len(same)} outputs identical"
+        f"speedup {report.speedup:.2f}x over plain decoding, "
+        f"{sum(same)} of {len(same)} outputs identical"
     ]
     if not report.engine.sampling.greedy or report.engine.drafting.synthetic_acceptance is not None:
         return f"speedup {report.speedup:.2f}x over plain decoding"
@@ -427,12 +437,20 @@ def verdict(report: Report) -> str:
     return "\n".join(lines)
 
 
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} CPUs" if names else platform.machine()
+
+
 def environment(engine: Engine) -> dict:
     device = engine.tokens.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "device": device.type,
-        "device_name": name or platform.machine(),
+        "device_name": device_name(device),
         "dtype": str(engine.full.spec.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -19,8 +19,8 @@ cached number it reads. Two things keep the reading fast:
   step (T = 1) and a verification (T = gamma + 1) are the same kernel with a taller query.
 * **flex_attention with a block mask made from lengths.** It reads ceil(len / block) blocks of
   each row, not the capacity of the static buffer, and compiles to a split-KV kernel on CUDA.
-  Where flex_attention cannot run (no compiler, no AVX2) the cache hands out a boolean mask
-  instead and the same line of code calls scaled_dot_product_attention.
+  Where flex_attention cannot run (no compiler, no AVX2), and for the few slots of a draft cache,
+  the cache hands out a boolean mask instead and attention is two matrix products and a softmax.
 
 Blocks are compiled one by one (`compile_blocks`): all layers share one compiled function, so a
 32-layer model compiles as fast as a 2-layer one, and no Python runs between the kernels of a
@@ -32,6 +32,7 @@ half-split convention of those checkpoints.
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,8 +200,9 @@ def attend(
     q = q * D**-0.5  # scaled here, not in the kernel: flex on the CPU wants a computed query
     if isinstance(mask, BlockMask):
         y = flex_attention(q, k, v, block_mask=mask, scale=1.0)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    else:  # written out: for the few slots of a draft cache it compiles to faster code (LOG.md)
+        scores = (q @ k.transpose(-1, -2)).float().masked_fill(~mask, -torch.inf)
+        y = scores.softmax(dim=-1).to(v.dtype) @ v
     return y.view(B, Hkv, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
@@ -333,10 +335,13 @@ def flex_runs(device: torch.device) -> bool:
     return device.type == "cuda" or "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
-def compiler_runs() -> bool:
-    """Whether torch.compile works on this machine: the CPU needs a C++ compiler."""
+def compiler_runs(device: torch.device) -> bool:
+    """Whether torch.compile works for the device on this machine: the CPU needs a C++ compiler."""
+    compilers = [name for name in torch._inductor.config.cpp.cxx if name]
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        return False  # asked first, because a warm cache would hide it from the probe below
     try:
-        torch.compile(torch.neg)(torch.ones(3))
+        torch.compile(torch.neg)(torch.ones(3, device=device))
     except Exception:  # whatever is missing or broken, the answer is to run eagerly
         return False
     return True

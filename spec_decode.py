@@ -24,8 +24,8 @@ first rejection the next token comes from normalize(max(target - draft, 0)); if 
 target. Both models' logits become probabilities through one function, and randomness is an
 argument (uniforms), so that a test can enumerate every outcome.
 
-Nothing is committed before `commit`: `draft` and `verify` can be repeated at will, which is how they
-are warmed up and timed. Timing itself is the caller's business; `Stats` counts.
+Nothing is decided before `commit`: `draft` and `verify` can be repeated at will, which is how
+they are warmed up and timed. Timing itself is the caller's business; `Stats` counts.
 """
 
 from collections.abc import Callable

@@ -1,12 +1,12 @@
 """Text to token ids and back, for the two kinds of `tokenizer.model` that Llama directories hold.
 
-Llama 2, TinyLlama, Mistral and this project's demo ship a sentencepiece model (a binary protobuf).
-Llama 3 ships a tiktoken vocabulary (one base64 token and its rank per line) under the same name; its
-pre-tokenisation pattern and special tokens are not in the file and are written down here. The kind
-is told by content, not by guessing from names.
+Llama 2, TinyLlama, Mistral and this project's demo ship a sentencepiece model (binary protobuf).
+Llama 3 ships a tiktoken vocabulary (one base64 token and its rank per line) under the same name;
+its pre-tokenisation pattern and special tokens are not in the file and are written down here. The
+kind is told by content, not by guessing from names.
 
-Both kinds are behind one small interface: `encode`, `decode`, `bos_id`, `vocab_size`. Text is always
-text: "<|eot_id|>" inside a prompt is encoded as its characters, never as the special token.
+Both kinds are behind one small interface: `encode`, `decode`, `bos_id`, `vocab_size`. Text is
+always text: "<|eot_id|>" in a prompt is encoded as its characters, not as the special token.
 """
 
 import base64

@@ -4,8 +4,8 @@
 
 The data is what every machine with the requirements installed has: the standard library and the
 sources of the installed packages, without tests, generated tables and vendored copies. Twenty
-well-known standard modules (DEMO_MODULES) are never trained on, nor is any file of the same name; the
-demo's prompts are cut from them. The model is written as a Hugging Face Llama directory.
+well-known standard modules (DEMO_MODULES) are never trained on, nor is any file of the same name:
+the demo's prompts are cut from them. The model is written as a Hugging Face Llama directory.
 
 Context starts short and is lengthened: most of what a small model learns needs 512 tokens, and
 long windows cost attention time. In a third of the windows a passage is pasted again further on,
@@ -195,16 +195,29 @@ def save_checkpoint(model: Transformer, out: Path, history: list[dict]) -> None:
     serialize_file(specs, out / "model.safetensors.part", metadata={"format": "pt"})
     (out / "model.safetensors.part").chmod(0o644)
     (out / "model.safetensors.part").replace(out / "model.safetensors")
-    config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
-        hidden_size=c.dim, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, intermediate_size=c.ffn_dim,
-        vocab_size=c.vocab_size, max_position_embeddings=c.max_seq_len, rope_theta=c.rope_theta,
-        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings, attention_bias=False,
-        mlp_bias=False, bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16",
-    )  # fmt: skip
-    generation = dict(bos_token_id=1, eos_token_id=2, do_sample=False)
-    record = dict(phases=[asdict(p) for p in PHASES], torch=torch.__version__, history=history)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.ffn_dim,
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.max_seq_len,
+        "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}
+    record = {"phases": [asdict(p) for p in PHASES], "torch": torch.__version__, "history": history}
     for name, value in [
         ("config", config),
         ("generation_config", generation),
@@ -260,8 +273,8 @@ def record(model, tokenizer, seen, loss, start, phase, device, history) -> None:
     """Append held-out loss at 512 tokens and at the phase's context to the history."""
     at = {c: held_out_loss(model, tokenizer, c, device) for c in sorted({512, phase.context})}
     history.append(
-        dict(tokens=seen, seconds=round(time.time() - start), context=phase.context,
-             train_loss=round(loss, 4), held_out_loss={c: round(v, 4) for c, v in at.items()})
+        {"tokens": seen, "seconds": round(time.time() - start), "context": phase.context,
+             "train_loss": round(loss, 4), "held_out_loss": {c: round(v, 4) for c, v in at.items()}}
     )  # fmt: skip
     print(history[-1], flush=True)
 

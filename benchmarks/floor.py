@@ -1,0 +1,145 @@
+"""How far a step is from the memory floor, and what speculation gains at 4k and 8k of context.
+
+    python benchmarks/floor.py                # a minute or two; writes benchmarks/results/
+
+The floor of a plain decode step is the time to read what it must read once, the K and V of all
+valid tokens and the weights, at the read bandwidth of this machine measured in the same run, in
+turn with the steps (shared machines drift) by summing the caches. The caches hold random numbers:
+time does not depend on them. Acceptance is therefore synthetic: all draft and verification work is
+done, only the accepted count is drawn, at the rate of --acceptance (the demo's own, see README).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from generate import DEMO_CHECKPOINT, DTYPES, environment, synchronize, timed
+from model import compile_blocks, load_model
+from spec_decode import Drafting, Engine, Sampling, decode
+
+NEW_TOKENS = 128
+
+
+def pretend_prefill(engine: Engine, lengths: list[int]) -> None:
+    """Random K, V and tokens of the given lengths, as if these prompts had been prefilled."""
+    for buffer in engine.full.k + engine.full.v:
+        buffer.normal_()
+    engine.tokens.random_(engine.model.config.vocab_size)
+    engine.prompt_len.copy_(torch.tensor(lengths))
+    engine.limit.copy_(engine.prompt_len + NEW_TOKENS)
+    engine.rewind()
+
+
+def floor_bytes(engine: Engine) -> int:
+    """Bytes that a plain step must read: K and V of the valid tokens, and every weight once."""
+    spec = engine.full.spec
+    kv = engine.seq_len.sum().item() * spec.bytes_per_slot // spec.batch_size
+    return kv + sum(p.nbytes for p in engine.model.parameters())  # tied weights count once
+
+
+def read_caches(engine: Engine) -> None:
+    """Read the whole full cache once, with all threads, doing the least that can be done."""
+    for buffer in engine.full.k + engine.full.v:
+        buffer.sum()
+
+
+def measure(model, lengths: list[int], drafting: Drafting, repeats: int) -> dict:
+    """Step times and their floor at these lengths, and plain against speculative decoding."""
+    engine = Engine(model, len(lengths), max(lengths) + NEW_TOKENS, drafting, Sampling())
+    gamma = drafting.gamma
+    pretend_prefill(engine, lengths)
+    nothing, tokens = engine.draft(0).tokens, engine.draft(gamma).tokens
+    device = engine.tokens.device
+    cache_bytes = sum(buffer.nbytes for buffer in engine.full.k + engine.full.v)
+    work = {
+        "read": lambda: read_caches(engine),
+        "target_step_ms": lambda: engine.verify(nothing).argmax(dim=-1),
+        "draft_step_ms": lambda: engine.draft(gamma),
+        "verify_ms": lambda: engine.verify(tokens).argmax(dim=-1),
+    }
+    for step in work.values():  # compile
+        step(), step()
+    times = {name: [] for name in work}
+    for _ in range(repeats):  # in turn, so that all see the same machine
+        for name, step in work.items():
+            times[name].append(1e3 * timed(device, step)[0])
+    result = {name: statistics.median(times[name]) for name in work}
+    result["draft_step_ms"] /= gamma
+    bandwidth = cache_bytes / (1e-3 * result.pop("read"))
+    floor_ms = 1e3 * floor_bytes(engine) / bandwidth
+    result |= {
+        "read_bandwidth_gb_per_s": bandwidth / 1e9,
+        "floor_bytes": floor_bytes(engine),
+        "floor_ms": floor_ms,
+        "target_step_over_floor": result["target_step_ms"] / floor_ms,
+        "target_step_over_floor_by_repeat": [
+            step / (floor_bytes(engine) * read / cache_bytes)
+            for step, read in zip(times["target_step_ms"], times["read"], strict=True)
+        ],
+    }
+    speeds = {0: [], gamma: []}
+    for _ in range(3):
+        for g, measured in speeds.items():
+            engine.rewind()
+            seconds, stats = timed(engine.tokens.device, lambda g=g: decode(engine, g))
+            measured.append(stats.decoded_tokens / seconds)
+    result |= {
+        "plain_tokens_per_s": statistics.median(speeds[0]),
+        "speculative_tokens_per_s": statistics.median(speeds[gamma]),
+        "mean_acceptance_length": stats.mean_acceptance_length,
+        "speedup": statistics.median(
+            ours / plain for ours, plain in zip(speeds[gamma], speeds[0], strict=True)
+        ),
+    }
+    return {"environment": environment(engine), **result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--gamma", type=int, default=Drafting().gamma)
+    parser.add_argument("--draft_budget", type=int, default=Drafting().budget)
+    parser.add_argument("--acceptance", type=float, default=0.93)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    model = load_model(DEMO_CHECKPOINT, device, DTYPES[args.dtype])
+    compile_blocks(model)
+    drafting = Drafting("streaming", args.gamma, args.draft_budget, 4, args.acceptance)
+    B = args.batch_size
+    ranks = [B - 1 - b // 2 if b % 2 else b // 2 for b in range(B)]  # as the demo orders them
+    ragged = [3000 + 840 * rank // max(B - 1, 1) for rank in ranks]
+    workloads = {"demo_lengths": ragged, "8192": [8192] * B}
+    result = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),
+              "gamma": args.gamma, "draft_budget": args.draft_budget, "batch_size": B,
+              "synthetic_acceptance": args.acceptance}  # fmt: skip
+    with torch.inference_mode():
+        for name, lengths in workloads.items():
+            synchronize(device)
+            r = result[name] = measure(model, lengths, drafting, args.repeats)
+            print(
+                f"{name}: read {r['read_bandwidth_gb_per_s']:.1f} GB/s, "
+                f"floor {r['floor_ms']:.1f} ms, T_T {r['target_step_ms']:.1f} ms "
+                f"({r['target_step_over_floor']:.2f} x floor), "
+                f"T_D {r['draft_step_ms']:.1f} ms, T_V({args.gamma}) {r['verify_ms']:.1f} ms, "
+                f"speedup {r['speedup']:.2f} at synthetic acceptance {args.acceptance}",
+                flush=True,
+            )
+    name = f"floor_{args.device}_{result['date']}.json"
+    out = args.out or ROOT / "benchmarks" / "results" / name
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

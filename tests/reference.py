@@ -1,0 +1,152 @@
+"""Slow twins: the same results in another style (loops, float64, no cache), and a tiny model.
+
+Nothing here shares code with what it checks, except the weights of the model.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from model import ModelConfig, RopeScaling, Transformer
+
+
+def tiny_model(
+    n_head: int = 4, n_kv_head: int = 2, vocab_size: int = 97, seed: int = 0, **changes
+) -> Transformer:
+    """Two odd-sized random layers with weights large enough that attention matters."""
+    config = ModelConfig(
+        dim=40, n_layer=2, n_head=n_head, n_kv_head=n_kv_head, head_dim=16, ffn_dim=56,
+        vocab_size=vocab_size, max_seq_len=4096, **changes,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        scale = 0.5 / math.sqrt(p.shape[-1]) * (1 if "output" in name else 3)
+        p.copy_(torch.randn(p.shape, generator=generator) * scale + (p.dim() == 1))
+    return model
+
+
+def causal(q: int, p: int) -> bool:
+    return p <= q
+
+
+def sinks_and_window(n_sink: int, n_recent: int, first: int) -> Callable[[int, int], bool]:
+    """Queries from position `first` on are a draft's and see sinks and the window; others all."""
+
+    def visible(q: int, p: int) -> bool:
+        return p <= q and (q < first or p < n_sink or p > q - n_recent)
+
+    return visible
+
+
+def angle_rates(config: ModelConfig) -> list[float]:
+    """RoPE angle per position of each pair; the llama3 rule as its authors wrote it, branch by
+    branch."""
+    rates = []
+    for i in range(config.head_dim // 2):
+        rate = config.rope_theta ** (-2 * i / config.head_dim)
+        s: RopeScaling | None = config.rope_scaling
+        if s is not None:
+            wavelength = 2 * math.pi / rate
+            if wavelength > s.original_max_seq_len / s.low_freq_factor:
+                rate /= s.factor
+            elif wavelength > s.original_max_seq_len / s.high_freq_factor:
+                smooth = s.original_max_seq_len / wavelength - s.low_freq_factor
+                smooth /= s.high_freq_factor - s.low_freq_factor
+                rate = (1 - smooth) * rate / s.factor + smooth * rate
+        rates.append(rate)
+    return rates
+
+
+def rotated(x: Tensor, pos: int, rates: list[float]) -> Tensor:  # [D] float64
+    half = len(rates)
+    out = x.clone()
+    for i, rate in enumerate(rates):
+        c, s = math.cos(pos * rate), math.sin(pos * rate)
+        out[i] = x[i] * c - x[i + half] * s
+        out[i + half] = x[i + half] * c + x[i] * s
+    return out
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [dim] float64
+    return x / math.sqrt(float((x * x).mean()) + eps) * weight.double()
+
+
+def reference_logits(
+    model: Transformer, tokens: list[int], visible: Callable[[int, int], bool] = causal
+) -> Tensor:  # [len(tokens), V] float64
+    """The model without cache, batch or fused weights, one query at a time."""
+    c, rates = model.config, angle_rates(model.config)
+    D, G = c.head_dim, c.n_head // c.n_kv_head
+    xs = [model.tok_embeddings.weight[t].double() for t in tokens]
+    for layer in model.layers:
+        w = layer.attention.wqkv.weight.double()
+        wq, wk, wv = w[: c.n_head * D], w[c.n_head * D : -c.n_kv_head * D], w[-c.n_kv_head * D :]
+        norms = [normed(x, layer.attention_norm.weight, c.norm_eps) for x in xs]
+        heads = range(c.n_kv_head)
+        keys = [[rotated((wk @ n)[h * D : h * D + D], p, rates) for h in heads]
+                for p, n in enumerate(norms)]  # fmt: skip
+        values = [[(wv @ n)[h * D : h * D + D] for h in heads] for n in norms]
+        for q, n in enumerate(norms):
+            seen = [p for p in range(q + 1) if visible(q, p)]
+            mixed = []
+            for head in range(c.n_head):
+                query = rotated((wq @ n)[head * D : head * D + D], q, rates) / math.sqrt(D)
+                scores = torch.stack([query @ keys[p][head // G] for p in seen]).softmax(0)
+                mixed.append(
+                    sum(s * values[p][head // G] for s, p in zip(scores, seen, strict=True))
+                )
+            xs[q] = xs[q] + layer.attention.wo.weight.double() @ torch.cat(mixed)
+        for q, x in enumerate(xs):
+            n = normed(x, layer.ffn_norm.weight, c.norm_eps)
+            gate, up = (layer.feed_forward.w_gate_up.weight.double() @ n).chunk(2)
+            hidden = gate * torch.sigmoid(gate) * up
+            xs[q] = x + layer.feed_forward.w_down.weight.double() @ hidden
+    out = model.output.weight.double()
+    return torch.stack([out @ normed(x, model.norm.weight, c.norm_eps) for x in xs])
+
+
+def plain_greedy(
+    model: Transformer, prompt: list[int], n: int, eos: tuple[int, ...] = ()
+) -> list[int]:
+    """Greedy continuation with the model's own uncached forward, one token at a time."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + n:
+        ids = torch.tensor([tokens])
+        tokens.append(model(ids, torch.arange(len(tokens))[None])[0, -1].argmax().item())
+        if tokens[-1] in eos:
+            break
+    return tokens[len(prompt) :]
+
+
+def reference_probs(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float | None
+) -> list[float]:
+    """Temperature, then top-k, then top-p, one token at a time (no ties)."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    kept = order[:top_k] if top_k else order
+    weight = {i: math.exp((logits[i] - logits[order[0]]) / temperature) for i in kept}
+    total = sum(weight.values())
+    nucleus, mass = [], 0.0
+    for i in kept:
+        if top_p is not None and mass >= top_p:
+            break
+        nucleus.append(i)
+        mass += weight[i] / total
+    return [weight[i] / total / mass if i in nucleus else 0.0 for i in range(len(logits))]
+
+
+def sequences(vocab_size: int, length: int) -> Iterator[tuple[int, ...]]:
+    return product(range(vocab_size), repeat=length)
+
+
+def ring_after(writes: list[list[int]], ring_size: int) -> dict[int, int]:
+    """Slot -> position held, by doing the writes one at a time."""
+    ring = {}
+    for positions in writes:
+        for p in positions:
+            ring[p % ring_size] = p
+    return ring

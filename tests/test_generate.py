@@ -1,0 +1,300 @@
+"""The command line from outside: numbers, JSON, text, and one line for everything unusable."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+from generate import DEMO_CHECKPOINT, demo_prompts, main
+from model import load_model
+from tests.checkpoints import write_checkpoint
+from tests.reference import plain_greedy, tiny_model
+from tokenizer import continuation, load_tokenizer
+
+ROOT = Path(generate.__file__).parent
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A tiny random model with the demo's tokenizer."""
+    path = tmp_path / "checkpoint"
+    write_checkpoint(path, tiny_model(vocab_size=4096), max_position_embeddings=300)
+    shutil.copy(DEMO_CHECKPOINT / "tokenizer.model", path)
+    return path
+
+
+def run(checkpoint: Path, *flags: str) -> tuple[int, dict]:
+    """Exit status and JSON of an eager run."""
+    file = checkpoint / "out.json"
+    status = main(
+        ["--checkpoint_path", str(checkpoint), "--no-compile", "--json", str(file), *flags]
+    )
+    return status, json.loads(file.read_text())
+
+
+def test_json_has_the_numbers_and_the_outputs(checkpoint, capsys):
+    (checkpoint / "a.txt").write_text("import os\n" * 9, encoding="utf-8")
+    (checkpoint / "b.txt").write_text("class Grüße:", encoding="utf-8")
+    files = [f for name in "ab" for f in ("--prompt_file", str(checkpoint / f"{name}.txt"))]
+    flags = [*files, "--max_new_tokens", "30", "--draft_budget", "12", "--gamma", "3",
+             "--check_lossless", "--ignore_eos"]  # fmt: skip
+    status, result = run(checkpoint, *flags)
+    assert status == 0 and result["identical"] is True
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    tokenizer = load_tokenizer(checkpoint)
+    for row, text in zip(result["outputs"], ["import os\n" * 9, "class Grüße:"], strict=True):
+        ids = tokenizer.encode(text)
+        assert row["prompt_length"] == len(ids)
+        assert row["token_ids"] == plain_greedy(model, ids, 30)
+        assert row["text"] == continuation(tokenizer, ids, row["token_ids"])
+        assert row["finish_reason"] == "length"
+    assert result["plan"] == {"strategy": "streaming", "draft_budget": 12, "gamma": 3}
+    ours, plain = result["speculative"], result["baseline"]
+    assert ours["generated_tokens"] == plain["generated_tokens"] == 60
+    assert len(ours["acceptance_rate_per_position"]) == 3
+    assert ours["mean_acceptance_length"] == pytest.approx(1 + 3 * ours["draft_acceptance_rate"])
+    for r in (ours, plain):
+        assert r["decode_tokens_per_second"] == pytest.approx(58 / r["decode_seconds"])
+        assert r["ms_per_token"] == pytest.approx(1e3 * 2 / r["decode_tokens_per_second"])
+    assert "draft_step_ms" in ours and "draft_step_ms" not in plain
+    rate = ours["decode_tokens_per_second"] / plain["decode_tokens_per_second"]
+    assert result["speedup"] == pytest.approx(rate)
+    assert {"device", "dtype", "torch", "threads"} <= result["environment"].keys()
+    assert "speedup" in capsys.readouterr().out
+
+
+def test_plain_run_has_no_speculative_keys(checkpoint):
+    status, result = run(
+        checkpoint, "--prompt", "x = 1", "--draft", "none", "--max_new_tokens", "9"
+    )
+    assert status == 0 and result["plan"] == {"strategy": "none", "gamma": 0}
+    assert "baseline" in result and not {"speculative", "speedup", "identical"} & result.keys()
+
+
+def test_eos_is_a_finish_reason(checkpoint):
+    flags = ["--prompt", "x = 1", "--max_new_tokens", "20"]
+    _, free = run(checkpoint, *flags, "--ignore_eos")
+    eos = free["outputs"][0]["token_ids"][6]
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
+    _, result = run(checkpoint, *flags)
+    row = result["outputs"][0]
+    assert row["finish_reason"] == "eos" and row["token_ids"][-1] == eos
+    assert row["token_ids"] == free["outputs"][0]["token_ids"][: len(row["token_ids"])]
+
+
+def test_prompts_from_jsonl_repeated_to_the_batch_size(checkpoint):
+    file = checkpoint / "p.jsonl"
+    file.write_text('{"prompt": "a = 1"}\n{"prompt": "def f():"}\n')
+    flags = ["--prompts", str(file), "--batch_size", "3", "--max_new_tokens", "5", "--compare"]
+    _, result = run(checkpoint, *flags)
+    rows = result["outputs"]
+    assert rows[0] == rows[2] and rows[0]["prompt_length"] != rows[1]["prompt_length"]
+
+
+def test_sampling_is_reproducible_and_an_integer_is_a_synthetic_prompt(checkpoint):
+    flags = ["--prompt", "50", "--temperature", "0.9", "--top_k", "20", "--top_p", "0.9",
+             "--max_new_tokens", "12"]  # fmt: skip
+    results = [run(checkpoint, *flags, "--seed", seed)[1]["outputs"] for seed in "112"]
+    assert results[0] == results[1] != results[2]
+    assert results[0][0]["prompt_length"] == 50
+
+
+def test_json_on_standard_output_is_alone_there(checkpoint, capsys):
+    flags = ["--checkpoint_path", str(checkpoint), "--no-compile", "--max_new_tokens", "3"]
+    assert main([*flags, "--prompt", "x", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["outputs"]
+    assert "decode tokens/s" in captured.err
+
+
+def test_interactive_streams_one_answer_per_line(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("import os\n\nclass A:\n"))
+    flags = ["--checkpoint_path", str(checkpoint), "--no-compile", "--max_new_tokens", "8",
+             "--interactive", "--ignore_eos"]  # fmt: skip
+    assert main(flags) == 0
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    tokenizer = load_tokenizer(checkpoint)
+    out = capsys.readouterr().out
+    for text in ("import os", "class A:"):
+        ids = tokenizer.encode(text)
+        assert continuation(tokenizer, ids, plain_greedy(model, ids, 8)) in out
+    assert "a prompt needs 1 to" in out
+
+
+def test_a_difference_is_reported_with_its_place_and_margin(checkpoint, monkeypatch, capsys):
+    """Break the acceptance rule: the last draft always stays."""
+    import spec_decode
+
+    def too_kind(draft_tokens, target_tokens):
+        n = torch.full((len(draft_tokens),), draft_tokens.shape[1])
+        return n, target_tokens.gather(1, n[:, None])[:, 0]
+
+    monkeypatch.setattr(spec_decode, "accept_greedy", too_kind)
+    flags = [
+        "--prompt",
+        "import os",
+        "--max_new_tokens",
+        "40",
+        "--draft_budget",
+        "5",
+        "--check_lossless",
+    ]
+    status, result = run(checkpoint, *flags)
+    assert status == 1 and result["identical"] is False
+    out = capsys.readouterr().out
+    assert "row 0 differs from new token" in out and "top-2 logit margin" in out
+
+
+def test_interruption_leaves_no_file(checkpoint, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "decode", interrupt)
+    out = checkpoint / "out.json"
+    flags = [
+        "--checkpoint_path",
+        str(checkpoint),
+        "--no-compile",
+        "--prompt",
+        "x",
+        "--json",
+        str(out),
+    ]
+    assert main(flags) == 130
+    assert not list(checkpoint.glob("out.json*"))
+
+
+def test_a_profile_is_a_trace(checkpoint):
+    trace = checkpoint / "trace.json"
+    run(checkpoint, "--prompt", "x", "--max_new_tokens", "4", "--profile", str(trace))
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+BAD_FLAGS = [
+    (["--max_new_tokens", "0"], "--max_new_tokens 0"),
+    (["--max_new_tokens", "300"], "context of 300"),
+    (["--batch_size", "0"], "--batch_size 0"),
+    (["--batch_size", "1", "--prompt", "a", "--prompt", "b"], "2 prompts"),
+    (["--batch_size", "10000000", "--prompt", "a"], "free"),
+    (["--speculate_k", "-1"], "speculate_k -1"),
+    (["--speculate_k", "99"], "0..32"),
+    (["--speculate_k", "two"], "--speculate_k"),
+    (["--draft_budget", "4"], "at least n_sink"),
+    (["--draft", "streming"], "known: none, streaming"),
+    (["--temperature", "-1"], "temperature"),
+    (["--top_k", "5"], "greedy"),
+    (["--dtype", "float8"], "float8"),
+    (["--device", "tpu9"], "tpu9"),
+    (["--prompt", ""], "empty"),
+    (["--prompt", "word " * 400], "leaves room for"),
+    (["--prompt", "a", "--interactive"], "one of"),
+    (["--check_lossless", "--temperature", "1"], "greedy"),
+    (["--check_lossless", "--no-compare"], "--no-compare"),
+    (["--synthetic_acceptance", "0.5", "--draft", "none"], "needs a draft"),
+    (["--prompt_file", "/nowhere/a.txt"], "/nowhere/a.txt"),
+    (["--no_such_flag"], "no_such_flag"),
+]
+
+
+def one_line(capsys) -> str:
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("generate.py: ") and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("flags, word", BAD_FLAGS)
+def test_unusable_flags_get_one_line(checkpoint, capsys, flags, word):
+    assert main(["--checkpoint_path", str(checkpoint), "--no-compile", *flags]) == 2
+    assert word in one_line(capsys)
+
+
+def test_unusable_files_get_one_line(checkpoint, tmp_path, capsys):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    given = ["--checkpoint_path", str(checkpoint), "--no-compile"]
+    for flags, word in [
+        (["--prompt_file", str(latin)], "not UTF-8"),
+        (["--prompts", str(broken)], "line 2"),
+        (["--prompts", str(empty)], "no prompts"),
+    ]:
+        assert main([*given, *flags]) == 2
+        assert word in one_line(capsys)
+
+
+def test_unusable_checkpoints_get_one_line(checkpoint, tmp_path, capsys):
+    weights, config = checkpoint / "model.safetensors", checkpoint / "config.json"
+    good, whole = json.loads(config.read_text()), weights.read_bytes()
+
+    def refused(path: Path, *words: str) -> None:
+        assert main(["--checkpoint_path", str(path), "--no-compile", "--prompt", "a"]) == 2
+        line = one_line(capsys)
+        assert all(word in line for word in words)
+
+    refused(tmp_path / "nowhere", "nowhere", "does not exist")
+    (tmp_path / "nothing").mkdir()
+    refused(tmp_path / "nothing", "does not exist")
+    config.write_text(json.dumps(good | {"architectures": ["GPT2LMHeadModel"]}))
+    refused(checkpoint, "GPT2LMHeadModel", "LlamaForCausalLM")
+    config.write_text(json.dumps(good | {"intermediate_size": 57}))
+    refused(checkpoint, "mlp.", "57")
+    config.write_text(json.dumps(good | {"vocab_size": 100}))
+    refused(checkpoint, "100")
+    config.write_text(json.dumps(good))
+    weights.write_bytes(whole[:5000])
+    refused(checkpoint, "corrupt")
+    weights.unlink()
+    refused(checkpoint, "model.safetensors does not exist")
+
+
+def test_without_a_cpp_compiler_it_runs_eagerly_and_says_so_once(checkpoint):
+    env = os.environ | {"CXX": "/nowhere/g++"}
+    command = [sys.executable, "generate.py", "--checkpoint_path", str(checkpoint)]
+    command += ["--prompt", "a = 1", "--max_new_tokens", "4"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("running eagerly") == 1
+    assert "decode tokens/s" in done.stdout
+
+
+def test_demo_prompts_are_ragged_and_as_long_as_said():
+    prompts = demo_prompts(load_tokenizer(DEMO_CHECKPOINT), 16, 3840)
+    lengths = [len(p) for p in prompts]
+    assert min(lengths) == 3000 and max(lengths) == 3840 and len(set(lengths)) == 16
+    assert abs(sum(lengths[:8]) - sum(lengths[8:])) < 200
+
+
+def test_demo_checkpoint_runs_compiled_on_its_own_prompts(tmp_path):
+    """The README's first command, smaller: two rows, a few tokens, everything else the same."""
+    out = tmp_path / "out.json"
+    assert (
+        main(
+            ["--batch_size", "2", "--max_new_tokens", "24", "--check_lossless", "--json", str(out)]
+        )
+        == 0
+    )
+    result = json.loads(out.read_text())
+    assert result["identical"] and result["environment"]["compiled"]
+    assert result["speculative"]["draft_acceptance_rate"] > 0.5
+
+
+def test_demo_checkpoint_reproduces_recorded_logits():
+    """`tests/demo_logits.json` was recorded with transformers by scripts/check_demo.py."""
+    recorded = json.loads((ROOT / "tests" / "demo_logits.json").read_text())
+    model = load_model(DEMO_CHECKPOINT, torch.device("cpu"), torch.float32)
+    ids = torch.tensor([recorded["token_ids"]])
+    logits = model(ids, torch.arange(ids.shape[1])[None])[0, -1]
+    values = torch.tensor(recorded["last_logits"])
+    assert (logits - values).abs().max() < 1e-4 * values.std()
+    assert plain_greedy(model, recorded["token_ids"], 64) == recorded["greedy_64"]

@@ -1,0 +1,163 @@
+"""The sparse cache against written-out masks and a ring kept by hand; no copies when compiled."""
+
+import random
+import re
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from kv_cache import (
+    NEVER,
+    CacheSpec,
+    KVCache,
+    SelfSpeculationCache,
+    SparseKVCache,
+    check_fits,
+    select_streaming,
+)
+from model import Transformer, compile_blocks
+from tests.reference import reference_logits, ring_after, sinks_and_window, tiny_model
+
+
+def joint_cache(model: Transformer, n_rows: int, n_sink: int, n_recent: int, gamma: int):
+    spec = CacheSpec.for_model(model, n_rows)
+    sparse = SparseKVCache(spec, n_sink, n_recent, gamma)
+    return SelfSpeculationCache(KVCache.empty(spec, 200), sparse)
+
+
+def prefill(model: Transformer, cache: SelfSpeculationCache, rows: list[list[int]]) -> None:
+    """All but the newest token of every row into the full cache, then the streaming selection."""
+    for b, row in enumerate(rows):
+        n = len(row) - 1
+        if n:
+            model(torch.tensor([row[:n]]), torch.arange(n)[None], cache.full.row(b))
+    n_cached = torch.tensor([len(row) - 1 for row in rows])
+    kept = select_streaming(cache.full, n_cached, cache.sparse.n_selected)
+    cache.sparse.fill(cache.full, kept, n_cached)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (4, 2), (7, 1)])
+@pytest.mark.parametrize("n_sink, n_recent", [(0, 5), (3, 8), (4, 100)])
+def test_draft_sees_sinks_and_window_through_rejections(heads, n_sink, n_recent):
+    """Rounds of drafting, verifying and accepting a random part, rows of different lengths.
+
+    The draft's logits must be those of a dense forward where only the draft's own queries are
+    restricted: earlier K and V are the target's exact ones, however many drafts were rejected.
+    """
+    gamma, rng = 3, random.Random(0)
+    model = tiny_model(*heads)
+    rows = [[rng.randrange(97) for _ in range(n)] for n in (30, 1, 7)]
+    lengths = [len(row) for row in rows]
+    cache = joint_cache(model, len(rows), n_sink, n_recent, gamma)
+    prefill(model, cache, rows)
+    for _ in range(6):
+        drafts = [[rng.randrange(97) for _ in range(gamma)] for _ in rows]
+        fed = [[row[-1], *d] for row, d in zip(rows, drafts, strict=True)]
+        start = torch.tensor([[len(row) - 1] for row in rows])
+        logits = [
+            model(torch.tensor([[f[i]] for f in fed]), start + i, cache.sparse)
+            for i in range(gamma)
+        ]
+        for b, row in enumerate(rows):
+            # A sink that did not exist when the policy selected is never a selected slot.
+            seen = sinks_and_window(min(n_sink, lengths[b] - 1), n_recent, first=len(row) - 1)
+            expected = reference_logits(model, row + drafts[b], seen)[len(row) - 1 : -1]
+            got = torch.stack([step[b, 0] for step in logits]).double()
+            assert (got - expected).abs().max() < 1e-4 * expected.std()
+        model(torch.tensor(fed), start + torch.arange(gamma + 1), cache)  # verify
+        for row, d in zip(rows, drafts, strict=True):
+            row += [*d[: rng.randint(0, gamma)], rng.randrange(97)]
+
+
+def test_verification_reads_the_full_cache():
+    model = tiny_model()
+    rows = [[5, 9, 11, 3] * 9]
+    cache = joint_cache(model, 1, n_sink=2, n_recent=4, gamma=3)
+    prefill(model, cache, rows)
+    start = torch.tensor([[len(rows[0]) - 1]])
+    got = model(torch.tensor([[3, 1, 4, 1]]), start + torch.arange(4), cache)[0].double()
+    expected = reference_logits(model, rows[0] + [1, 4, 1])[-4:]
+    assert (got - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_ring_positions_follow_from_the_newest_one():
+    """The arithmetic against a ring written by hand, with positions written and taken back."""
+    rng = random.Random(1)
+    spec = CacheSpec.for_model(tiny_model(), 1)
+    for _ in range(200):
+        n_recent, gamma = rng.randint(1, 9), rng.randint(0, 5)
+        cache = SparseKVCache(spec, 2, n_recent, gamma)
+        n, writes = rng.randint(1, 30), []
+        writes.append(list(range(n)))
+        for _ in range(5):  # each round writes gamma + 1 positions and keeps 1 to gamma + 1
+            writes.append(list(range(n, n + gamma + 1)))
+            n += rng.randint(1, gamma + 1)
+        query = n  # the next draft's position, written before it attends
+        held = ring_after([*writes, [query]], cache.ring_size)
+        visible = cache.visible(torch.tensor([[query]]))[0, 0, 0, 2:]
+        window = set(range(max(query - n_recent + 1, 0), query + 1))
+        assert {held[slot] for slot in range(cache.ring_size) if visible[slot]} == window
+
+
+def test_no_token_is_seen_twice():
+    spec = CacheSpec.for_model(tiny_model(), 1)
+    cache = SparseKVCache(spec, n_selected=4, n_recent=6, gamma=2)
+    full = KVCache.empty(spec, 40)
+    for n_cached in range(1, 30):
+        cache.fill(
+            full, select_streaming(full, torch.tensor([n_cached]), 4), torch.tensor([n_cached])
+        )
+        visible = cache.visible(torch.tensor([[n_cached]]))[0, 0, 0]
+        seen = cache.selected_pos[0, 0][visible[:4]].tolist()
+        seen += cache.ring_pos(torch.tensor([n_cached]))[0][visible[4:]].tolist()
+        sinks = set(range(min(4, n_cached)))
+        assert sorted(seen) == sorted(sinks | set(range(max(n_cached - 5, 0), n_cached + 1)))
+
+
+def test_positions_not_cached_yet_are_never_seen():
+    spec = CacheSpec.for_model(tiny_model(), 1)
+    cache = SparseKVCache(spec, n_selected=4, n_recent=2, gamma=1)
+    full = KVCache.empty(spec, 40)
+    cache.fill(full, select_streaming(full, torch.tensor([2]), 4), torch.tensor([2]))
+    assert cache.selected_pos[0, 0].tolist() == [0, 1, NEVER, NEVER]
+    assert cache.visible(torch.tensor([[39]]))[0, 0, 0, :4].tolist() == [True, True, False, False]
+
+
+def cache_sized_buffers(code: str, cache: KVCache) -> list[str]:
+    """Allocations in generated code that are at least as large as one layer's K."""
+    sizes = re.findall(r"empty_strided_\w+\(\(([\d, ]+)\)", code)
+    numel = [torch.Size(int(n) for n in s.split(",") if n.strip()).numel() for s in sizes]
+    return [s for s, n in zip(sizes, numel, strict=True) if n >= cache.k[0].numel()]
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4])
+def test_a_compiled_step_does_not_copy_the_cache(n_tokens):
+    model = tiny_model()
+    compile_blocks(model)
+    cache = joint_cache(model, 2, n_sink=4, n_recent=16, gamma=3)
+    pos = torch.tensor([[9], [33]]) + torch.arange(n_tokens)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(model, torch.zeros(2, n_tokens, dtype=torch.int64), pos, cache)
+    assert "flex" in code[0] or "kv_num_blocks" in code[0] or len(code) == 1
+    assert not cache_sized_buffers("".join(code), cache.full)
+
+
+def test_the_copy_detector_detects():
+    """The same check on a write that torch.compile is known to turn into a copy."""
+    cache = KVCache.empty(CacheSpec.for_model(tiny_model(), 2), 200)
+    index = torch.zeros(2, 2, 1, 16, dtype=torch.int64)
+
+    def write(k: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        k.scatter_(2, index, new)
+        return k.sum()
+
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(torch.compile(write), cache.k[0], torch.ones(2, 2, 1, 16))
+    assert cache_sized_buffers("".join(code), cache)
+
+
+def test_too_little_memory_is_said_with_both_numbers():
+    with pytest.raises(ValueError, match=r"need 1048576.0 GiB, but cpu has [\d.]+ GiB free"):
+        check_fits(2**50, torch.device("cpu"))
+    check_fits(2**20, torch.device("cpu"))

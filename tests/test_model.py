@@ -1,0 +1,164 @@
+"""The forward against a float64 loop; loading of Hugging Face directories and its errors."""
+
+import json
+
+import pytest
+import torch
+
+from kv_cache import CacheSpec, KVCache
+from model import ModelConfig, RopeScaling, Transformer, compile_blocks, eos_token_ids, load_model
+from tests.checkpoints import write_checkpoint
+from tests.reference import reference_logits, tiny_model
+
+RATIOS = [(3, 3), (4, 2), (4, 1), (7, 1)]  # H, Hkv: G = 1, 2, 4, 7
+LLAMA3 = RopeScaling(8.0, 1.0, 4.0, original_max_seq_len=64)
+
+
+def cached_logits(model: Transformer, rows: list[list[int]], chunks: list[int]) -> torch.Tensor:
+    """Logits [B, T, V] of equally long rows, fed through a cache in pieces of the given sizes."""
+    cache = KVCache.empty(CacheSpec.for_model(model, len(rows)), len(rows[0]))
+    tokens, pieces, start = torch.tensor(rows), [], 0
+    for n in chunks:
+        pos = torch.arange(start, start + n).expand(len(rows), n)
+        pieces.append(model(tokens[:, start : start + n], pos, cache))
+        start += n
+    assert start == len(rows[0])
+    return torch.cat(pieces, dim=1)
+
+
+def random_rows(n_rows: int, length: int, vocab_size: int = 97, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (n_rows, length), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("heads", RATIOS)
+@pytest.mark.parametrize("chunks", [[37], [1] * 37, [5, 31, 1], [36, 1]])
+def test_cached_forward_equals_float64_reference(heads, chunks):
+    model = tiny_model(*heads)
+    rows = random_rows(2, 37)
+    expected = torch.stack([reference_logits(model, row) for row in rows])
+    got = cached_logits(model, rows, chunks).double()
+    assert (got - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("changes", [{"tie_embeddings": True}, {"rope_scaling": LLAMA3}])
+def test_variants_equal_float64_reference(changes):
+    model = tiny_model(**changes)
+    rows = random_rows(1, 90)
+    expected = reference_logits(model, rows[0])
+    got = cached_logits(model, rows, [60, 30])[0].double()
+    assert (got - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_llama3_scaling_changes_something():
+    rows = random_rows(1, 90)
+    plain, scaled = (tiny_model(rope_scaling=s) for s in (None, LLAMA3))
+    difference = cached_logits(plain, rows, [90]) - cached_logits(scaled, rows, [90])
+    assert difference.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("heads", RATIOS)
+def test_compiled_flex_equals_reference(heads):
+    """One chunk that is a multiple of the query block and one that is not, then single tokens."""
+    model = tiny_model(*heads)
+    compile_blocks(model)
+    rows = random_rows(2, 134)
+    expected = torch.stack([reference_logits(model, row) for row in rows])
+    got = cached_logits(model, rows, [128, 5, 1]).double()
+    assert (got - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_at_different_lengths_equal_the_rows_alone(compiled):
+    """A batch step where every row stands somewhere else; also with garbage in unseen slots."""
+    model = tiny_model()
+    if compiled:
+        compile_blocks(model)
+    lengths = [3, 100, 61]
+    rows = random_rows(3, 101)
+    spec = CacheSpec.for_model(model, 3)
+    cache = KVCache.empty(spec, 600)
+    for b, n in enumerate(lengths):
+        model(torch.tensor([rows[b][:n]]), torch.arange(n)[None], cache.row(b))
+    pos = torch.tensor(lengths)[:, None]
+    token = torch.tensor([[rows[b][n]] for b, n in enumerate(lengths)])
+    together = model(token, pos, cache)
+    for b, n in enumerate(lengths):
+        alone = reference_logits(model, rows[b][: n + 1])[-1]
+        assert (together[b, 0].double() - alone).abs().max() < 1e-4 * alone.std()
+    for b, n in enumerate(lengths):
+        for k, v in zip(cache.k, cache.v, strict=True):
+            k[b, :, n + 1 :] = 1e6
+            v[b, :, n + 1 :] = -1e30
+    assert torch.equal(model(token, pos, cache), together)
+
+
+def load(path) -> Transformer:
+    return load_model(path, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_load_model_reads_what_is_there(tmp_path, n_shards, tied):
+    model = tiny_model(7, 1, tie_embeddings=tied)
+    write_checkpoint(tmp_path, model, n_shards)
+    loaded = load(tmp_path)
+    assert loaded.config == model.config
+    rows = random_rows(1, 20)
+    assert torch.equal(cached_logits(loaded, rows, [20]), cached_logits(model, rows, [20]))
+    assert (loaded.output.weight is loaded.tok_embeddings.weight) == tied
+    assert eos_token_ids(tmp_path) == (2, 5)
+
+
+def test_both_spellings_of_rope_settings():
+    base = {"architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}  # fmt: skip
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 64}  # fmt: skip
+    old = ModelConfig.from_hf(base | {"rope_theta": 5e5, "rope_scaling": llama3})
+    new = ModelConfig.from_hf(base | {"rope_parameters": llama3 | {"rope_theta": 5e5}})
+    assert old == new
+    assert old.rope_theta == 5e5 and old.rope_scaling == LLAMA3
+    assert ModelConfig.from_hf(base).n_kv_head == 2  # absent: one KV head per query head
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ({"attention_bias": True}, ["attention_bias", "True"]),
+        ({"rope_scaling": {"rope_type": "yarn"}}, ["yarn", "llama3"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
+        ({"intermediate_size": 57}, ["down_proj", "56", "57"]),
+        ({"num_hidden_layers": 3}, ["model.layers.2.", "no shard"]),
+        ({"num_hidden_layers": 1}, ["unexpected", "model.layers.1."]),
+    ],
+)
+def test_strange_checkpoints_are_refused_by_name(tmp_path, changes, words):
+    write_checkpoint(tmp_path, tiny_model(), **changes)
+    with pytest.raises(ValueError) as error:
+        load(tmp_path)
+    message = str(error.value)
+    assert all(word in message for word in words) and "\n" not in message
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        load(tmp_path)
+    write_checkpoint(tmp_path, tiny_model(), n_shards=2)
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="corrupt"):
+        load(tmp_path)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match="00001-of-00002"):
+        load(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(ValueError, match="not a file name"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load(tmp_path)

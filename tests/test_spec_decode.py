@@ -1,0 +1,364 @@
+"""Lossless: greedy token by token, sampling in distribution; ends, limits, and static shapes."""
+
+import math
+import random
+from itertools import product
+
+import pytest
+import torch
+
+import spec_decode
+from kv_cache import SparseKVCache
+from model import Transformer, compile_blocks
+from spec_decode import (
+    Draft,
+    Drafting,
+    Engine,
+    Sampling,
+    accept_greedy,
+    accept_sampled,
+    decode,
+    generate,
+    logits_to_probs,
+    sample,
+)
+from tests.reference import (
+    plain_greedy,
+    reference_logits,
+    reference_probs,
+    sequences,
+    tiny_model,
+)
+
+GREEDY = Sampling()
+
+
+def streaming(gamma: int, budget: int = 20, n_sink: int = 3) -> Drafting:
+    return Drafting("streaming", gamma, budget, n_sink)
+
+
+def prompts_of(lengths: list[int], vocab_size: int = 97, seed: int = 2) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab_size) for _ in range(n)] for n in lengths]
+
+
+def run(model: Transformer, prompts, n, drafting, sampling=GREEDY, eos=(), seed=0):
+    max_len = max(map(len, prompts)) + n
+    engine = Engine(model, len(prompts), max_len, drafting, sampling, seed)
+    return generate(engine, prompts, n, eos)
+
+
+PROMPTS = prompts_of([33, 1, 70, 12])
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (4, 2), (4, 1), (7, 1)])
+@pytest.mark.parametrize("gamma", [1, 2, 3, 4, 5, 6])
+def test_greedy_output_is_the_models_own(heads, gamma):
+    """Against an uncached forward: ragged prompts, budgets from one slot to everything."""
+    model = tiny_model(*heads)
+    expected = [plain_greedy(model, p, 23) for p in PROMPTS]
+    assert run(model, PROMPTS, 23, Drafting())[0] == expected
+    for budget, n_sink in [(1, 0), (9, 4), (20, 3), (128, 4)]:
+        outputs, stats = run(model, PROMPTS, 23, streaming(gamma, budget, n_sink))
+        assert outputs == expected
+        assert stats.decoded_tokens == 4 * 22  # the prefill decided the first of 23
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (7, 1)])
+def test_greedy_output_is_the_same_compiled(heads):
+    eager, model = tiny_model(*heads), tiny_model(*heads)
+    compile_blocks(model)
+    expected = [plain_greedy(eager, p, 23) for p in PROMPTS]
+    assert run(model, PROMPTS, 23, Drafting())[0] == expected
+    for gamma, budget in [(1, 9), (4, 20)]:
+        assert run(model, PROMPTS, 23, streaming(gamma, budget))[0] == expected
+
+
+def test_some_drafts_are_rejected_and_some_accepted():
+    """The equalities above would say little if every draft were accepted, or none."""
+    _, stats = run(tiny_model(), PROMPTS, 60, streaming(4, 20))
+    assert all(count > 0 for count in stats.accepted_histogram)
+
+
+def test_a_budget_for_everything_accepts_everything():
+    _, stats = run(tiny_model(), PROMPTS, 41, streaming(4, budget=128, n_sink=4))
+    assert stats.draft_acceptance_rate == 1.0
+    assert stats.mean_acceptance_length == 5.0
+    assert stats.rounds == 8  # 40 tokens at 5 a round
+
+
+def test_prompt_lengths_around_the_chunk():
+    model = tiny_model()
+    for length in (63, 64, 65, 128, 129):
+        prompts = prompts_of([length, 5])
+        expected = [plain_greedy(model, p, 6) for p in prompts]
+        engine = Engine(model, 2, length + 6, streaming(2), GREEDY)
+        engine.prefill_chunk = 64 if length >= 64 else length
+        assert generate(engine, prompts, 6)[0] == expected
+
+
+def test_eos_ends_its_row_only_and_inside_an_accepted_draft():
+    """EOS is chosen from the plain output, so it falls at every place of a round."""
+    model = tiny_model()
+    plain = [plain_greedy(model, p, 40) for p in PROMPTS]
+    for at in range(8):
+        eos = (plain[0][at], 10**6)
+        expected = [plain_greedy(model, p, 40, eos) for p in PROMPTS]
+        assert min(map(len, expected)) < 40  # at least one row ends early
+        assert run(model, PROMPTS, 40, Drafting(), eos=eos)[0] == expected
+        assert run(model, PROMPTS, 40, streaming(5, 128), eos=eos)[0] == expected  # all accepted
+        assert run(model, PROMPTS, 40, streaming(5, 9), eos=eos)[0] == expected
+
+
+def test_limits_are_exact_per_row():
+    model = tiny_model()
+    limits = [1, 2, 17, 30]
+    for gamma in (0, 1, 6):
+        engine = Engine(model, 4, 100, streaming(gamma, 128), GREEDY)
+        engine.prefill(PROMPTS, limits)
+        decode(engine, gamma)
+        plain = [plain_greedy(model, p, n) for p, n in zip(PROMPTS, limits, strict=True)]
+        assert engine.outputs() == plain
+
+
+def test_gamma_0_never_touches_the_draft_cache(monkeypatch):
+    def fail(*_):
+        raise AssertionError("the sparse cache was used")
+
+    monkeypatch.setattr(SparseKVCache, "step", fail)
+    monkeypatch.setattr(SparseKVCache, "slots", fail)
+    model = tiny_model()
+    engine = Engine(model, 4, 100, streaming(3), GREEDY)
+    engine.prefill(PROMPTS, [9] * 4)
+    stats = decode(engine, 0)
+    assert engine.outputs() == [plain_greedy(model, p, 9) for p in PROMPTS]
+    assert stats.rounds == 8 and stats.mean_acceptance_length == 1.0
+
+
+def test_an_engine_can_be_rewound_and_used_again():
+    model = tiny_model()
+    engine = Engine(model, 4, 100, streaming(3), GREEDY)
+    for prompts in (PROMPTS, PROMPTS[::-1]):
+        expected = [plain_greedy(model, p, 20) for p in prompts]
+        engine.prefill(prompts, [20] * 4)
+        for gamma in (0, 3, 3, 1):
+            engine.rewind()
+            decode(engine, gamma)
+            assert engine.outputs() == expected
+
+
+def test_drafting_and_verifying_decide_nothing():
+    """They may be repeated at will: this is how they are warmed up and timed."""
+    model = tiny_model()
+    engine = Engine(model, 4, 100, streaming(3), GREEDY)
+    engine.prefill(PROMPTS, [20] * 4)
+    for _ in range(3):
+        draft = engine.draft(3)
+        engine.verify(draft.tokens)
+        engine.verify(draft.tokens.flip(0))
+    decode(engine, 3)
+    assert engine.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
+
+
+def test_nothing_recompiles_while_lengths_grow():
+    model = tiny_model()
+    compile_blocks(model)
+    engine = Engine(model, 3, 700, streaming(3), GREEDY)
+    engine.prefill(prompts_of([400, 3, 77]), [200] * 3)
+    for gamma in (0, 3):  # warm-up: every shape twice
+        engine.round(gamma)
+        engine.round(gamma)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(25):
+            engine.round(3)
+            engine.round(0)
+        engine.prefill(prompts_of([613, 3, 77]), [50] * 3)
+        engine.round(3)
+
+
+def test_accept_greedy_against_a_loop():
+    rng = random.Random(0)
+    for _ in range(300):
+        gamma = rng.randint(0, 5)
+        draft = [[rng.randrange(2) for _ in range(gamma)] for _ in range(3)]
+        target = [[rng.randrange(2) for _ in range(gamma + 1)] for _ in range(3)]
+        n, token = accept_greedy(torch.tensor(draft).view(3, gamma), torch.tensor(target))
+        for b in range(3):
+            kept = 0
+            while kept < gamma and draft[b][kept] == target[b][kept]:
+                kept += 1
+            assert (n[b], token[b]) == (kept, target[b][kept])
+
+
+def midpoints(n: int) -> list[float]:
+    """n equally likely values of a uniform; exact for thresholds that are multiples of 1/n."""
+    return [(i + 0.5) / n for i in range(n)]
+
+
+def test_the_acceptance_rule_is_lossless_by_enumeration():
+    """Every outcome of one round with gamma = 2 on a vocabulary of 3, with its exact probability.
+
+    Target and draft depend on the tokens before. Rounds that end early are continued with the
+    target, so the result must be the target's joint distribution of two tokens, to rounding.
+    """
+    N = 24  # all thresholds below are multiples of 1/24
+    q0, p0 = [1 / 2, 1 / 4, 1 / 4], [1 / 4, 1 / 2, 1 / 4]
+    q1 = {0: [1 / 4, 3 / 4, 0.0], 1: [1 / 2, 0.0, 1 / 2], 2: [1 / 4, 1 / 4, 1 / 2]}
+    p1 = {0: [1 / 4, 1 / 4, 1 / 2], 1: [1 / 4, 1 / 2, 1 / 4], 2: [1 / 4, 1 / 4, 1 / 2]}
+    p2 = [1 / 3, 1 / 3, 1 / 3]
+    joint = dict.fromkeys(sequences(3, 2), 0.0)
+    drafts = [(a, b) for a, b in sequences(3, 2) if q1[a][b] > 0]
+    for a, b in drafts:
+        u = torch.tensor(list(product(midpoints(N), repeat=3)), dtype=torch.float64)
+        n = len(u)
+        draft = Draft(torch.tensor([[a, b]]).expand(n, 2),
+                      torch.tensor([q0, q1[a]], dtype=torch.float64).expand(n, 2, 3))  # fmt: skip
+        target = torch.tensor([p0, p1[a], p2], dtype=torch.float64).expand(n, 3, 3)
+        kept, token = accept_sampled(draft, target, u[:, :2], u[:, 2])
+        weight = q0[a] * q1[a][b] / n
+        for k, t in zip(kept.tolist(), token.tolist(), strict=True):
+            out = [*(a, b)[:k], t]
+            for last in range(3):
+                if len(out) >= 2:
+                    joint[out[0], out[1]] += weight / 3
+                else:
+                    joint[out[0], last] += weight * p1[out[0]][last]
+    for (a, b), probability in joint.items():
+        assert probability == pytest.approx(p0[a] * p1[a][b], abs=1e-12)
+
+
+def test_sample_inverts_the_distribution_and_never_draws_weight_zero():
+    weights = torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0, 0.0])
+    drawn = sample(weights.expand(8, 6), torch.tensor(midpoints(8)))
+    assert drawn.bincount(minlength=6).tolist() == [0, 2, 0, 4, 2, 0]
+    edge = torch.tensor([0.0, 1 - 2**-24])
+    for scale in (1.0, 0.3, 1 + 2**-23, 1e-6, 3e5):
+        assert sample((weights * scale).expand(2, 6), edge).tolist() == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "options", [(1.0, None, None), (0.7, 3, None), (1.5, None, 0.6), (0.9, 5, 0.8)]
+)
+def test_logits_to_probs_against_a_loop(options):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(20, 11, generator=generator) * 2
+    got = logits_to_probs(logits, Sampling(*options))
+    for row, probs in zip(logits, got, strict=True):
+        assert probs.tolist() == pytest.approx(reference_probs(row.tolist(), *options), abs=1e-6)
+
+
+def exact_distribution(model: Transformer, prompt: list[int], n: int, sampling: Sampling) -> dict:
+    """Probability of every continuation of n tokens, from float64 logits."""
+    options = sampling.temperature, sampling.top_k, sampling.top_p
+    result = {(): 1.0}
+    for _ in range(n):
+        longer = {}
+        for so_far, mass in result.items():
+            logits = reference_logits(model, [*prompt, *so_far])[-1]
+            for token, p in enumerate(reference_probs(logits.tolist(), *options)):
+                if p > 0:
+                    longer[(*so_far, token)] = mass * p
+        result = longer
+    return result
+
+
+def chi_square_excess(model, prompt, sampling, drafting, n=4, rows=4000) -> float:
+    """Distance of sampled continuations from the exact distribution, in standard deviations.
+
+    The statistic has mean k - 1 and variance 2 (k - 1) for k cells if the sampler is right.
+    """
+    exact = exact_distribution(model, prompt, n, sampling)
+    outputs, _ = run(model, [prompt] * rows, n, drafting, sampling, seed=7)
+    counts = dict.fromkeys(exact, 0)
+    for output in outputs:
+        counts[tuple(output)] += 1  # KeyError: a continuation of probability 0
+    rare = [s for s, p in exact.items() if p * rows < 5]
+    cells = [(counts[s], p * rows) for s, p in exact.items() if p * rows >= 5]
+    if rare:
+        cells.append((sum(counts[s] for s in rare), rows * sum(exact[s] for s in rare)))
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells if expected)
+    k = len(cells)
+    return (statistic - (k - 1)) / math.sqrt(2 * (k - 1))
+
+
+SAMPLINGS = [Sampling(1.0), Sampling(0.8, top_k=3), Sampling(1.2, top_p=0.7)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("drafting", [Drafting(), streaming(1, 4, 1), streaming(3, 4, 1)])
+def test_the_sampled_loop_has_the_targets_distribution(sampling, drafting):
+    model = tiny_model(vocab_size=5)
+    assert chi_square_excess(model, [1, 4, 2, 0, 3, 1, 1, 2], sampling, drafting) < 4
+
+
+@pytest.mark.parametrize("mistake", ["accept all", "resample from the target", "draft unfiltered"])
+def test_the_chi_square_test_notices_mistakes(monkeypatch, mistake):
+    def accept_all(draft, target, u, u_next):
+        return torch.full_like(u_next, draft.tokens.shape[1]).long(), sample(target[:, -1], u_next)
+
+    def wrong_residual(draft, target, u, u_next):
+        n, _ = accept_sampled(draft, target, u, u_next)
+        return n, sample(target[torch.arange(len(n)), n], u_next)
+
+    sampling = Sampling(1.0)
+    if mistake == "accept all":
+        monkeypatch.setattr(spec_decode, "accept_sampled", accept_all)
+    elif mistake == "resample from the target":
+        monkeypatch.setattr(spec_decode, "accept_sampled", wrong_residual)
+    else:
+        original = Engine.draft
+        monkeypatch.setattr(
+            Engine,
+            "draft",
+            lambda e, g: original(e, g)._replace(probs=torch.full((len(e.rows), g, 5), 0.2)),
+        )
+    model = tiny_model(vocab_size=5)
+    assert chi_square_excess(model, [1, 4, 2, 0, 3, 1, 1, 2], sampling, streaming(3, 4, 1)) > 10
+
+
+def test_low_temperature_sampling_is_greedy():
+    model = tiny_model()
+    cold, _ = run(model, PROMPTS, 20, streaming(3), Sampling(1e-4))
+    assert cold == [plain_greedy(model, p, 20) for p in PROMPTS]
+
+
+def test_a_seed_fixes_the_sampled_output():
+    model, warm = tiny_model(), Sampling(1.0)
+    first, again, other = (
+        run(model, PROMPTS, 20, streaming(3), warm, seed=s)[0] for s in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_synthetic_acceptance_has_the_asked_rate():
+    drafting = Drafting("streaming", 3, 20, 3, synthetic_acceptance=0.8)
+    _, stats = run(tiny_model(), PROMPTS * 8, 200, drafting)
+    assert stats.acceptance_rate_per_position == pytest.approx([0.8, 0.64, 0.512], abs=0.04)
+
+
+def test_stats_have_vllms_definitions():
+    stats = spec_decode.Stats(rounds=4, gamma=2, decoded_tokens=9, accepted_histogram=[2, 1, 3])
+    assert (stats.drafts, stats.accepted) == (6, 7)
+    assert stats.mean_acceptance_length == 1 + 7 / 6
+    assert stats.draft_acceptance_rate == 7 / 12
+    assert stats.acceptance_rate_per_position == [4 / 6, 3 / 6]
+
+
+@pytest.mark.parametrize(
+    "make, word",
+    [
+        (lambda: Drafting("streeming"), "known: none, streaming"),
+        (lambda: Drafting("streaming", gamma=-1), "speculate_k -1"),
+        (lambda: Drafting("streaming", budget=4, n_sink=4), "n_sink [+] 1 = 5"),
+        (lambda: Drafting("streaming", n_sink=-1), "n_sink"),
+        (lambda: Drafting("streaming", synthetic_acceptance=1.5), "0..1"),
+        (lambda: Sampling(-1.0), "temperature"),
+        (lambda: Sampling(float("nan")), "temperature"),
+        (lambda: Sampling(1.0, top_k=0), "top_k"),
+        (lambda: Sampling(1.0, top_p=0.0), "top_p"),
+        (lambda: Sampling(0.0, top_k=5), "greedy"),
+    ],
+)
+def test_impossible_settings_are_refused(make, word):
+    with pytest.raises(ValueError, match=word):
+        make()
