@@ -85,7 +85,7 @@ class CacheSpec:
 
     @property
     def kv_block(self) -> int:
-        """Slots per flex_attention block: the fastest on the CPU (LOG.md); Triton's tile on CUDA."""
+        """Slots per flex_attention block: what measured fastest on the CPU, see LOG.md."""
         return 128 if self.device.type == "cuda" else 256
 
 

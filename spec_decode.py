@@ -75,7 +75,7 @@ class Drafting:
     """How drafts are made: whose KV they read, and how many tokens at a time."""
 
     policy: str = "none"  # a name in kv_cache.POLICIES, or "none"
-    gamma: int = 4  # draft tokens per round
+    gamma: int = 5  # draft tokens per round
     budget: int = 128  # K, tokens of draft KV per row, sinks included
     n_sink: int = 4  # of them, always the first ones of the text
     synthetic_acceptance: float | None = None  # benchmarks only: draw who is accepted; not lossless
