@@ -23,11 +23,13 @@ import resource
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
 import torch
 
 from model import (
@@ -40,11 +42,11 @@ from spec_decode import Drafting, Engine, Sampling, Stats, decode
 from tokenizer import TextStream, Tokenizer, continuation, load_tokenizer
 
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "demo"
-DEMO_MODULES = (
-    "argparse", "ast", "configparser", "dataclasses", "difflib", "doctest", "enum", "inspect",
-    "ipaddress", "logging", "optparse", "pdb", "pickle", "shutil", "statistics", "subprocess",
+DEMO_MODULES = (  # standard modules that the demo checkpoint was not trained on
+    "shutil", "argparse", "ast", "configparser", "dataclasses", "difflib", "doctest", "enum",
+    "inspect", "ipaddress", "logging", "optparse", "pdb", "pickle", "statistics", "subprocess",
     "tarfile", "threading", "typing", "zipfile",
-)  # fmt: skip  # standard modules that the demo checkpoint was not trained on
+)  # fmt: skip
 DEMO_ROWS, DEMO_SHORTEST, DEMO_LONGEST = 16, 3000, 3840  # rows, tokens
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
