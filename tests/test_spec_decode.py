@@ -262,7 +262,7 @@ def exact_distribution(model: Transformer, prompt: list[int], n: int, sampling: 
     return result
 
 
-def chi_square_excess(model, prompt, sampling, drafting, n=4, rows=4000) -> float:
+def chi_square_excess(model, prompt, sampling, drafting, n=4, rows=6000) -> float:
     """Distance of sampled continuations from the exact distribution, in standard deviations.
 
     The statistic has mean k - 1 and variance 2 (k - 1) for k cells if the sampler is right.
