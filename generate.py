@@ -16,8 +16,8 @@ What a user can get wrong ends in one line on standard error and exit status 2.
 
 import argparse
 import importlib.util
+import io
 import json
-import os
 import platform
 import resource
 import statistics
@@ -26,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
@@ -36,7 +36,9 @@ from model import (
     compile_blocks,
     compiler_runs,
     eos_token_ids,
+    load_config,
     load_model,
+    write_json,
 )
 from spec_decode import Drafting, Engine, Sampling, Stats, decode
 from tokenizer import TextStream, Tokenizer, continuation, load_tokenizer
@@ -65,8 +67,9 @@ class Run:
 
     @property
     def ms_per_token(self) -> float:
-        """Milliseconds from one token of a row to its next, averaged over rows."""
-        return 1e3 * len(self.outputs) / self.tokens_per_second
+        """Milliseconds from a token to the next one of its row, while the row runs."""
+        ms_per_round = 1e3 * self.seconds / max(self.stats.rounds, 1)
+        return ms_per_round * self.stats.drafts / max(self.stats.decoded_tokens, 1)
 
 
 @dataclass(slots=True)
@@ -83,13 +86,20 @@ class Report:
 
     @property
     def speedup(self) -> float | None:
-        return (
-            self.main.tokens_per_second / self.baseline.tokens_per_second if self.baseline else None
-        )
+        """Over the baseline; None without one, or when the prefill already decided everything."""
+        if self.baseline is None or not self.main.stats.decoded_tokens:
+            return None
+        return self.main.tokens_per_second / self.baseline.tokens_per_second
 
     @property
-    def identical(self) -> list[bool]:
-        """Per row: the same tokens as the baseline."""
+    def synthetic(self) -> float | None:
+        return self.engine.drafting.synthetic_acceptance
+
+    @property
+    def identical(self) -> list[bool] | None:
+        """Per row: the same tokens as the baseline; None where they need not be the same."""
+        if self.baseline is None or not self.engine.sampling.greedy or self.synthetic is not None:
+            return None
         pairs = zip(self.main.outputs, self.baseline.outputs, strict=True)
         return [ours == theirs for ours, theirs in pairs]
 
@@ -98,11 +108,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line for the caller to print, instead of a usage text."""
         raise ValueError(f"{message} (see --help)")
-
-
-def default(config: type, name: str):
-    """The default of a config's field, so that it is written once."""
-    return next(f.default for f in fields(config) if f.name == name)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -119,19 +124,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--prompts", type=Path, help='.jsonl, an object with "prompt" per line')
     p.add_argument("--batch_size", type=int, help="rows; prompts are repeated to fill them")
     p.add_argument("--max_new_tokens", type=int, default=256)
-    p.add_argument(
-        "--temperature", type=float, default=default(Sampling, "temperature"), help="0: greedy"
-    )
+    p.add_argument("--temperature", type=float, default=Sampling().temperature, help="0: greedy")
     p.add_argument("--top_k", type=int)
     p.add_argument("--top_p", type=float)
     p.add_argument("--seed", type=int, default=1234)
     p.add_argument("--ignore_eos", action="store_true", help="go on to the limit")
     p.add_argument("--draft", default="streaming", help="whose KV the draft reads: none, streaming")
-    p.add_argument("--speculate_k", "--gamma", type=int, default=default(Drafting, "gamma"),
+    p.add_argument("--speculate_k", "--gamma", type=int, default=Drafting().gamma,
                    help="draft tokens per round; 0: plain decoding")  # fmt: skip
-    p.add_argument("--draft_budget", type=int, default=default(Drafting, "budget"),
+    p.add_argument("--draft_budget", type=int, default=Drafting().budget,
                    help="tokens of KV that the draft reads per row, sinks included")  # fmt: skip
-    p.add_argument("--n_sink", type=int, default=default(Drafting, "n_sink"))
+    p.add_argument("--n_sink", type=int, default=Drafting().n_sink)
     p.add_argument("--synthetic_acceptance", type=float, metavar="RATE",
                    help="benchmarks: draw the accepted count at this rate")  # fmt: skip
     p.add_argument(
@@ -164,24 +167,38 @@ def check_args(args: argparse.Namespace) -> None:
     given = sum(map(bool, (args.prompt, args.prompt_file, args.prompts, args.interactive)))
     if given > 1:
         raise ValueError("give one of --prompt, --prompt_file, --prompts and --interactive")
+    drafts = args.draft != "none" and args.speculate_k != 0
     if args.compare is None:
-        args.compare = args.check_lossless or not given
+        args.compare = args.check_lossless or (drafts and not given)
+    for flag in ("compare", "check_lossless", "synthetic_acceptance"):
+        if getattr(args, flag) not in (None, False) and not drafts:
+            raise ValueError(f"--{flag} needs a draft: not --draft none, not --speculate_k 0")
+    if args.interactive and (args.compare or args.json or args.profile):
+        raise ValueError("--interactive has no --compare, --check_lossless, --json or --profile")
     if args.check_lossless and (args.temperature > 0 or args.synthetic_acceptance is not None):
-        raise ValueError("--check_lossless compares greedy outputs: no --temperature, no "
-                         "--synthetic_acceptance")  # fmt: skip
+        raise ValueError(
+            "--check_lossless compares greedy outputs: no --temperature, no --synthetic_acceptance"
+        )
     if args.check_lossless and not args.compare:
         raise ValueError("--check_lossless needs the plain run that --no-compare leaves out")
-    if args.synthetic_acceptance is not None and args.draft == "none":
-        raise ValueError("--synthetic_acceptance needs a draft; --draft is none")
+    for path in (args.json if args.json != "-" else None, args.profile):
+        if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
+            raise ValueError(f"cannot write {path}: its directory must exist, and it be a file")
+    args.device = check_device(args.device)
+    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name, if this machine has it."""
     try:
-        device = torch.device(args.device)
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {args.device!r} is unknown; use cpu, cuda or cuda:N") from None
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {args.device} is not supported; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this torch sees no GPU; use --device cpu")
-    args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+        raise ValueError(f"--device {name} is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
+    return device
 
 
 def module_source(name: str) -> str:
@@ -189,19 +206,25 @@ def module_source(name: str) -> str:
     return Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8")
 
 
-def demo_prompts(tokenizer: Tokenizer, n_rows: int, longest: int) -> list[list[int]]:
-    """Beginnings of standard modules, cut to different lengths of at most `longest` tokens.
+def demo_lengths(n_rows: int, longest: int = DEMO_LONGEST) -> list[int]:
+    """Different prompt lengths of at most `longest` tokens.
 
     Long and short rows alternate: threads share the rows of a batch in contiguous parts.
     """
     shortest = longest * DEMO_SHORTEST // DEMO_LONGEST
-    prompts = []
-    for row in range(n_rows):
-        rank = n_rows - 1 - row // 2 if row % 2 else row // 2
-        length = shortest + (longest - shortest) * rank // max(n_rows - 1, 1)
-        ids = tokenizer.encode(module_source(DEMO_MODULES[row % len(DEMO_MODULES)]))
-        prompts.append(ids[:length])
-    return prompts
+    ranks = [n_rows - 1 - row // 2 if row % 2 else row // 2 for row in range(n_rows)]
+    lengths = [shortest + (longest - shortest) * rank // max(n_rows - 1, 1) for rank in ranks]
+    return [max(length, 1) for length in lengths]
+
+
+def demo_prompts(tokenizer: Tokenizer, n_rows: int, longest: int) -> list[list[int]]:
+    """Beginnings of standard modules, cut to the demo's lengths."""
+    names = [DEMO_MODULES[row % len(DEMO_MODULES)] for row in range(n_rows)]
+    lengths = demo_lengths(n_rows, longest)
+    return [
+        tokenizer.encode(module_source(name))[:length]
+        for name, length in zip(names, lengths, strict=True)
+    ]
 
 
 def read_text(path: Path) -> str:
@@ -212,36 +235,46 @@ def read_text(path: Path) -> str:
 
 
 def read_jsonl(path: Path) -> list[str]:
+    """The prompts of a file with a JSON object per line; ValueError names a line that is not."""
     texts = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).rstrip().split("\n"), start=1):
         try:
             texts.append(json.loads(line)["prompt"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{path}, line {number}: not an object with "prompt"') from None
+            texts.append(None)
+        if not isinstance(texts[-1], str):
+            raise ValueError(f'{path}, line {number}: not an object with a text "prompt"')
     return texts
+
+
+def encode_prompt(text: str, args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a prompt; a --prompt that is an integer N stands for N random tokens."""
+    if not args.prompt or not text.isdecimal():
+        return tokenizer.encode(text) if text else []
+    n = int(text) if len(text) < 10 else 10**9
+    if n > 10**7:
+        raise ValueError(f"--prompt {text}: a synthetic prompt of so many tokens fits no model")
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.randint(tokenizer.vocab_size, (n,), generator=generator).tolist()
 
 
 def read_prompts(
     args: argparse.Namespace, tokenizer: Tokenizer, max_context: int
 ) -> list[list[int]]:
-    """Token ids of every row of the batch."""
+    """Token ids of every row of the batch; with --interactive, which has none yet, empty ones."""
     longest = max_context - args.max_new_tokens  # prompt tokens that leave room for the answer
     if longest < 1:
-        raise ValueError(f"--max_new_tokens {args.max_new_tokens} does not fit into the model's "
-                         f"context of {max_context} tokens")  # fmt: skip
-    texts = args.prompt + [read_text(path) for path in args.prompt_file]
-    if args.prompts:
-        texts = read_jsonl(args.prompts)
+        raise ValueError(
+            f"--max_new_tokens {args.max_new_tokens} does not fit into the model's "
+            f"context of {max_context} tokens"
+        )
+    if args.interactive:
+        return [[]] * (args.batch_size or 1)
     if not (args.prompt or args.prompt_file or args.prompts):
         return demo_prompts(tokenizer, args.batch_size or DEMO_ROWS, min(DEMO_LONGEST, longest))
-    generator = torch.Generator().manual_seed(args.seed)
-    prompts = []
-    for text in texts:
-        if args.prompt and text.isdecimal():
-            size = (int(text),)
-            prompts.append(torch.randint(tokenizer.vocab_size, size, generator=generator).tolist())
-        else:
-            prompts.append(tokenizer.encode(text) if text else [])
+    texts = read_jsonl(args.prompts) if args.prompts else args.prompt
+    texts = texts + [read_text(path) for path in args.prompt_file]
+    prompts = [encode_prompt(text, args, tokenizer) for text in texts]
     for number, ids in enumerate(prompts):
         if not ids:
             raise ValueError(f"prompt {number} is empty; nothing can follow from it")
@@ -250,8 +283,6 @@ def read_prompts(
                 f"prompt {number} has {len(ids)} tokens; the model's context of {max_context} "
                 f"leaves room for {longest} with --max_new_tokens {args.max_new_tokens}"
             )
-    if not prompts:
-        raise ValueError(f"{args.prompts} holds no prompts")
     n_rows = args.batch_size or len(prompts)
     if n_rows < len(prompts):
         raise ValueError(f"--batch_size {n_rows} is less than the {len(prompts)} prompts given")
@@ -272,38 +303,44 @@ def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, obje
     return time.perf_counter() - start, result
 
 
-def warm_up(engine: Engine, gamma: int, plain: bool) -> None:
+def warm_up(engine: Engine) -> None:
     """Compile every shape that will run, twice each; decides no tokens."""
     for _ in range(2):
         engine.prefill_row(0, 1)
-        for g in sorted({gamma, 0} if plain else {gamma}):
-            engine.verify(engine.draft(g).tokens)
+        for gamma in {0, engine.gamma}:
+            engine.verify(engine.draft(gamma).tokens)
 
 
-def step_times(engine: Engine, gamma: int, repeats: int = 9) -> dict[str, float]:
-    """Median milliseconds of a plain step, and of a draft step and a verification."""
-    device = engine.tokens.device
-
-    def median(work: Callable[[], object]) -> float:
-        return 1e3 * statistics.median(timed(device, work)[0] for _ in range(repeats))
-
-    nothing = engine.draft(0).tokens
-    times = {"target_step_ms": median(lambda: engine.verify(nothing).argmax(dim=-1))}
+def step_times(engine: Engine, repeats: int = 9) -> dict[str, float]:
+    """Median milliseconds of a plain step, a draft step and a verification, taken in turn."""
+    gamma, nothing = engine.gamma, engine.draft(0).tokens
+    tokens = engine.draft(gamma).tokens
+    work = {"target_step_ms": lambda: engine.verify(nothing).argmax(dim=-1)}
     if gamma:
-        tokens = engine.draft(gamma).tokens
-        times["draft_step_ms"] = median(lambda: engine.draft(gamma)) / gamma
-        times["verify_ms"] = median(lambda: engine.verify(tokens).argmax(dim=-1))
-    return times
+        work["draft_step_ms"] = lambda: engine.draft(gamma)
+        work["verify_ms"] = lambda: engine.verify(tokens).argmax(dim=-1)
+    times = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, step in work.items():
+            times[name].append(1e3 * timed(tokens.device, step)[0])
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    if gamma:
+        medians["draft_step_ms"] /= gamma
+    return medians
 
 
-def run(engine: Engine, gamma: int, show: Callable[[], None], profile: Path | None = None) -> Run:
+def run(engine: Engine, gamma: int, show: "RowPrinter | None", profile: Path | None = None) -> Run:
     """Decode the prefilled batch from its first tokens, timed."""
     engine.rewind()
+    show = show or (lambda: None)
+    show()
     tracer = torch.profiler.profile() if profile else nullcontext()
     with tracer:
         seconds, stats = timed(engine.tokens.device, lambda: decode(engine, gamma, show))
     if profile:
-        tracer.export_chrome_trace(str(profile))
+        part = profile.with_name(profile.name + ".part")
+        tracer.export_chrome_trace(str(part))
+        part.replace(profile)
     return Run(stats, engine.outputs(), seconds)
 
 
@@ -323,40 +360,43 @@ class RowPrinter:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Engine, Tokenizer, list[list[int]]]:
-    """Everything that bad input can break: checkpoint, prompts, sizes, memory."""
-    device = torch.device(args.device)
+    """Everything that bad input can break, the cheap things first: the weights come last."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     drafting = Drafting(
         args.draft, args.speculate_k, args.draft_budget, args.n_sink, args.synthetic_acceptance
     )
+    config = load_config(args.checkpoint_path)
+    args.eos_ids = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
     tokenizer = load_tokenizer(args.checkpoint_path)
-    model = load_model(args.checkpoint_path, device, DTYPES[args.dtype])
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{args.checkpoint_path}: tokenizer.model has {tokenizer.vocab_size} tokens, the model "
-            f"only {model.config.vocab_size}: they do not belong together"
+            f"only {config.vocab_size}: they do not belong together"
         )
-    if args.interactive:
-        prompts, max_len = [[]] * (args.batch_size or 1), model.config.max_seq_len
-    else:
-        prompts = read_prompts(args, tokenizer, model.config.max_seq_len)
-        max_len = max(map(len, prompts)) + args.max_new_tokens
-    if args.compile and not compiler_runs(device):
-        print("generate.py: no working compiler for torch.compile on this machine (the CPU needs "
-              "g++): running eagerly, which is slower", file=sys.stderr)  # fmt: skip
-        args.compile = False
-    if args.compile:
+    prompts = read_prompts(args, tokenizer, config.max_seq_len)
+    model = load_model(args.checkpoint_path, args.device, DTYPES[args.dtype])
+    if args.compile and not compiler_runs(args.device):
+        print(
+            "generate.py: no working compiler for torch.compile on this machine (the CPU needs "
+            "g++): running eagerly, which is slower",
+            file=sys.stderr,
+        )
+    elif args.compile:
         compile_blocks(model)
-    return Engine(model, len(prompts), max_len, drafting, sampling, args.seed), tokenizer, prompts
+    longest = config.max_seq_len
+    if not args.interactive:
+        longest = max(map(len, prompts)) + args.max_new_tokens
+    return Engine(model, len(prompts), longest, drafting, sampling, args.seed), tokenizer, prompts
 
 
-def measure(
-    args: argparse.Namespace, engine: Engine, prompts: list[list[int]], show, say
-) -> Report:
-    """Warm up, prefill, time the steps, decode; what `--compare` asks for from the same prefill."""
-    device, gamma = engine.tokens.device, engine.drafting.gamma if engine.drafting.enabled else 0
-    say("compiling" if args.compile else "warming up", end=" ... ")
-    compile_seconds, _ = timed(device, lambda: warm_up(engine, gamma, plain=True))
+def measure(args, engine: Engine, prompts: list[list[int]], shows, say) -> Report:
+    """Warm up, prefill, time the steps, decode; with --compare plainly too, from the same prefill.
+
+    `shows` are the printers (or None) of the main run and of the baseline.
+    """
+    device = engine.tokens.device
+    say("compiling" if engine.model.compiled else "warming up", end=" ... ")
+    compile_seconds, _ = timed(device, lambda: warm_up(engine))
     say(f"{compile_seconds:.1f} s")
     n_rows = len(prompts)
 
@@ -365,49 +405,57 @@ def measure(
             say(f"{100 * (row + 1) // n_rows}%", end=" ")
 
     say(f"prefilling {sum(map(len, prompts)):,} tokens", end=" ... ")
-    limits = [args.max_new_tokens] * len(prompts)
-    eos = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
-    prefill_seconds, _ = timed(device, lambda: engine.prefill(prompts, limits, eos, progress))
+    limits = [args.max_new_tokens] * n_rows
+    prefill_seconds, _ = timed(
+        device, lambda: engine.prefill(prompts, limits, args.eos_ids, progress)
+    )
     say(f"{prefill_seconds:.1f} s")
-    step_ms = step_times(engine, gamma)
+    step_ms = step_times(engine)
     baseline = None
     if args.compare:
         say("decoding plainly", end=" ... ")
-        baseline = run(engine, 0, lambda: None)
+        baseline = run(engine, 0, shows[1])
         say(f"{baseline.seconds:.1f} s")
-    main_run = run(engine, gamma, show, args.profile)
+    main_run = run(engine, engine.gamma, shows[0], args.profile)
     return Report(engine, prompts, compile_seconds, prefill_seconds, step_ms, main_run, baseline)
 
 
 def table(report: Report) -> str:
     """The numbers of both runs, side by side."""
-    runs = [r for r in (report.baseline, report.main) if r]
-    drafting = report.engine.drafting
-    name = drafting.policy if drafting.enabled else "plain"
-    heads = (["plain"] if report.baseline else []) + [name]
-    lines = [f"{'':28}" + "".join(f"{h:>14}" for h in heads)]
-
-    def line(label: str, values: list[str]) -> None:
-        lines.append(f"{label:28}" + "".join(f"{v:>14}" for v in values))
-
-    line("decode tokens/s", [f"{r.tokens_per_second:.1f}" for r in runs])
-    line("ms per token and row", [f"{r.ms_per_token:.2f}" for r in runs])
-    line("rounds", [str(r.stats.rounds) for r in runs])
-    line("mean acceptance length", [f"{r.stats.mean_acceptance_length:.2f}" for r in runs])
-    stats, ms = report.main.stats, report.step_ms
-    if drafting.enabled:
+    engine, stats, ms = report.engine, report.main.stats, report.step_ms
+    synthetic = "" if report.synthetic is None else f" (synthetic {report.synthetic})"
+    name = engine.drafting.policy + synthetic if engine.gamma else "plain"
+    runs = {"plain": report.baseline} if report.baseline else {}
+    runs[name] = report.main
+    lines = [f"{'':24}" + "".join(f"{head:>28}" for head in runs)]
+    for label, value in {
+        "decode tokens/s": lambda r: f"{r.tokens_per_second:.1f}",
+        "ms per token": lambda r: f"{r.ms_per_token:.2f}",
+        "rounds": lambda r: f"{r.stats.rounds}",
+        "mean acceptance length": lambda r: f"{r.stats.mean_acceptance_length:.2f}",
+    }.items():
+        lines.append(f"{label:24}" + "".join(f"{value(r):>28}" for r in runs.values()))
+    if engine.gamma:
         rates = " ".join(f"{rate:.3f}" for rate in stats.acceptance_rate_per_position)
-        synthetic = drafting.synthetic_acceptance
-        label = "" if synthetic is None else f"  (synthetic, drawn at {synthetic})"
-        lines += [
-            f"acceptance rate {stats.draft_acceptance_rate:.3f}, by position {rates}{label}",
-            f"T_T {ms['target_step_ms']:.1f} ms, T_D {ms['draft_step_ms']:.1f} ms, "
-            f"T_V({stats.gamma}) {ms['verify_ms']:.1f} ms = "
-            f"{ms['verify_ms'] / ms['target_step_ms']:.2f} T_T",
-        ]
-    else:
-        lines.append(f"T_T {ms['target_step_ms']:.1f} ms")
+        lines.append(
+            f"acceptance rate {stats.draft_acceptance_rate:.3f}, by position {rates}{synthetic}"
+        )
+    steps = f"T_T {ms['target_step_ms']:.1f} ms"
+    if engine.gamma:
+        ratio = ms["verify_ms"] / ms["target_step_ms"]
+        steps += f", T_D {ms['draft_step_ms']:.1f} ms"
+        steps += f", T_V({engine.gamma}) {ms['verify_ms']:.1f} ms = {ratio:.2f} T_T"
+    bandwidth = step_bytes(engine, report.prompts) / ms["target_step_ms"] / 1e6
+    memory = peak_memory_bytes(engine.tokens.device) / 2**30
+    lines.append(f"{steps}; T_T reads {bandwidth:.1f} GB/s; peak memory {memory:.1f} GiB")
     return "\n".join(lines)
+
+
+def step_bytes(engine: Engine, prompts: list[list[int]]) -> int:
+    """Bytes that a plain step after the prefill must read: K and V of the prompts, the weights."""
+    spec = engine.full.spec
+    kv_bytes = sum(map(len, prompts)) * spec.bytes_per_slot // spec.batch_size
+    return kv_bytes + sum(p.nbytes for p in engine.model.parameters())  # tied weights count once
 
 
 def top2_margin(engine: Engine, ids: list[int]) -> float:
@@ -420,22 +468,21 @@ def top2_margin(engine: Engine, ids: list[int]) -> float:
 
 def verdict(report: Report) -> str:
     """Speedup, and whether the outputs are the same; if not, where they part and how closely."""
-    same = report.identical
-    lines = [
-        f"speedup {report.speedup:.2f}x over plain decoding, "
-        f"{sum(same)} of {len(same)} outputs identical"
-    ]
-    if not report.engine.sampling.greedy or report.engine.drafting.synthetic_acceptance is not None:
-        return f"speedup {report.speedup:.2f}x over plain decoding"
-    for row, ours, theirs in zip(
-        range(len(same)), report.main.outputs, report.baseline.outputs, strict=True
-    ):
+    if report.speedup is None:
+        return "nothing was left to decode after the first tokens"
+    line = f"speedup {report.speedup:.2f}x over plain decoding"
+    if report.synthetic is not None:
+        return f"{line} (synthetic acceptance {report.synthetic}: the outputs mean nothing)"
+    if report.identical is None:
+        return line
+    lines = [f"{line}, {sum(report.identical)} of {len(report.prompts)} outputs identical"]
+    rows = zip(report.prompts, report.main.outputs, report.baseline.outputs, strict=True)
+    for row, (prompt, ours, theirs) in enumerate(rows):
         if ours != theirs:
-            at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-            margin = top2_margin(report.engine, report.prompts[row] + theirs[:at])
-            lines.append(
-                f"row {row} differs from new token {at} on; top-2 logit margin {margin:.2g}"
-            )
+            same = [a == b for a, b in zip(ours, theirs, strict=False)]
+            at = (same + [False]).index(False)
+            margin = top2_margin(report.engine, prompt + theirs[:at])
+            lines.append(f"row {row} differs from new token {at}; top-2 logit margin {margin:.2g}")
     return "\n".join(lines)
 
 
@@ -458,7 +505,7 @@ def environment(engine: Engine) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "compiled": engine.model.flex or engine.model.layers[0]._compiled_call_impl is not None,
+        "compiled": engine.model.compiled,
     }
 
 
@@ -494,20 +541,16 @@ def run_json(report: Report, r: Run) -> dict:
 
 def to_json(report: Report, tokenizer: Tokenizer) -> dict:
     """The object that `--json` writes; keys that do not apply are absent."""
-    engine, stats = report.engine, report.main.stats
-    config = engine.model.config
-    drafting = engine.drafting
+    engine, drafting = report.engine, report.engine.drafting
     plan = {"strategy": "none", "gamma": 0}
-    if drafting.enabled:
-        plan = {"strategy": drafting.policy, "draft_budget": drafting.budget, "gamma": stats.gamma}
-    if drafting.synthetic_acceptance is not None:
-        plan["synthetic_acceptance"] = drafting.synthetic_acceptance
+    if engine.gamma:
+        plan = {"strategy": drafting.policy, "draft_budget": drafting.budget, "gamma": engine.gamma}
+    if report.synthetic is not None:
+        plan["synthetic_acceptance"] = report.synthetic
     eos = set(engine.eos.tolist())
     result = {
         "environment": environment(engine),
-        "model": {
-            f.name: getattr(config, f.name) for f in fields(config) if f.name != "rope_scaling"
-        },
+        "model": asdict(engine.model.config),
         "plan": plan,
         "outputs": [
             {
@@ -519,31 +562,23 @@ def to_json(report: Report, tokenizer: Tokenizer) -> dict:
             for prompt, ids in zip(report.prompts, report.main.outputs, strict=True)
         ],
     }
-    result["speculative" if drafting.enabled else "baseline"] = run_json(report, report.main)
+    result["speculative" if engine.gamma else "baseline"] = run_json(report, report.main)
     if report.baseline:
         result["baseline"] = run_json(report, report.baseline)
-        result |= {"speedup": report.speedup, "identical": all(report.identical)}
+    if report.speedup is not None:
+        result["speedup"] = report.speedup
+    if report.identical is not None:
+        result["identical"] = all(report.identical)
     return result
-
-
-def write_json(value: dict, path: str) -> None:
-    """To a file in one step, so that an interrupted run leaves no half of it; "-": to stdout."""
-    text = json.dumps(value, indent=2) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    part = Path(path + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def describe(args: argparse.Namespace, engine: Engine, prompts: list[list[int]]) -> str:
     """What is about to run, in three lines."""
-    n_params = sum(p.numel() for p in set(engine.model.parameters()))
+    n_params = sum(p.numel() for p in engine.model.parameters())
     lengths, drafting, s = [len(p) for p in prompts], engine.drafting, engine.sampling
     how = "greedy" if s.greedy else f"temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}"
     draft = "no draft: plain decoding"
-    if drafting.enabled:
+    if engine.gamma:
         draft = (f"self-speculation, {drafting.policy} draft cache of {drafting.budget} tokens "
                  f"({drafting.n_sink} sinks), gamma {drafting.gamma}")  # fmt: skip
     return (
@@ -562,58 +597,60 @@ def batch(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt
         print(text, end=end, file=out, flush=True)
 
     say(describe(args, engine, prompts))
-    live = out.isatty()
-    show = RowPrinter(engine, tokenizer, prompts[0], out) if live else lambda: None
-    report = measure(args, engine, prompts, show, say)
+    live, shows = out.isatty(), (None, None)
+    if live:  # the baseline pays for the same work, so that the speedup is fair
+        shows = [RowPrinter(engine, tokenizer, prompts[0], o) for o in (out, io.StringIO())]
+    report = measure(args, engine, prompts, shows, say)
     if live:
-        say(show.text.close())
+        say(shows[0].text.close())
     else:
         say("\nrow 0 continues:\n" + continuation(tokenizer, prompts[0], report.main.outputs[0]))
     say("\n" + table(report))
     if report.baseline:
         say(verdict(report))
-    if args.json:
-        write_json(to_json(report, tokenizer), args.json)
+    if args.json == "-":
+        print(json.dumps(to_json(report, tokenizer), indent=2))
+    elif args.json:
+        write_json(to_json(report, tokenizer), Path(args.json))
     return 1 if args.check_lossless and not all(report.identical) else 0
 
 
 def converse(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer) -> int:
     """Continue one prompt after another from standard input, until it ends."""
-    gamma = engine.drafting.gamma if engine.drafting.enabled else 0
-    rows, eos = len(engine.rows), () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
-    longest = engine.model.config.max_seq_len - args.max_new_tokens
+    rows, longest = len(engine.rows), engine.model.config.max_seq_len - args.max_new_tokens
+    warm_up(engine)
     while True:
         try:
             text = input("\nprompt> " if sys.stdin.isatty() else "")
         except EOFError:
             return 0
-        prompt = tokenizer.encode(text)
-        if not text or len(prompt) > longest:
-            print(
-                f"a prompt needs 1 to {longest} tokens; this one has {len(prompt) if text else 0}"
-            )
+        prompt = tokenizer.encode(text) if text else []
+        if not 1 <= len(prompt) <= longest:
+            print(f"a prompt needs 1 to {longest} tokens; this one has {len(prompt)}")
             continue
-        engine.prefill([prompt] * rows, [args.max_new_tokens] * rows, eos)
+        engine.prefill([prompt] * rows, [args.max_new_tokens] * rows, args.eos_ids)
         show = RowPrinter(engine, tokenizer, prompt, sys.stdout)
-        result = run(engine, gamma, show)
+        result = run(engine, engine.gamma, show)
         print(show.text.close())
-        print(f"[{result.tokens_per_second:.1f} tokens/s, mean acceptance length "
-              f"{result.stats.mean_acceptance_length:.2f}]", file=sys.stderr)  # fmt: skip
+        print(
+            f"[{result.tokens_per_second:.1f} tokens/s, mean acceptance length "
+            f"{result.stats.mean_acceptance_length:.2f}]",
+            file=sys.stderr,
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 for input that cannot be used."""
     try:
         with torch.inference_mode():
-            try:
-                args = parse_args(argv)
-                engine, tokenizer, prompts = prepare(args)
-            except (ValueError, OSError) as e:
-                print(f"generate.py: {e}", file=sys.stderr)
-                return 2
+            args = parse_args(argv)
+            engine, tokenizer, prompts = prepare(args)
             if args.interactive:
                 return converse(args, engine, tokenizer)
             return batch(args, engine, tokenizer, prompts)
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        print("generate.py:", " ".join(str(e).split()), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ngenerate.py: interrupted", file=sys.stderr)
         return 130

@@ -18,12 +18,12 @@ Rolling back is arithmetic on the lengths, and the lengths are kept by the engin
 
     ring slot of position p  =  n_selected + p % ring_size,     ring_size = n_recent + gamma + 1
 
-What a ring slot holds follows from the newest written position alone: the largest p of its residue
-class that does not exceed it. A query at q sees the ring's tokens with q - n_recent < p <= q, and
-a selected slot only if its token lies before that window, so no token is seen twice, also when
-the prompt is shorter than the budget. The slack is why rejected drafts never damage the window:
-a round writes at most gamma + 1 positions past the newest decided token, and the tokens they
-overwrite are ring_size older, outside every window still to come.
+Which token a visible ring slot holds follows from the newest written position alone: the largest p
+of its residue class that does not exceed it. A query at q sees the ring's tokens with
+q - n_recent < p <= q, and a selected slot only if its token lies before that window, so no token is
+seen twice, also when the prompt is shorter than the budget. The slack is why rejected drafts never
+damage the window: a round writes gamma + 1 positions, the newest decided token's and those of gamma
+drafts, and the tokens they overwrite are ring_size older, outside every window still to come.
 
 A **policy** is a pure function that returns the positions to keep, ``[B, Hkv, n_selected]``.
 `SparseKVCache.fill` gathers them from the full cache; reading is the same for all policies.
@@ -55,6 +55,7 @@ class Step(NamedTuple):
 
     slots: tuple[Tensor, ...]  # per buffer: [B, T] int64, where these tokens are written
     mask: BlockMask | Tensor  # what each folded query sees of the first buffer
+    kernel_options: dict | None = None  # for flex_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +80,13 @@ class CacheSpec:
 
     @property
     def bytes_per_slot(self) -> int:
-        """Bytes of K and V of one token slot of all rows, heads and layers."""
+        """Bytes of K and V of one slot in all rows, heads and layers."""
         numbers = 2 * self.n_layer * self.batch_size * self.n_kv_head * self.head_dim
         return numbers * self.dtype.itemsize
 
     @property
     def kv_block(self) -> int:
-        """Slots per flex_attention block: what measured fastest on the CPU, see LOG.md."""
+        """Slots per flex_attention block: Triton's tile, or the fastest on the CPU (LOG.md)."""
         return 128 if self.device.type == "cuda" else 256
 
 
@@ -154,8 +155,26 @@ class KVCache:
         return ((self.k[i], self.v[i]),)
 
     def step(self, pos: Tensor) -> Step:  # [B, T], consecutive within a row
-        mask = self.block_mask(pos) if self.spec.flex else self.dense_mask(pos)
-        return Step((pos,), mask)
+        if not self.spec.flex:
+            return Step((pos,), self.dense_mask(pos))
+        return Step((pos,), self.block_mask(pos), self.kernel_options(*pos.shape))
+
+    def kernel_options(self, B: int, T: int) -> dict | None:
+        """Settings of the split-KV kernel that CUDA uses for fewer than 128 folded queries.
+
+        Its default for Hopper has one pipeline stage, and splits a row's blocks among too few
+        programs for ragged rows; about four programs per multiprocessor keep all of them busy.
+        """
+        if self.spec.device.type != "cuda" or self.spec.n_group * T >= Q_BLOCK:
+            return None
+        n_sm = torch.cuda.get_device_properties(self.spec.device).multi_processor_count
+        options = {
+            "SPLIT_KV": max(4 * n_sm // (B * self.spec.n_kv_head), 1),
+            "BLOCKS_ARE_CONTIGUOUS": True,
+        }
+        if self.spec.dtype != torch.float32:  # in float32 three stages outgrow shared memory
+            options["num_stages"] = 3
+        return options
 
     def dense_mask(self, pos: Tensor) -> Tensor:
         """[B, 1, G * T, S] bool: slot <= q."""
@@ -255,8 +274,8 @@ class SelfSpeculationCache:
         return self.full.layer(i) + self.sparse.layer(i)
 
     def step(self, pos: Tensor) -> Step:
-        (slot,), mask = self.full.step(pos)
-        return Step((slot, self.sparse.slots(pos)), mask)
+        step = self.full.step(pos)
+        return step._replace(slots=(*step.slots, self.sparse.slots(pos)))
 
 
 def select_streaming(

@@ -20,7 +20,7 @@ cached number it reads. Two things keep the reading fast:
 * **flex_attention with a block mask made from lengths.** It reads ceil(len / block) blocks of
   each row, not the capacity of the static buffer, and compiles to a split-KV kernel on CUDA.
   Where flex_attention cannot run (no compiler, no AVX2), and for the few slots of a draft cache,
-  the cache hands out a boolean mask instead and attention is two matrix products and a softmax.
+  the cache hands out a boolean mask instead, and attention is two matrix products and a softmax.
 
 Blocks are compiled one by one (`compile_blocks`): all layers share one compiled function, so a
 32-layer model compiles as fast as a 2-layer one, and no Python runs between the kernels of a
@@ -34,12 +34,12 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -76,6 +76,12 @@ class ModelConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not (type(value) is int and value > 0):
+                raise ValueError(f"{field.name} = {value!r} is not a positive integer")
+            if field.type is float and not (type(value) in (int, float) and value > 0):
+                raise ValueError(f"{field.name} = {value!r} is not a positive number")
         if self.n_head % self.n_kv_head:
             raise ValueError(
                 f"num_attention_heads {self.n_head} is not a multiple of "
@@ -88,11 +94,6 @@ class ModelConfig:
     def n_group(self) -> int:
         """G, query heads per KV head."""
         return self.n_head // self.n_kv_head
-
-    @property
-    def max_context(self) -> int:
-        """Longest text the model was trained for, prompt and continuation together, in tokens."""
-        return self.max_seq_len
 
     @classmethod
     def from_hf(cls, hf: dict, source: str = "config.json") -> "ModelConfig":
@@ -110,12 +111,14 @@ class ModelConfig:
                 vocab_size=hf["vocab_size"],
                 max_seq_len=hf.get("max_position_embeddings", 2048),
                 rope_theta=rope_fields(hf).get("rope_theta", 10000.0),
-                rope_scaling=rope_scaling(hf, source),
+                rope_scaling=rope_scaling(hf),
                 norm_eps=hf.get("rms_norm_eps", 1e-6),
                 tie_embeddings=hf.get("tie_word_embeddings", False),
             )
         except KeyError as missing:
             raise ValueError(f"{source} has no field {missing}") from None
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
+            raise ValueError(f"{source}: {e}") from None
 
 
 def check_supported(hf: dict, source: str) -> None:
@@ -140,16 +143,14 @@ def rope_fields(hf: dict) -> dict:
     return {k: v for k, v in hf.items() if k == "rope_theta"} | nested
 
 
-def rope_scaling(hf: dict, source: str) -> RopeScaling | None:
+def rope_scaling(hf: dict) -> RopeScaling | None:
     """The RoPE scaling of a config, None where there is none; ValueError for unknown kinds."""
     fields = rope_fields(hf)
     kind = fields.get("rope_type") or fields.get("type") or "default"
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ValueError(
-            f"{source}: rope_type {kind!r} is not supported; supported: default, llama3"
-        )
+        raise ValueError(f"rope_type {kind!r} is not supported; supported: default, llama3")
     return RopeScaling(
         factor=fields["factor"],
         low_freq_factor=fields["low_freq_factor"],
@@ -185,24 +186,27 @@ def attend(
     q: Tensor,  # [B, T, H, D]
     k: Tensor,  # [B, Hkv, S, D]
     v: Tensor,  # [B, Hkv, S, D]
-    mask: BlockMask | Tensor | None,  # over folded queries, see the module docstring; None: causal
+    step: Step | None,  # with a mask over folded queries, see the module docstring; None: causal
 ) -> Tensor:  # [B, T, H * D]
     """Attention of every query head to its KV head, with G folded into the query length."""
     B, T, H, D = q.shape
     Hkv = k.shape[1]
     G = H // Hkv
-    if mask is None:
+    if step is None:
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k, v, is_causal=True, enable_gqa=G > 1
         )
         return y.transpose(1, 2).reshape(B, T, H * D)
     q = q.view(B, T, Hkv, G, D).permute(0, 2, 3, 1, 4).reshape(B, Hkv, G * T, D)
     q = q * D**-0.5  # scaled here, not in the kernel: flex on the CPU wants a computed query
-    if isinstance(mask, BlockMask):
-        y = flex_attention(q, k, v, block_mask=mask, scale=1.0)
-    else:  # written out: for the few slots of a draft cache it compiles to faster code (LOG.md)
-        scores = (q @ k.transpose(-1, -2)).float().masked_fill(~mask, -torch.inf)
-        y = scores.softmax(dim=-1).to(v.dtype) @ v
+    if isinstance(step.mask, BlockMask):
+        y = flex_attention(
+            q, k, v, block_mask=step.mask, scale=1.0, kernel_options=step.kernel_options
+        )
+    elif q.dtype == torch.float32:  # for a draft's few slots faster than the next line (LOG.md)
+        y = (q @ k.transpose(-1, -2)).masked_fill(~step.mask, -torch.inf).softmax(dim=-1) @ v
+    else:  # keeps the scores in float32
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, scale=1.0)
     return y.view(B, Hkv, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
@@ -232,12 +236,12 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, *rope), rotate(k, *rope)
         if step is None:
-            return self.wo(attend(q, k.transpose(1, 2), v.transpose(1, 2), None))
+            return self.wo(attend(q, k.transpose(1, 2), v.transpose(1, 2), step))
         rows = torch.arange(B, device=x.device)[:, None]
         for (k_buffer, v_buffer), slot in zip(buffers, step.slots, strict=True):
             k_buffer[rows, :, slot] = k  # this form stays in place under torch.compile
             v_buffer[rows, :, slot] = v
-        return self.wo(attend(q, *buffers[0], step.mask))
+        return self.wo(attend(q, *buffers[0], step))
 
 
 class FeedForward(nn.Module):
@@ -294,7 +298,8 @@ class Transformer(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.flex = False  # attention through flex_attention: set by compile_blocks
+        self.compiled = False  # set by compile_blocks
+        self.flex = False  # whether attention to a full cache goes through flex_attention
         self.register_buffer("rope_freq", rope_frequencies(config), persistent=False)
 
     def forward(
@@ -327,6 +332,7 @@ def compile_blocks(model: Transformer) -> None:
     )
     for layer in model.layers:
         layer.compile(fullgraph=True, dynamic=False)
+    model.compiled = True
     model.flex = flex_runs(model.norm.weight.device)
 
 
@@ -379,8 +385,7 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype) -
     One tensor at a time goes from the memory-mapped file to its place, so that there is never a
     second full copy. Raises FileNotFoundError or ValueError, naming file and tensor.
     """
-    config_file = checkpoint_dir / "config.json"
-    config = ModelConfig.from_hf(read_json(config_file), str(config_file))
+    config = load_config(checkpoint_dir)
     shards = weight_files(checkpoint_dir)
     with torch.device("meta"):
         model = Transformer(config)
@@ -390,10 +395,16 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype) -
     model.rope_freq = rope_frequencies(config).to(device)
     places = dict(hf_weights(model))
     for shard in shards:
-        load_shard(shard, places)
+        load_shard(shard, places, config.tie_embeddings)
     if places:
         raise ValueError(f"{checkpoint_dir}: no shard has {len(places)} tensors: {some(places)}")
     return model
+
+
+def load_config(checkpoint_dir: Path) -> ModelConfig:
+    """The dimensions in a directory's `config.json`; ValueError says what is not supported."""
+    path = checkpoint_dir / "config.json"
+    return ModelConfig.from_hf(read_json(path), str(path))
 
 
 def read_json(path: Path) -> dict:
@@ -403,9 +414,12 @@ def read_json(path: Path) -> dict:
             f"with config.json, model.safetensors and tokenizer.model"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return value
 
 
 def weight_files(checkpoint_dir: Path) -> list[Path]:
@@ -413,7 +427,10 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     index = checkpoint_dir / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no object weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index}: shard {name!r} is not a file name in this directory")
@@ -424,21 +441,19 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     return [checkpoint_dir / name for name in names]
 
 
-def load_shard(path: Path, places: dict[str, Tensor]) -> None:
+def load_shard(path: Path, places: dict[str, Tensor], tied: bool) -> None:
     """Copy a shard's tensors into their places, in place, and strike them off the list."""
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
-                if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" not in places:
-                    continue  # derived from the config; tied
+                if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+                    continue  # follows from the config; is the embedding
                 if name not in places:
                     raise ValueError(f"{path}: unexpected tensor {name} (or it is there twice)")
                 shape = file.get_slice(name).get_shape()
                 place = places.pop(name)
                 if tuple(shape) != place.shape:
-                    raise ValueError(
-                        f"{path}: {name} is {shape}, config.json wants {[*place.shape]}"
-                    )
+                    raise ValueError(f"{path}: {name} is {shape}, config.json: {[*place.shape]}")
                 place.copy_(file.get_tensor(name))
     except SafetensorError as e:
         raise ValueError(f"{path} is corrupt or incomplete ({e}); download it again") from None
@@ -453,8 +468,73 @@ def some(names: dict[str, Tensor]) -> str:
 def eos_token_ids(checkpoint_dir: Path) -> tuple[int, ...]:
     """End-of-text tokens: `generation_config.json` if it names them, else `config.json`."""
     for name in ("generation_config.json", "config.json"):
-        if (checkpoint_dir / name).exists():
-            ids = read_json(checkpoint_dir / name).get("eos_token_id")
-            if ids is not None:
-                return (ids,) if isinstance(ids, int) else tuple(ids)
+        path = checkpoint_dir / name
+        ids = read_json(path).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int for i in ids):
+                raise ValueError(
+                    f"{path}: eos_token_id = {ids!r} is not a token id or a list of them"
+                )
+            return tuple(ids)
     return ()
+
+
+def save_model(model: Transformer, checkpoint_dir: Path, n_shards: int = 1, **config) -> None:
+    """Write the model as a Hugging Face directory; `config` replaces or adds `config.json` fields.
+
+    The index is written last and files are replaced whole, so an interruption leaves no half one.
+    """
+    c = model.config
+    weights = {name: w.cpu().contiguous() for name, w in hf_weights(model)}
+    names = ["model.safetensors"]
+    if n_shards > 1:
+        names = [f"model-{i + 1:05}-of-{n_shards:05}.safetensors" for i in range(n_shards)]
+    weight_map = {tensor: names[i % n_shards] for i, tensor in enumerate(weights)}
+    for name in names:
+        specs = {  # the low-level interface: safetensors.torch.save_file wants NumPy
+            tensor: TensorSpec(
+                dtype=str(w.dtype).removeprefix("torch."),
+                shape=[*w.shape],
+                data_ptr=w.data_ptr(),
+                data_len=w.nbytes,
+            )
+            for tensor, w in weights.items()
+            if weight_map[tensor] == name
+        }
+        part = checkpoint_dir / f"{name}.part"
+        serialize_file(specs, part, metadata={"format": "pt"})
+        part.chmod(0o644)
+        part.replace(checkpoint_dir / name)
+    hf = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.ffn_dim,
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.max_seq_len,
+        "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+    }
+    write_json(hf | config, checkpoint_dir / "config.json")
+    if n_shards > 1:
+        write_json({"weight_map": weight_map}, checkpoint_dir / "model.safetensors.index.json")
+
+
+def write_json(value: dict, path: Path) -> None:
+    """Write a file in one step: an interruption leaves the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -142,7 +142,8 @@ class Draft(NamedTuple):
 
 def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:  # [..., V] -> [..., V] float32
     """Probabilities after temperature, top-k and top-p, in this order. Ties at a cut are kept."""
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -164,7 +165,8 @@ def sample(
     cdf = weights.cumsum(dim=-1)
     total = cdf[..., -1:]
     x = (u[..., None] * total).minimum(total * (1 - 2**-23))  # below the total, also in float32
-    return (cdf <= x).sum(dim=-1)
+    # The first crossing of positive weight: a parallel cumsum need not be monotone in float32.
+    return ((cdf > x) & (weights > 0)).to(torch.uint8).argmax(dim=-1)
 
 
 def accept_greedy(
@@ -193,7 +195,7 @@ def accept_sampled(
     target = target_probs[rows, n_accepted]
     drafted = F.pad(draft.probs, (0, 0, 0, 1))[rows, n_accepted]  # zero where all were accepted
     residual = (target - drafted).clamp_min(0)
-    # Rounding can leave an empty residual only where the two distributions are equal.
+    # Empty only where the two distributions are equal up to rounding.
     empty = residual.sum(dim=-1, keepdim=True) == 0
     return n_accepted, sample(torch.where(empty, target, residual), u_next)
 
@@ -209,8 +211,8 @@ def accept_synthetic(
 class Engine:
     """One static batch: model, caches, state; `prefill`, then `round` until all rows are finished.
 
-    Every tensor of the state keeps its address for the engine's life. Rows are independent: each
-    has its own prompt length, limit and end, and a finished row keeps its length.
+    The state is in tensors that are written in place. Rows are independent: each has its own
+    prompt length, limit and end, and a finished row keeps its length.
     """
 
     def __init__(
@@ -226,7 +228,7 @@ class Engine:
         spec = CacheSpec.for_model(model, batch_size)
         self.model, self.drafting, self.sampling = model, drafting, sampling
         self.prefill_chunk = min(2048 if spec.device.type == "cuda" else 512, max_len)
-        n_slots = KVCache.round_up(spec, max_len + drafting.gamma + 1)
+        n_slots = KVCache.round_up(spec, max_len + drafting.gamma + 1)  # a round may overshoot
         n_recent = drafting.budget - drafting.n_sink
         n_sparse = drafting.budget + drafting.gamma + 1 if drafting.enabled else 0
         check_fits((n_slots + n_sparse) * spec.bytes_per_slot, spec.device)
@@ -242,9 +244,11 @@ class Engine:
         self.limit = torch.ones(batch_size, **integers)  # most tokens a row may reach
         self.finished = torch.zeros(batch_size, dtype=torch.bool, device=spec.device)
         self.eos = torch.zeros(0, **integers)
-        self.histogram = torch.zeros(drafting.gamma + 1, **integers)
+        self.gamma = drafting.gamma if drafting.enabled else 0  # most drafts a round can have
+        self.histogram = torch.zeros(self.gamma + 1, **integers)
         self.rows = torch.arange(batch_size, device=spec.device)[:, None]
-        self.generator = torch.Generator(spec.device).manual_seed(seed)
+        self.seed = seed
+        self.generator = torch.Generator(spec.device)
 
     def prefill(
         self,
@@ -255,6 +259,7 @@ class Engine:
     ) -> None:
         """Read the prompts into the caches, row by row in chunks, and decide each first token."""
         self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.rows.device)
+        self.generator.manual_seed(self.seed)
         last = []
         for b, prompt in enumerate(prompts):
             self.tokens[b, : len(prompt)] = torch.tensor(prompt)
@@ -285,7 +290,8 @@ class Engine:
         return x[0, length - 1 - start]
 
     def rewind(self) -> None:
-        """Back to the end of the prefill, with the same first tokens: ready to decode (again)."""
+        """Back to the end of the prefill: decode (again) from the same first tokens and seed."""
+        self.generator.manual_seed(self.seed + 1)  # the prefill drew from `seed`
         first = self.tokens.gather(1, self.prompt_len[:, None])
         self.seq_len.copy_(self.prompt_len + 1)
         self.finished.copy_((first == self.eos).any(dim=1) | (self.seq_len >= self.limit))
@@ -336,14 +342,15 @@ class Engine:
 
     def accept(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:
         """n_accepted [B], next_token [B], by the rule that the sampling asks for."""
-        gamma, rate = draft.tokens.shape[1], self.drafting.synthetic_acceptance
-        if rate is not None:
-            n_accepted = accept_synthetic(rate, self.uniforms(gamma))
-            return n_accepted, logits.argmax(dim=-1).gather(1, n_accepted[:, None])[:, 0]
+        u = self.uniforms(draft.tokens.shape[1] + 1)
         if self.sampling.greedy:
-            return accept_greedy(draft.tokens, logits.argmax(dim=-1))
-        u = self.uniforms(gamma + 1)
-        return accept_sampled(draft, logits_to_probs(logits, self.sampling), u[:, 1:], u[:, 0])
+            n_accepted, next_token = accept_greedy(draft.tokens, logits.argmax(dim=-1))
+        else:
+            target_probs = logits_to_probs(logits, self.sampling)
+            n_accepted, next_token = accept_sampled(draft, target_probs, u[:, 1:], u[:, 0])
+        if self.drafting.synthetic_acceptance is not None:  # after doing all the work
+            n_accepted = accept_synthetic(self.drafting.synthetic_acceptance, u[:, 1:])
+        return n_accepted, next_token
 
     def commit(self, draft_tokens: Tensor, n_accepted: Tensor, next_token: Tensor) -> None:
         """Append accepted drafts and the next token, cut at EOS and at the limit, in place."""
@@ -379,10 +386,13 @@ class Engine:
 
 def decode(
     engine: Engine,
-    gamma: int,
+    gamma: int | None = None,  # draft tokens per round, 0..engine.gamma; None: engine.gamma
     on_round: Callable[[], None] = lambda: None,  # called after every round
 ) -> Stats:
     """Run rounds until every row is finished. The engine must have been prefilled or rewound."""
+    gamma = engine.gamma if gamma is None else gamma
+    if gamma > engine.gamma:
+        raise ValueError(f"gamma {gamma} is more than the {engine.gamma} this engine was built for")
     start, rounds = engine.seq_len.sum().item(), 0
     while not engine.finished.all():
         engine.round(gamma)
@@ -401,6 +411,5 @@ def generate(
     """Continue the prompts with the engine's own drafting: new tokens per row, and the counts."""
     with torch.inference_mode():
         engine.prefill(prompts, [max_new_tokens] * len(prompts), eos_ids)
-        gamma = engine.drafting.gamma if engine.drafting.enabled else 0
-        stats = decode(engine, gamma)
+        stats = decode(engine)
         return engine.outputs(), stats

@@ -1,9 +1,9 @@
 """Text to token ids and back, for the two kinds of `tokenizer.model` that Llama directories hold.
 
 Llama 2, TinyLlama, Mistral and this project's demo ship a sentencepiece model (binary protobuf).
-Llama 3 ships a tiktoken vocabulary (one base64 token and its rank per line) under the same name;
-its pre-tokenisation pattern and special tokens are not in the file and are written down here. The
-kind is told by content, not by guessing from names.
+Llama 3 ships a tiktoken vocabulary (one base64 token and its rank per line) of the same name, in
+`original/`; its pre-tokenisation pattern and special tokens are not in the file and are written
+down here. The kind is told by content, not by guessing from names.
 
 Both kinds are behind one small interface: `encode`, `decode`, `bos_id`, `vocab_size`. Text is
 always text: "<|eot_id|>" in a prompt is encoded as its characters, not as the special token.
@@ -75,7 +75,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank of a tiktoken file. Raises ValueError if a line is not "base64 rank"."""
     lines = path.read_bytes().split(b"\n")
     pairs = [line.split() for line in lines if line.strip()]
-    return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    if any(bytes([i]) not in ranks for i in range(256)):
+        raise ValueError(f"{path} does not hold every single byte")
+    return ranks
 
 
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
@@ -84,10 +87,12 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     Raises FileNotFoundError if there is no `tokenizer.model`, ValueError if it is of neither kind.
     """
     path = checkpoint_dir / "tokenizer.model"
+    if not path.is_file():  # where Hugging Face's Llama 3 directories keep it
+        path = checkpoint_dir / "original" / "tokenizer.model"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist; supported tokenizers are tokenizer.model files "
-            f"of the sentencepiece kind (Llama 2) and of the tiktoken kind (Llama 3)"
+            f"{checkpoint_dir / 'tokenizer.model'} does not exist, nor original/tokenizer.model; "
+            f"supported are the sentencepiece (Llama 2) and tiktoken (Llama 3) kinds"
         )
     for kind in (TiktokenTokenizer, SentencePieceTokenizer):
         try:

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from generate import DEMO_CHECKPOINT, DTYPES, environment, synchronize, timed
+from generate import DEMO_CHECKPOINT, DTYPES, demo_lengths, environment, step_bytes, timed
 from model import compile_blocks, load_model
 from spec_decode import Drafting, Engine, Sampling, decode
 
@@ -37,13 +37,6 @@ def pretend_prefill(engine: Engine, lengths: list[int]) -> None:
     engine.rewind()
 
 
-def floor_bytes(engine: Engine) -> int:
-    """Bytes that a plain step must read: K and V of the valid tokens, and every weight once."""
-    spec = engine.full.spec
-    kv = engine.seq_len.sum().item() * spec.bytes_per_slot // spec.batch_size
-    return kv + sum(p.nbytes for p in engine.model.parameters())  # tied weights count once
-
-
 def read_caches(engine: Engine) -> None:
     """Read the whole full cache once, with all threads, doing the least that can be done."""
     for buffer in engine.full.k + engine.full.v:
@@ -53,7 +46,7 @@ def read_caches(engine: Engine) -> None:
 def measure(model, lengths: list[int], drafting: Drafting, repeats: int) -> dict:
     """Step times and their floor at these lengths, and plain against speculative decoding."""
     engine = Engine(model, len(lengths), max(lengths) + NEW_TOKENS, drafting, Sampling())
-    gamma = drafting.gamma
+    gamma, n_bytes = drafting.gamma, step_bytes(engine, [range(n) for n in lengths])
     pretend_prefill(engine, lengths)
     nothing, tokens = engine.draft(0).tokens, engine.draft(gamma).tokens
     device = engine.tokens.device
@@ -73,14 +66,14 @@ def measure(model, lengths: list[int], drafting: Drafting, repeats: int) -> dict
     result = {name: statistics.median(times[name]) for name in work}
     result["draft_step_ms"] /= gamma
     bandwidth = cache_bytes / (1e-3 * result.pop("read"))
-    floor_ms = 1e3 * floor_bytes(engine) / bandwidth
+    floor_ms = 1e3 * n_bytes / bandwidth
     result |= {
         "read_bandwidth_gb_per_s": bandwidth / 1e9,
-        "floor_bytes": floor_bytes(engine),
+        "floor_bytes": n_bytes,
         "floor_ms": floor_ms,
         "target_step_over_floor": result["target_step_ms"] / floor_ms,
         "target_step_over_floor_by_repeat": [
-            step / (floor_bytes(engine) * read / cache_bytes)
+            step / (n_bytes * read / cache_bytes)
             for step, read in zip(times["target_step_ms"], times["read"], strict=True)
         ],
     }
@@ -117,15 +110,12 @@ def main() -> None:
     compile_blocks(model)
     drafting = Drafting("streaming", args.gamma, args.draft_budget, 4, args.acceptance)
     B = args.batch_size
-    ranks = [B - 1 - b // 2 if b % 2 else b // 2 for b in range(B)]  # as the demo orders them
-    ragged = [3000 + 840 * rank // max(B - 1, 1) for rank in ranks]
-    workloads = {"demo_lengths": ragged, "8192": [8192] * B}
+    workloads = {"demo_lengths": demo_lengths(B), "8192": [8192] * B}
     result = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),
               "gamma": args.gamma, "draft_budget": args.draft_budget, "batch_size": B,
               "synthetic_acceptance": args.acceptance}  # fmt: skip
     with torch.inference_mode():
         for name, lengths in workloads.items():
-            synchronize(device)
             r = result[name] = measure(model, lengths, drafting, args.repeats)
             print(
                 f"{name}: read {r['read_bandwidth_gb_per_s']:.1f} GB/s, "
@@ -137,6 +127,7 @@ def main() -> None:
             )
     name = f"floor_{args.device}_{result['date']}.json"
     out = args.out or ROOT / "benchmarks" / "results" / name
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {out}")
 

@@ -14,7 +14,7 @@ for, and what a sparse draft cache can lose. Matrices are optimised by Muon, the
 """
 
 import argparse
-import json
+import io
 import math
 import random
 import sys
@@ -27,12 +27,11 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors import TensorSpec, serialize_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generate import DEMO_MODULES, module_source
-from model import ModelConfig, Transformer, compile_blocks, hf_weights
+from model import ModelConfig, Transformer, compile_blocks, save_model, write_json
 
 SKIPPED = {
     "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__",
@@ -81,11 +80,12 @@ def sources() -> Iterator[tuple[str, str]]:
                 yield kind, text
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, prefix: Path) -> None:
-    """Llama-style sentencepiece BPE with byte fallback; newlines are pieces of their own."""
+def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
+    """The file of a Llama-style sentencepiece BPE with byte fallback; newlines are own pieces."""
+    file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n") if line),
-        model_prefix=str(prefix),
+        model_writer=file,
         vocab_size=vocab_size,
         model_type="bpe",
         byte_fallback=True,
@@ -101,6 +101,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, prefix: Path) -> None:
         shuffle_input_sentence=True,
         minloglevel=2,
     )  # fmt: skip
+    return file.getvalue()
 
 
 def token_stream(texts: list[str], tokenizer, seed: int) -> Tensor:
@@ -150,7 +151,7 @@ def batch_loss(model: Transformer, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: Transformer, tokenizer, context: int, device: str) -> float:
-    """Mean loss in nats on the first `context` tokens of every held-out module."""
+    """Mean loss in nats on the first `context` tokens of the held-out modules that have more."""
     rows = []
     for name in DEMO_MODULES:
         ids = [tokenizer.bos_id(), *tokenizer.encode(module_source(name))]
@@ -182,48 +183,17 @@ def learning_rate(done: float) -> float:
     return min(done / 0.02, 1.0, (1 - done) / 0.5)
 
 
-def save_checkpoint(model: Transformer, out: Path, history: list[dict]) -> None:
-    """Write a Hugging Face Llama directory: bfloat16 weights, configs, and the training record."""
-    c = model.config
-    weights = {n: w.to("cpu", torch.bfloat16).contiguous().clone() for n, w in hf_weights(model)}
-    specs = {  # the low-level interface: safetensors.torch.save_file wants NumPy
-        name: TensorSpec(
-            dtype="bfloat16", shape=[*w.shape], data_ptr=w.data_ptr(), data_len=w.nbytes
-        )
-        for name, w in weights.items()
-    }
-    serialize_file(specs, out / "model.safetensors.part", metadata={"format": "pt"})
-    (out / "model.safetensors.part").chmod(0o644)
-    (out / "model.safetensors.part").replace(out / "model.safetensors")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": c.dim,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.ffn_dim,
-        "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.max_seq_len,
-        "rope_theta": c.rope_theta,
-        "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
-    }
+def save_checkpoint(model: Transformer, tokenizer: bytes, out: Path, history: list[dict]) -> None:
+    """Write the Hugging Face directory, bfloat16, and the training record beside it."""
+    out.mkdir(parents=True, exist_ok=True)
+    eager = Transformer(model.config)
+    eager.load_state_dict(model.state_dict())
+    save_model(eager.to(torch.bfloat16), out, bos_token_id=1, eos_token_id=2)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}
-    record = {"phases": [asdict(p) for p in PHASES], "torch": torch.__version__, "history": history}
-    for name, value in [
-        ("config", config),
-        ("generation_config", generation),
-        ("training", record),
-    ]:
-        (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+    write_json(generation, out / "generation_config.json")
+    record = {"phases": [asdict(p) for p in PHASES], "torch": torch.__version__}
+    write_json(record | {"history": history}, out / "training.json")
+    (out / "tokenizer.model").write_bytes(tokenizer)
 
 
 def train(config: ModelConfig, out: Path, device: str, seed: int) -> None:
@@ -232,10 +202,8 @@ def train(config: ModelConfig, out: Path, device: str, seed: int) -> None:
     files = list(sources())
     stdlib = [t for kind, t in files if kind == "stdlib"]
     other = [t for kind, t in files if kind == "package"]
-    out.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(stdlib * 2 + other, config.vocab_size, out / "tokenizer")
-    (out / "tokenizer.vocab").unlink()
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    tokenizer_file = train_tokenizer(stdlib * 2 + other, config.vocab_size)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_file)
     stream = token_stream(stdlib * 4 + other, tokenizer, seed).to(device)
     print(
         f"{len(files)} files, {len(stream) / 1e6:.1f}M tokens (standard library four times)",
@@ -266,7 +234,7 @@ def train(config: ModelConfig, out: Path, device: str, seed: int) -> None:
             if step % 200 == 199:
                 record(model, tokenizer, seen, loss.item(), start, phase, device, history)
         record(model, tokenizer, seen, loss.item(), start, phase, device, history)
-        save_checkpoint(model, out, history)
+        save_checkpoint(model, tokenizer_file, out, history)
 
 
 def record(model, tokenizer, seen, loss, start, phase, device, history) -> None:

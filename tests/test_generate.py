@@ -13,8 +13,7 @@ import torch
 
 import generate
 from generate import DEMO_CHECKPOINT, demo_prompts, main
-from model import load_model
-from tests.checkpoints import write_checkpoint
+from model import load_model, save_model
 from tests.reference import plain_greedy, tiny_model
 from tokenizer import continuation, load_tokenizer
 
@@ -25,7 +24,8 @@ ROOT = Path(generate.__file__).parent
 def checkpoint(tmp_path) -> Path:
     """A tiny random model with the demo's tokenizer."""
     path = tmp_path / "checkpoint"
-    write_checkpoint(path, tiny_model(vocab_size=4096), max_position_embeddings=300)
+    path.mkdir()
+    save_model(tiny_model(vocab_size=4096), path, max_position_embeddings=300, eos_token_id=2)
     shutil.copy(DEMO_CHECKPOINT / "tokenizer.model", path)
     return path
 
@@ -62,7 +62,7 @@ def test_json_has_the_numbers_and_the_outputs(checkpoint, capsys):
     assert ours["mean_acceptance_length"] == pytest.approx(1 + 3 * ours["draft_acceptance_rate"])
     for r in (ours, plain):
         assert r["decode_tokens_per_second"] == pytest.approx(58 / r["decode_seconds"])
-        assert r["ms_per_token"] == pytest.approx(1e3 * 2 / r["decode_tokens_per_second"])
+    assert plain["ms_per_token"] == pytest.approx(1e3 * plain["decode_seconds"] / 29)
     assert "draft_step_ms" in ours and "draft_step_ms" not in plain
     rate = ours["decode_tokens_per_second"] / plain["decode_tokens_per_second"]
     assert result["speedup"] == pytest.approx(rate)
@@ -153,6 +153,37 @@ def test_a_difference_is_reported_with_its_place_and_margin(checkpoint, monkeypa
     assert "row 0 differs from new token" in out and "top-2 logit margin" in out
 
 
+def test_one_new_token_and_a_first_token_that_ends_the_row(checkpoint, capsys):
+    """Nothing is left for the rounds: no division by zero, no speedup."""
+    status, result = run(checkpoint, "--prompt", "x", "--max_new_tokens", "1", "--compare")
+    assert status == 0 and "speedup" not in result and result["identical"]
+    assert len(result["outputs"][0]["token_ids"]) == 1
+    assert "nothing was left to decode" in capsys.readouterr().out
+
+
+def test_synthetic_numbers_are_labelled_and_nothing_is_called_identical(checkpoint, capsys):
+    flags = [
+        "--prompt",
+        "x",
+        "--max_new_tokens",
+        "20",
+        "--compare",
+        "--synthetic_acceptance",
+        "0.5",
+    ]
+    _, result = run(checkpoint, *flags)
+    assert result["plan"]["synthetic_acceptance"] == 0.5 and "identical" not in result
+    assert capsys.readouterr().out.count("synthetic") >= 3
+    _, result = run(checkpoint, *flags[:5], "--temperature", "1")
+    assert "identical" not in result and result["speedup"] > 0
+
+
+def test_sampled_text_depends_on_the_seed_alone(checkpoint):
+    flags = ["--prompt", "x", "--max_new_tokens", "20", "--temperature", "1"]
+    alone, compared = (run(checkpoint, *flags, *more)[1] for more in ([], ["--compare"]))
+    assert alone["outputs"] == compared["outputs"]
+
+
 def test_interruption_leaves_no_file(checkpoint, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -200,6 +231,16 @@ BAD_FLAGS = [
     (["--check_lossless", "--no-compare"], "--no-compare"),
     (["--synthetic_acceptance", "0.5", "--draft", "none"], "needs a draft"),
     (["--prompt_file", "/nowhere/a.txt"], "/nowhere/a.txt"),
+    (["--prompt", "99999999999999"], "99999999999999"),
+    (["--prompt", "9999999"], "leaves room for"),
+    (["--speculate_k", "0", "--synthetic_acceptance", "0.5"], "needs a draft"),
+    (["--draft", "none", "--check_lossless"], "needs a draft"),
+    (["--draft", "none", "--compare"], "needs a draft"),
+    (["--prompt", "a", "--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
+    (["--prompt", "a", "--profile", "/"], "cannot write /"),
+    (["--interactive", "--json", "-"], "--interactive has no"),
+    (["--interactive", "--max_new_tokens", "300"], "context of 300"),
+    (["--device", "cuda:99"], "cuda:99"),
     (["--no_such_flag"], "no_such_flag"),
 ]
 
@@ -219,6 +260,8 @@ def test_unusable_flags_get_one_line(checkpoint, capsys, flags, word):
 def test_unusable_files_get_one_line(checkpoint, tmp_path, capsys):
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9")
+    number = tmp_path / "number.jsonl"
+    number.write_text('{"prompt": 5}\n')
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     empty = tmp_path / "empty.jsonl"
@@ -227,7 +270,8 @@ def test_unusable_files_get_one_line(checkpoint, tmp_path, capsys):
     for flags, word in [
         (["--prompt_file", str(latin)], "not UTF-8"),
         (["--prompts", str(broken)], "line 2"),
-        (["--prompts", str(empty)], "no prompts"),
+        (["--prompts", str(empty)], "line 1"),
+        (["--prompts", str(number)], "line 1"),
     ]:
         assert main([*given, *flags]) == 2
         assert word in one_line(capsys)
@@ -238,15 +282,21 @@ def test_unusable_checkpoints_get_one_line(checkpoint, tmp_path, capsys):
     good, whole = json.loads(config.read_text()), weights.read_bytes()
 
     def refused(path: Path, *words: str) -> None:
-        assert main(["--checkpoint_path", str(path), "--no-compile", "--prompt", "a"]) == 2
+        given = ["--checkpoint_path", str(path), "--no-compile", "--prompt", "a"]
+        assert main([*given, "--draft_budget", "9"]) == 2
         line = one_line(capsys)
         assert all(word in line for word in words)
 
     refused(tmp_path / "nowhere", "nowhere", "does not exist")
     (tmp_path / "nothing").mkdir()
     refused(tmp_path / "nothing", "does not exist")
-    config.write_text(json.dumps(good | {"architectures": ["GPT2LMHeadModel"]}))
-    refused(checkpoint, "GPT2LMHeadModel", "LlamaForCausalLM")
+    (tmp_path / "gpt2").mkdir()
+    gpt2 = json.dumps({"architectures": ["GPT2LMHeadModel"], "n_embd": 768})
+    (tmp_path / "gpt2" / "config.json").write_text(gpt2)
+    refused(tmp_path / "gpt2", "GPT2LMHeadModel", "LlamaForCausalLM")
+    (checkpoint / "generation_config.json").write_text("{")
+    refused(checkpoint, "generation_config.json", "not valid JSON")
+    (checkpoint / "generation_config.json").unlink()
     config.write_text(json.dumps(good | {"intermediate_size": 57}))
     refused(checkpoint, "mlp.", "57")
     config.write_text(json.dumps(good | {"vocab_size": 100}))
@@ -266,6 +316,11 @@ def test_without_a_cpp_compiler_it_runs_eagerly_and_says_so_once(checkpoint):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("running eagerly") == 1
     assert "decode tokens/s" in done.stdout
+
+
+def test_a_context_with_room_for_one_token_still_has_demo_prompts(checkpoint):
+    status, result = run(checkpoint, "--batch_size", "2", "--max_new_tokens", "299", "--ignore_eos")
+    assert status == 0 and result["outputs"][0]["prompt_length"] == 1
 
 
 def test_demo_prompts_are_ragged_and_as_long_as_said():

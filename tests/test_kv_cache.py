@@ -131,16 +131,40 @@ def cache_sized_buffers(code: str, cache: KVCache) -> list[str]:
     return [s for s, n in zip(sizes, numel, strict=True) if n >= cache.k[0].numel()]
 
 
-@pytest.mark.parametrize("n_tokens", [1, 4])
-def test_a_compiled_step_does_not_copy_the_cache(n_tokens):
+@pytest.mark.parametrize("step", ["decode", "verify", "draft", "prefill"])
+def test_a_compiled_step_does_not_copy_the_cache(step):
+    """Only the full cache is large; the sparse one counts as a cache too when it is attended to."""
     model = tiny_model()
     compile_blocks(model)
-    cache = joint_cache(model, 2, n_sink=4, n_recent=16, gamma=3)
-    pos = torch.tensor([[9], [33]]) + torch.arange(n_tokens)
+    joint = joint_cache(model, 2, n_sink=40, n_recent=160, gamma=3)
+    B, T, cache = {
+        "decode": (2, 1, joint.full),
+        "verify": (2, 4, joint),
+        "draft": (2, 1, joint.sparse),
+        "prefill": (1, 30, joint.full.row(1)),
+    }[step]
+    pos = torch.tensor([[9], [33]])[:B] + torch.arange(T)
     with torch._inductor.config.patch(force_disable_caches=True):
-        _, code = run_and_get_code(model, torch.zeros(2, n_tokens, dtype=torch.int64), pos, cache)
-    assert "flex" in code[0] or "kv_num_blocks" in code[0] or len(code) == 1
-    assert not cache_sized_buffers("".join(code), cache.full)
+        _, code = run_and_get_code(model, torch.zeros(B, T, dtype=torch.int64), pos, cache)
+    attended = joint.sparse if step == "draft" else joint.full.row(0)
+    assert not cache_sized_buffers("".join(code), attended)
+    assert ("kernel_micro_gemm" in "".join(code)) == (step != "draft")  # flex's CPU template
+
+
+def test_garbage_in_unseen_slots_of_the_sparse_cache_changes_nothing():
+    model = tiny_model()
+    rows = [[5, 9, 11, 3] * 9, [7, 2]]
+    cache = joint_cache(model, 2, n_sink=4, n_recent=8, gamma=3)
+    prefill(model, cache, rows)
+    pos = torch.tensor([[len(row) - 1] for row in rows])
+    token = torch.tensor([[row[-1]] for row in rows])
+    clean = model(token, pos, cache.sparse)
+    seen = cache.sparse.visible(pos)[:, :, 0, :, None]
+    assert not seen.all()
+    for k, v in zip(cache.sparse.k, cache.sparse.v, strict=True):
+        k.copy_(torch.where(seen, k, 1e6))
+        v.copy_(torch.where(seen, v, -1e30))
+    assert torch.equal(model(token, pos, cache.sparse), clean)
 
 
 def test_the_copy_detector_detects():

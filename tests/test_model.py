@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from kv_cache import CacheSpec, KVCache
-from model import ModelConfig, RopeScaling, Transformer, compile_blocks, eos_token_ids, load_model
-from tests.checkpoints import write_checkpoint
+from model import (
+    ModelConfig,
+    RopeScaling,
+    Transformer,
+    compile_blocks,
+    eos_token_ids,
+    load_model,
+    save_model,
+)
 from tests.reference import reference_logits, tiny_model
 
 RATIOS = [(3, 3), (4, 2), (4, 1), (7, 1)]  # H, Hkv: G = 1, 2, 4, 7
@@ -68,29 +75,30 @@ def test_compiled_flex_equals_reference(heads):
     assert (got - expected).abs().max() < 1e-4 * expected.std()
 
 
+@pytest.mark.parametrize("n_tokens", [1, 4])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_rows_at_different_lengths_equal_the_rows_alone(compiled):
+def test_rows_at_different_lengths_equal_the_rows_alone(compiled, n_tokens):
     """A batch step where every row stands somewhere else; also with garbage in unseen slots."""
     model = tiny_model()
     if compiled:
         compile_blocks(model)
     lengths = [3, 100, 61]
-    rows = random_rows(3, 101)
+    rows = random_rows(3, 104)
     spec = CacheSpec.for_model(model, 3)
     cache = KVCache.empty(spec, 600)
     for b, n in enumerate(lengths):
         model(torch.tensor([rows[b][:n]]), torch.arange(n)[None], cache.row(b))
-    pos = torch.tensor(lengths)[:, None]
-    token = torch.tensor([[rows[b][n]] for b, n in enumerate(lengths)])
-    together = model(token, pos, cache)
+    pos = torch.tensor(lengths)[:, None] + torch.arange(n_tokens)
+    tokens = torch.tensor([rows[b][n : n + n_tokens] for b, n in enumerate(lengths)])
+    together = model(tokens, pos, cache)
     for b, n in enumerate(lengths):
-        alone = reference_logits(model, rows[b][: n + 1])[-1]
-        assert (together[b, 0].double() - alone).abs().max() < 1e-4 * alone.std()
+        alone = reference_logits(model, rows[b][: n + n_tokens])[-n_tokens:]
+        assert (together[b].double() - alone).abs().max() < 1e-4 * alone.std()
     for b, n in enumerate(lengths):
         for k, v in zip(cache.k, cache.v, strict=True):
-            k[b, :, n + 1 :] = 1e6
-            v[b, :, n + 1 :] = -1e30
-    assert torch.equal(model(token, pos, cache), together)
+            k[b, :, n + n_tokens :] = 1e6
+            v[b, :, n + n_tokens :] = -1e30
+    assert torch.equal(model(tokens, pos, cache), together)
 
 
 def load(path) -> Transformer:
@@ -101,7 +109,7 @@ def load(path) -> Transformer:
 @pytest.mark.parametrize("tied", [False, True])
 def test_load_model_reads_what_is_there(tmp_path, n_shards, tied):
     model = tiny_model(7, 1, tie_embeddings=tied)
-    write_checkpoint(tmp_path, model, n_shards)
+    save_model(model, tmp_path, n_shards, eos_token_id=[2, 5])
     loaded = load(tmp_path)
     assert loaded.config == model.config
     rows = random_rows(1, 20)
@@ -130,13 +138,20 @@ def test_both_spellings_of_rope_settings():
         ({"rope_scaling": {"rope_type": "yarn"}}, ["yarn", "llama3"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
+        ({"num_attention_heads": "4"}, ["config.json", "4"]),
+        ({"num_attention_heads": 0}, ["config.json"]),
+        ({"hidden_size": -4}, ["dim = -4", "positive"]),
+        ({"rope_theta": "x"}, ["rope_theta", "x"]),
+        ({"rope_scaling": "linear"}, ["config.json"]),
+        ({"max_position_embeddings": None}, ["max_seq_len", "None"]),
+        ({"rope_scaling": {"rope_type": "llama3"}}, ["no field", "factor"]),
         ({"intermediate_size": 57}, ["down_proj", "56", "57"]),
         ({"num_hidden_layers": 3}, ["model.layers.2.", "no shard"]),
         ({"num_hidden_layers": 1}, ["unexpected", "model.layers.1."]),
     ],
 )
 def test_strange_checkpoints_are_refused_by_name(tmp_path, changes, words):
-    write_checkpoint(tmp_path, tiny_model(), **changes)
+    save_model(tiny_model(), tmp_path, **changes)
     with pytest.raises(ValueError) as error:
         load(tmp_path)
     message = str(error.value)
@@ -146,7 +161,7 @@ def test_strange_checkpoints_are_refused_by_name(tmp_path, changes, words):
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
         load(tmp_path)
-    write_checkpoint(tmp_path, tiny_model(), n_shards=2)
+    save_model(tiny_model(), tmp_path, n_shards=2)
     shard = tmp_path / "model-00001-of-00002.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
@@ -159,6 +174,13 @@ def test_missing_and_broken_files(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
     with pytest.raises(ValueError, match="not a file name"):
         load(tmp_path)
+    for content, words in [("{}", "no object weight_map"), ("[]", "not hold a JSON object")]:
+        index.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         load(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match="eos_token_id"):
+        eos_token_ids(tmp_path)

@@ -83,9 +83,18 @@ def test_ids_of_padding_rows_decode_to_nothing(tiktoken_dir, llama2_dir):
         assert tokenizer.decode([*ids, 99_999]) == tokenizer.decode(ids)
 
 
+def test_llama_3_directories_keep_it_in_original(tiktoken_dir, tmp_path):
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "tokenizer.model").write_bytes(
+        (tiktoken_dir / "tokenizer.model").read_bytes()
+    )
+    assert load_tokenizer(tmp_path).bos_id == 265
+
+
 def test_missing_and_unknown_tokenizers(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.model does not exist"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"\x80\x02 neither of both")
-    with pytest.raises(ValueError, match="neither a sentencepiece model nor a tiktoken"):
-        load_tokenizer(tmp_path)
+    for content in (b"\x80\x02 neither of both", b"YQ== 0\n"):  # the second lacks most bytes
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ValueError, match="neither a sentencepiece model nor a tiktoken"):
+            load_tokenizer(tmp_path)
