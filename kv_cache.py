@@ -130,6 +130,7 @@ class KVCache:
     def __init__(self, spec: CacheSpec, k: list[Tensor], v: list[Tensor]) -> None:
         self.spec = spec
         self.k, self.v = k, v  # per layer [B, Hkv, S, D]
+        self.finished: Tensor | None = None  # [B] bool: rows whose results nobody needs
 
     @classmethod
     def empty(cls, spec: CacheSpec, n_slots: int) -> "KVCache":
@@ -185,7 +186,8 @@ class KVCache:
         """The same rule for flex_attention: which blocks to visit, and the rule inside them.
 
         Only partial blocks are listed (`kv_num_blocks`): on CUDA the split-KV kernel then divides
-        each row's own blocks among its programs, not the static capacity.
+        each row's own blocks among its programs, not the static capacity. A finished row visits no
+        block and gets zeros: the last rounds of a batch cost what its last rows cost.
         """
         B, T = pos.shape
         size, n_query = self.spec.kv_block, self.spec.n_group * T
@@ -195,7 +197,10 @@ class KVCache:
             last = start[:, None] + block * Q_BLOCK % T + Q_BLOCK - 1
         else:
             last = (start + T - 1)[:, None].expand(B, len(block))
-        n_blocks = (last // size + 1).to(torch.int32)[:, None]
+        n_blocks = last // size + 1
+        if self.finished is not None:
+            n_blocks = n_blocks.masked_fill(self.finished[:, None], 0)
+        n_blocks = n_blocks.to(torch.int32)[:, None]
         index = torch.arange(self.capacity // size, dtype=torch.int32, device=pos.device)
         index = index.expand(B, 1, len(block), -1).contiguous()
 

@@ -212,7 +212,8 @@ class Engine:
     """One static batch: model, caches, state; `prefill`, then `round` until all rows are finished.
 
     The state is in tensors that are written in place. Rows are independent: each has its own
-    prompt length, limit and end, and a finished row keeps its length.
+    prompt length, limit and end. A finished row keeps its length; what a round still writes for
+    it lies at or past its newest token, where `rewind` and the next prefill overwrite it unseen.
     """
 
     def __init__(
@@ -243,6 +244,7 @@ class Engine:
         self.seq_len = torch.ones(batch_size, **integers)  # decided tokens
         self.limit = torch.ones(batch_size, **integers)  # most tokens a row may reach
         self.finished = torch.zeros(batch_size, dtype=torch.bool, device=spec.device)
+        self.full.finished = self.finished  # such rows read no KV any more
         self.eos = torch.zeros(0, **integers)
         self.gamma = drafting.gamma if drafting.enabled else 0  # most drafts a round can have
         self.histogram = torch.zeros(self.gamma + 1, **integers)

@@ -181,6 +181,21 @@ def test_the_copy_detector_detects():
     assert cache_sized_buffers("".join(code), cache)
 
 
+def test_a_finished_row_visits_no_block_and_changes_no_other_row():
+    model = tiny_model()
+    compile_blocks(model)
+    cache = KVCache.empty(CacheSpec.for_model(model, 3), 600)
+    for buffer in cache.k + cache.v:
+        buffer.normal_(generator=torch.Generator().manual_seed(4))
+    tokens, pos = torch.tensor([[3], [1], [4]]), torch.tensor([[20], [590], [300]])
+    everyone = model(tokens, pos, cache)
+    cache.finished = torch.tensor([False, True, False])
+    assert cache.step(pos).mask.kv_num_blocks[:, 0, 0].tolist() == [1, 0, 2]
+    some = model(tokens, pos, cache)
+    assert torch.equal(some[[0, 2]], everyone[[0, 2]])
+    assert some.isfinite().all() and not torch.equal(some[1], everyone[1])
+
+
 def test_too_little_memory_is_said_with_both_numbers():
     with pytest.raises(ValueError, match=r"need 1048576.0 GiB, but cpu has [\d.]+ GiB free"):
         check_fits(2**50, torch.device("cpu"))
