@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, __version__
+from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,7 +24,11 @@ from tokenizer import load_tokenizer
 
 @torch.inference_mode()
 def main() -> None:
-    prompt = demo_prompts(load_tokenizer(DEMO_CHECKPOINT), 1, 300)[0]
+    tokenizer = load_tokenizer(DEMO_CHECKPOINT)
+    text = Path(__file__).read_text(encoding="utf-8")
+    their_tokenizer = AutoTokenizer.from_pretrained(DEMO_CHECKPOINT)
+    same_ids = their_tokenizer(text).input_ids == tokenizer.encode(text)
+    prompt = demo_prompts(tokenizer, 1, 300)[0]
     ids = torch.tensor([prompt])
     theirs = AutoModelForCausalLM.from_pretrained(DEMO_CHECKPOINT, dtype=torch.float32).eval()
     expected = theirs(ids).logits[0]
@@ -39,8 +43,9 @@ def main() -> None:
     outputs, _ = generate(engine, [prompt], 64)
     same = outputs[0] == greedy.tolist()
     print(f"transformers {__version__}: largest logit difference {error:.1e} of their spread over "
-          f"{len(prompt)} positions; 64 greedy tokens {'equal' if same else 'DIFFER'}")  # fmt: skip
-    if error > 1e-4 or not same:
+          f"{len(prompt)} positions; 64 greedy tokens {'equal' if same else 'DIFFER'}; "
+          f"token ids of a text {'equal' if same_ids else 'DIFFER'}")  # fmt: skip
+    if error > 1e-4 or not (same and same_ids):
         sys.exit(1)
     record = {
         "transformers": __version__,

@@ -51,6 +51,14 @@ class Phase:
 
 PHASES = (Phase(512, 7_000_000), Phase(2048, 3_500_000), Phase(4096, 2_000_000))
 TOKENS_PER_STEP = 8192
+TOKENIZER_CONFIG = {  # with which transformers reads tokenizer.model as we do
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "add_prefix_space": False,
+    "legacy": False,
+    "clean_up_tokenization_spaces": False,
+}
 DEMO = ModelConfig(
     dim=256, n_layer=6, n_head=4, n_kv_head=4, head_dim=128, ffn_dim=704, vocab_size=4096,
     max_seq_len=4096, rope_theta=100_000.0, norm_eps=1e-5, tie_embeddings=True,
@@ -191,6 +199,8 @@ def save_checkpoint(model: Transformer, tokenizer: bytes, out: Path, history: li
     save_model(eager.to(torch.bfloat16), out, bos_token_id=1, eos_token_id=2)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}
     write_json(generation, out / "generation_config.json")
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write_json(TOKENIZER_CONFIG | tokens, out / "tokenizer_config.json")
     record = {"phases": [asdict(p) for p in PHASES], "torch": torch.__version__}
     write_json(record | {"history": history}, out / "training.json")
     (out / "tokenizer.model").write_bytes(tokenizer)
