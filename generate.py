@@ -311,22 +311,25 @@ def warm_up(engine: Engine) -> None:
             engine.verify(engine.draft(gamma).tokens)
 
 
-def step_times(engine: Engine, repeats: int = 9) -> dict[str, float]:
-    """Median milliseconds of a plain step, a draft step and a verification, taken in turn."""
+def step_times(
+    engine: Engine, repeats: int = 9, **more: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Milliseconds, by repeat, of a plain step, a draft step, a verification, and of more work.
+
+    They are taken in turn, so that all see the same machine.
+    """
     gamma, nothing = engine.gamma, engine.draft(0).tokens
     tokens = engine.draft(gamma).tokens
-    work = {"target_step_ms": lambda: engine.verify(nothing).argmax(dim=-1)}
+    work = more | {"target_step_ms": lambda: engine.verify(nothing).argmax(dim=-1)}
     if gamma:
         work["draft_step_ms"] = lambda: engine.draft(gamma)
         work["verify_ms"] = lambda: engine.verify(tokens).argmax(dim=-1)
     times = {name: [] for name in work}
     for _ in range(repeats):
         for name, step in work.items():
-            times[name].append(1e3 * timed(tokens.device, step)[0])
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    if gamma:
-        medians["draft_step_ms"] /= gamma
-    return medians
+            steps = gamma if name == "draft_step_ms" else 1
+            times[name].append(1e3 * timed(tokens.device, step)[0] / steps)
+    return times
 
 
 def run(engine: Engine, gamma: int, show: "RowPrinter | None", profile: Path | None = None) -> Run:
@@ -410,7 +413,7 @@ def measure(args, engine: Engine, prompts: list[list[int]], shows, say) -> Repor
         device, lambda: engine.prefill(prompts, limits, args.eos_ids, progress)
     )
     say(f"{prefill_seconds:.1f} s")
-    step_ms = step_times(engine)
+    step_ms = {name: statistics.median(times) for name, times in step_times(engine).items()}
     baseline = None
     if args.compare:
         say("decoding plainly", end=" ... ")

@@ -344,14 +344,15 @@ class Engine:
 
     def accept(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:
         """n_accepted [B], next_token [B], by the rule that the sampling asks for."""
-        u = self.uniforms(draft.tokens.shape[1] + 1)
+        gamma, rate = draft.tokens.shape[1], self.drafting.synthetic_acceptance
         if self.sampling.greedy:
             n_accepted, next_token = accept_greedy(draft.tokens, logits.argmax(dim=-1))
         else:
+            u = self.uniforms(gamma + 1)
             target_probs = logits_to_probs(logits, self.sampling)
             n_accepted, next_token = accept_sampled(draft, target_probs, u[:, 1:], u[:, 0])
-        if self.drafting.synthetic_acceptance is not None:  # after doing all the work
-            n_accepted = accept_synthetic(self.drafting.synthetic_acceptance, u[:, 1:])
+        if rate is not None:  # after doing all the work
+            n_accepted = accept_synthetic(rate, self.uniforms(gamma))
         return n_accepted, next_token
 
     def commit(self, draft_tokens: Tensor, n_accepted: Tensor, next_token: Tensor) -> None:

@@ -21,7 +21,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from generate import DEMO_CHECKPOINT, DTYPES, demo_lengths, environment, step_bytes, timed
+from generate import (
+    DEMO_CHECKPOINT,
+    DTYPES,
+    demo_lengths,
+    environment,
+    step_bytes,
+    step_times,
+    timed,
+)
 from model import compile_blocks, load_model
 from spec_decode import Drafting, Engine, Sampling, decode
 
@@ -49,23 +57,11 @@ def measure(model, lengths: list[int], drafting: Drafting, repeats: int) -> dict
     engine = Engine(model, len(lengths), max(lengths) + NEW_TOKENS, drafting, Sampling())
     gamma, n_bytes = drafting.gamma, step_bytes(engine, [range(n) for n in lengths])
     pretend_prefill(engine, lengths)
-    nothing, tokens = engine.draft(0).tokens, engine.draft(gamma).tokens
     device = engine.tokens.device
     cache_bytes = sum(buffer.nbytes for buffer in engine.full.k + engine.full.v)
-    work = {
-        "read": lambda: read_caches(engine),
-        "target_step_ms": lambda: engine.verify(nothing).argmax(dim=-1),
-        "draft_step_ms": lambda: engine.draft(gamma),
-        "verify_ms": lambda: engine.verify(tokens).argmax(dim=-1),
-    }
-    for step in work.values():  # compile
-        step(), step()
-    times = {name: [] for name in work}
-    for _ in range(repeats):  # in turn, so that all see the same machine
-        for name, step in work.items():
-            times[name].append(1e3 * timed(device, step)[0])
-    result = {name: statistics.median(times[name]) for name in work}
-    result["draft_step_ms"] /= gamma
+    step_times(engine, repeats=2)  # compile
+    times = step_times(engine, repeats, read=lambda: read_caches(engine))
+    result = {name: statistics.median(values) for name, values in times.items()}
     bandwidth = cache_bytes / (1e-3 * result.pop("read"))
     floor_ms = 1e3 * n_bytes / bandwidth
     result |= {
@@ -82,7 +78,7 @@ def measure(model, lengths: list[int], drafting: Drafting, repeats: int) -> dict
     for _ in range(3):
         for g, measured in speeds.items():
             engine.rewind()
-            seconds, stats = timed(engine.tokens.device, lambda g=g: decode(engine, g))
+            seconds, stats = timed(device, lambda g=g: decode(engine, g))
             measured.append(stats.decoded_tokens / seconds)
     result |= {
         "plain_tokens_per_s": statistics.median(speeds[0]),
