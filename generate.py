@@ -32,6 +32,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
 import torch
 
+from drafters import Drafting
 from model import (
     compile_blocks,
     compiler_runs,
@@ -40,7 +41,7 @@ from model import (
     load_model,
     write_json,
 )
-from spec_decode import Drafting, Engine, Sampling, Stats, decode
+from spec_decode import Engine, Sampling, Stats, decode
 from tokenizer import TextStream, Tokenizer, continuation, load_tokenizer
 
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "demo"
@@ -135,6 +136,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--draft_budget", type=int, default=Drafting().budget,
                    help="tokens of KV that the draft reads per row, sinks included")  # fmt: skip
     p.add_argument("--n_sink", type=int, default=Drafting().n_sink)
+    p.add_argument("--obs_window", type=int, default=Drafting().obs_window,
+                   help="newest tokens whose queries snapkv observes")  # fmt: skip
+    p.add_argument("--reselect_every", type=int, metavar="ROUNDS",
+                   help="how often to select the draft's KV again; 0: never")  # fmt: skip
     p.add_argument("--synthetic_acceptance", type=float, metavar="RATE",
                    help="benchmarks: draw the accepted count at this rate")  # fmt: skip
     p.add_argument(
@@ -307,6 +312,9 @@ def warm_up(engine: Engine) -> None:
     """Compile every shape that will run, twice each; decides no tokens."""
     for _ in range(2):
         engine.prefill_row(0, 1)
+        if engine.drafter:
+            engine.drafter.prefill(0, 1)
+            engine.drafter.select()
         for gamma in {0, engine.gamma}:
             engine.verify(engine.draft(gamma).tokens)
 
@@ -366,8 +374,9 @@ def prepare(args: argparse.Namespace) -> tuple[Engine, Tokenizer, list[list[int]
     """Everything that bad input can break, the cheap things first: the weights come last."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     drafting = Drafting(
-        args.draft, args.speculate_k, args.draft_budget, args.n_sink, args.synthetic_acceptance
-    )
+        args.draft, args.speculate_k, args.draft_budget, args.n_sink, args.obs_window,
+        args.reselect_every, args.synthetic_acceptance,
+    )  # fmt: skip
     config = load_config(args.checkpoint_path)
     args.eos_ids = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
     tokenizer = load_tokenizer(args.checkpoint_path)

@@ -25,35 +25,42 @@ seen twice, also when the prompt is shorter than the budget. The slack is why re
 damage the window: a round writes gamma + 1 positions, the newest decided token's and those of gamma
 drafts, and the tokens they overwrite are ring_size older, outside every window still to come.
 
-A **policy** is a pure function that returns the positions to keep, ``[B, Hkv, n_selected]``.
-`SparseKVCache.fill` gathers them from the full cache; reading is the same for all policies.
-StreamingLLM (arXiv 2309.17453) is the policy that keeps the first tokens, the attention sinks.
+A **policy** is a pure function that looks at one layer of the full cache and returns the positions
+to keep, ``[B, Hkv, n_selected]``; each layer and each KV head may keep others. `SparseKVCache.fill`
+gathers them; reading is the same for all policies. `POLICIES` is the registry:
 
-**Self-speculation** joins one of each (`SelfSpeculationCache`): verification attends to the full
-cache and writes its K and V into both, so the draft's window always holds exact values. Drafting
-uses the sparse cache alone.
+    streaming   the first tokens of the text, the attention sinks (StreamingLLM, arXiv 2309.17453)
+    snapkv      what the newest tokens' queries attend to most (SnapKV, arXiv 2404.14469)
 
-A cache is handed to the model's forward and answers with a `Step`: the slots to write, and the
-mask. Masks are over queries with the G = H / Hkv heads of a KV head folded into the query length
-(index g * T + t), as `model.attend` wants them.
+**Self-speculation** joins one of each (`JointCache`): verification attends to the full cache and
+writes its K and V into both, so the draft's window always holds exact values. Drafting uses the
+sparse cache alone.
+
+A cache is handed to the model's forward and answers with a `Step` per layer: the slots to write,
+and the mask. Masks are over queries with the G = H / Hkv heads of a KV head folded into the query
+length (index g * T + t), as `model.attend` wants them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 NEVER = 2**62  # position of a selected slot that holds nothing: later than any query
 Q_BLOCK = 128  # queries per flex_attention block
+POOL = 5  # SnapKV's scores are averaged over this many neighbours, an odd number
+SCORE_BYTES = 2**28  # most memory that SnapKV's scores may take at a time
 
 
 class Step(NamedTuple):
-    """What one forward needs to know of a cache; the same for all layers."""
+    """What one layer's forward needs to know of a cache."""
 
-    slots: tuple[Tensor, ...]  # per buffer: [B, T] int64, where these tokens are written
+    slots: tuple[Tensor, ...]  # per written buffer: [B, T] int64, where these tokens go
     mask: BlockMask | Tensor  # what each folded query sees of the first buffer
     kernel_options: dict | None = None  # for flex_attention
 
@@ -83,6 +90,11 @@ class CacheSpec:
         """Bytes of K and V of one slot in all rows, heads and layers."""
         numbers = 2 * self.n_layer * self.batch_size * self.n_kv_head * self.head_dim
         return numbers * self.dtype.itemsize
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Prompt tokens per forward: enough to be bound by arithmetic."""
+        return 2048 if self.device.type == "cuda" else 512
 
     @property
     def kv_block(self) -> int:
@@ -118,10 +130,10 @@ def allocate(spec: CacheSpec, n_slots: int) -> list[Tensor]:
     return [torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.n_layer)]
 
 
-def fold_mask(visible: Tensor, n_group: int) -> Tensor:  # [B, h, T, S] -> [B, h, G * T, S]
+def fold_mask(visible: Tensor, n_group: int) -> Tensor:  # [..., T, S] -> [..., G * T, S]
     """Repeat a boolean mask for the query heads folded into the query length."""
-    B, h, T, S = visible.shape
-    return visible[:, :, None].expand(B, h, n_group, T, S).reshape(B, h, n_group * T, S)
+    *lead, T, S = visible.shape
+    return visible.unsqueeze(-3).expand(*lead, n_group, T, S).flatten(-3, -2)
 
 
 class KVCache:
@@ -155,10 +167,16 @@ class KVCache:
         """The (k, v) buffers of layer i; the first pair is the one attended to."""
         return ((self.k[i], self.v[i]),)
 
-    def step(self, pos: Tensor) -> Step:  # [B, T], consecutive within a row
-        if not self.spec.flex:
-            return Step((pos,), self.dense_mask(pos))
-        return Step((pos,), self.block_mask(pos), self.kernel_options(*pos.shape))
+    def slots(self, pos: Tensor) -> Tensor:  # [B, T] -> [B, T]
+        return pos
+
+    def steps(self, pos: Tensor) -> list[Step]:  # [B, T], consecutive within a row
+        """One Step, for all layers the same."""
+        if self.spec.flex:
+            step = Step((pos,), self.block_mask(pos), self.kernel_options(*pos.shape))
+        else:
+            step = Step((pos,), self.dense_mask(pos))
+        return [step] * self.spec.n_layer
 
     def kernel_options(self, B: int, T: int) -> dict | None:
         """Settings of the split-KV kernel that CUDA uses for fewer than 128 folded queries.
@@ -226,8 +244,12 @@ class SparseKVCache:
         self.ring_size = n_recent + gamma + 1
         self.k = allocate(spec, n_selected + self.ring_size)
         self.v = allocate(spec, n_selected + self.ring_size)
-        shape = (spec.batch_size, spec.n_kv_head, n_selected)
+        shape = (spec.n_layer, spec.batch_size, spec.n_kv_head, n_selected)
         self.selected_pos = torch.full(shape, NEVER, dtype=torch.int64, device=spec.device)
+
+    @staticmethod
+    def n_slots(n_selected: int, n_recent: int, gamma: int) -> int:
+        return n_selected + n_recent + gamma + 1
 
     def layer(self, i: int) -> tuple[tuple[Tensor, Tensor], ...]:
         return ((self.k[i], self.v[i]),)
@@ -235,8 +257,9 @@ class SparseKVCache:
     def slots(self, pos: Tensor) -> Tensor:  # [B, T] -> [B, T]
         return self.n_selected + pos % self.ring_size
 
-    def step(self, pos: Tensor) -> Step:  # [B, T], consecutive within a row
-        return Step((self.slots(pos),), fold_mask(self.visible(pos), self.spec.n_group))
+    def steps(self, pos: Tensor) -> list[Step]:  # [B, T], consecutive within a row
+        masks = fold_mask(self.visible(pos), self.spec.n_group)
+        return [Step((self.slots(pos),), mask) for mask in masks]
 
     def ring_pos(self, newest: Tensor) -> Tensor:  # [B], newest written position -> [B, ring_size]
         """Position held by each ring slot; negative where nothing was written yet."""
@@ -244,53 +267,138 @@ class SparseKVCache:
         return newest[:, None] - (newest[:, None] - slot) % self.ring_size
 
     def visible(self, pos: Tensor) -> Tensor:
-        """[B, Hkv, T, slots] bool, by the rule of the module docstring."""
+        """[L, B, Hkv, T, slots] bool, by the rule of the module docstring."""
         q = pos[:, None, :, None]  # [B, 1, T, 1]
-        selected = self.selected_pos[:, :, None] <= q - self.n_recent
+        selected = self.selected_pos[..., None, :] <= q - self.n_recent
         p = self.ring_pos(pos[:, -1])[:, None, None]  # [B, 1, 1, ring_size]
         ring = (p > q - self.n_recent) & (p <= q) & (p >= 0)
-        return torch.cat((selected, ring.expand(*selected.shape[:3], -1)), dim=-1)
+        return torch.cat((selected, ring.expand(*selected.shape[:-1], -1)), dim=-1)
 
-    def fill(self, full: KVCache, selected_pos: Tensor, n_cached: Tensor) -> None:
-        """Load selection and window from the full cache, in place.
+    def fill(self, i: int, full: KVCache, selected_pos: Tensor, n_cached: Tensor) -> None:
+        """Load selection and window of layer i from the full cache, in place.
 
         selected_pos [B, Hkv, n_selected] are positions, in a policy's answer; those that the full
         cache does not hold yet (>= n_cached [B]) stay invisible for good.
         """
         unknown = selected_pos >= n_cached[:, None, None]
-        self.selected_pos.copy_(selected_pos.masked_fill(unknown, NEVER))
+        self.selected_pos[i] = selected_pos.masked_fill(unknown, NEVER)
         ring = self.ring_pos(n_cached - 1)[:, None].expand(-1, selected_pos.shape[1], -1)
         index = torch.cat((selected_pos, ring), dim=-1).clamp(0, full.capacity - 1)
         index = index[..., None].expand(-1, -1, -1, self.spec.head_dim)
-        for mine, theirs in zip(self.k + self.v, full.k + full.v, strict=True):
-            torch.gather(theirs, 2, index, out=mine)
+        torch.gather(full.k[i], 2, index, out=self.k[i])
+        torch.gather(full.v[i], 2, index, out=self.v[i])
 
 
-class SelfSpeculationCache:
-    """A full cache to verify with and a sparse one to draft with, for the same weights.
+@dataclass(frozen=True, slots=True)
+class JointCache:
+    """Attends to one cache and writes two.
 
-    Handed to the model itself it is the verification cache: attends to `full`, writes both.
+    Self-speculation verifies with (full, sparse); a draft model of its own that selects from its
+    own full cache drafts with (sparse, full).
     """
 
-    def __init__(self, full: KVCache, sparse: SparseKVCache) -> None:
-        self.full, self.sparse = full, sparse
+    attended: KVCache | SparseKVCache
+    written: KVCache | SparseKVCache
 
     def layer(self, i: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        return self.full.layer(i) + self.sparse.layer(i)
+        return self.attended.layer(i) + self.written.layer(i)
 
-    def step(self, pos: Tensor) -> Step:
-        step = self.full.step(pos)
-        return step._replace(slots=(*step.slots, self.sparse.slots(pos)))
+    def steps(self, pos: Tensor) -> list[Step]:
+        slots = self.written.slots(pos)
+        return [s._replace(slots=(*s.slots, slots)) for s in self.attended.steps(pos)]
 
 
-def select_streaming(
-    full: KVCache,
-    n_cached: Tensor,  # [B] int64, tokens of each row that the full cache holds
-    n_selected: int,
-) -> Tensor:  # [B, Hkv, n_selected] int64, positions
+@dataclass(frozen=True, slots=True)
+class ReadOnlyCache:
+    """Attends to a cache and writes nothing: for tokens whose K and V it holds already."""
+
+    attended: KVCache
+
+    def layer(self, i: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        return self.attended.layer(i)
+
+    def steps(self, pos: Tensor) -> list[Step]:
+        return [s._replace(slots=()) for s in self.attended.steps(pos)]
+
+
+class Layer(NamedTuple):
+    """What a policy sees: one layer of the full cache, and how much of it is text."""
+
+    k: Tensor  # [B, Hkv, S, D], rotated; position p in slot p
+    v: Tensor  # [B, Hkv, S, D]
+    n_cached: Tensor  # [B] int64, tokens of each row that are held
+    n_sink: int  # how many of the first tokens to keep in any case
+    queries: Tensor | None  # [B, W, H, D] of the tokens at `observed`; None if not asked for
+
+
+class Policy(NamedTuple):
+    """An entry of the registry: how to select, and how a budget is divided."""
+
+    select: Callable[[Layer, int], Tensor]  # (layer, n_selected) -> [B, Hkv, n_selected] positions
+    recent_share: float  # of the budget, for the window of newest tokens (what the sinks leave)
+    observes: bool = False  # wants Layer.queries
+    reselect_every: int = 16  # rounds until it is asked again by default; 0: its answer is final
+
+    def n_recent(self, budget: int, n_sink: int, obs_window: int) -> int:
+        """Tokens of the budget that go to the window; an observed window lies in it."""
+        n = max(int(self.recent_share * budget), obs_window if self.observes else 1)
+        return min(n, budget - n_sink)
+
+
+def observed(n_cached: Tensor, obs_window: int) -> Tensor:  # [B] -> [B, W]
+    """Positions of the newest W cached tokens; a row with fewer has them first, then others."""
+    start = (n_cached - obs_window).clamp_min(0)
+    return start[:, None] + torch.arange(obs_window, device=n_cached.device)
+
+
+def select_streaming(layer: Layer, n_selected: int) -> Tensor:
     """StreamingLLM (arXiv 2309.17453): the first tokens of the text, the attention sinks."""
-    first = torch.arange(n_selected, device=n_cached.device)
-    return first.expand(len(n_cached), full.spec.n_kv_head, n_selected)
+    first = torch.arange(n_selected, device=layer.k.device)
+    return first.expand(*layer.k.shape[:2], n_selected)
 
 
-POLICIES = {"streaming": select_streaming}  # name -> function of (full, n_cached, n_selected)
+def attention_received(
+    k: Tensor,  # [B, Hkv, S, D]
+    queries: Tensor,  # [B, W, H, D]
+    n_cached: Tensor,  # [B]
+) -> Tensor:  # [B, Hkv, S] float32
+    """Mean attention of the observed queries, over the query heads of each KV head, to each slot.
+
+    Zero for the observed tokens themselves: they are in the window anyway.
+    """
+    (B, W, H, D), (Hkv, S) = queries.shape, k.shape[1:3]
+    pos = observed(n_cached, W)
+    slot = torch.arange(S, device=k.device)
+    q = queries.view(B, W, Hkv, -1, D).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G * W, D]
+    scores = (q * D**-0.5 @ k.transpose(-1, -2)).float()
+    hidden = fold_mask(slot > pos[:, None, :, None], H // Hkv)
+    probs = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+    exists = (pos < n_cached[:, None]).repeat(1, H // Hkv)  # [B, G * W]; others are not asked
+    weight = exists / exists.sum(dim=1, keepdim=True).clamp_min(1)
+    received = (weight[:, None, None] @ probs)[:, :, 0]
+    return received.masked_fill(slot >= pos[:, None, :1], 0)
+
+
+def select_snapkv(layer: Layer, n_selected: int) -> Tensor:
+    """SnapKV (arXiv 2404.14469): per KV head, what the newest queries attend to most.
+
+    Scores are pooled over POOL neighbours, so that a token is kept with its surroundings. The
+    sinks come first; the observed window is left out. Row by row if need be: the scores of all
+    rows are [B, H, W, S].
+    """
+    W, H = layer.queries.shape[1:3]
+    rows = max(SCORE_BYTES // (4 * H * W * layer.k.shape[2]), 1)
+    parts = zip(*(t.split(rows) for t in (layer.k, layer.queries, layer.n_cached)), strict=True)
+    scores = torch.cat([attention_received(*part) for part in parts])
+    scores = F.avg_pool1d(scores, POOL, stride=1, padding=POOL // 2)
+    slot = torch.arange(scores.shape[-1], device=scores.device)
+    start = observed(layer.n_cached, W)[:, None, :1]
+    scores = scores.masked_fill(slot < layer.n_sink, torch.inf).masked_fill(slot >= start, -1)
+    score, pos = scores.topk(n_selected, dim=-1)
+    return pos.masked_fill(score < 0, NEVER)
+
+
+POLICIES = {
+    "streaming": Policy(select_streaming, recent_share=1.0, reselect_every=0),
+    "snapkv": Policy(select_snapkv, recent_share=0.5, observes=True),
+}

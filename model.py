@@ -7,8 +7,8 @@ There is one forward for everything this program does::
 Prefill, plain decoding, drafting and verification differ only in T and in the cache they are
 handed, so a lossless speculative decoder needs no second model code path that could disagree
 with the first. The cache (see `kv_cache.py`) answers two questions once per forward, in
-`cache.step(pos)`: into which slots do these tokens go, and which slots may each of them see?
-All layers share the answer.
+`cache.steps(pos)`, for each layer: into which slots do these tokens go, and which slots may each
+of them see?
 
 Attention at long context is a memory problem: a decode step does about one multiply-add per
 cached number it reads. Two things keep the reading fast:
@@ -224,9 +224,9 @@ class Attention(nn.Module):
         x: Tensor,  # [B, T, dim]
         rope: tuple[Tensor, Tensor],  # cos, sin, each [B, T, 1, D/2]
         step: Step | None,  # slots to write and who sees what; None: causal, no cache
-        buffers: tuple[tuple[Tensor, Tensor], ...],  # (k, v) pairs; all written, the first is read
+        buffers: tuple[tuple[Tensor, Tensor], ...],  # (k, v) pairs; the first is attended to
     ) -> Tensor:  # [B, T, dim]
-        """Write this step's K and V into every buffer, in place, then attend to the first one."""
+        """Write K and V into the buffers that have slots, in place, then attend to the first."""
         B, T, _ = x.shape
         c = self.config
         q, k, v = (
@@ -238,10 +238,16 @@ class Attention(nn.Module):
         if step is None:
             return self.wo(attend(q, k.transpose(1, 2), v.transpose(1, 2), step))
         rows = torch.arange(B, device=x.device)[:, None]
-        for (k_buffer, v_buffer), slot in zip(buffers, step.slots, strict=True):
+        for (k_buffer, v_buffer), slot in zip(buffers, step.slots, strict=False):
             k_buffer[rows, :, slot] = k  # this form stays in place under torch.compile
             v_buffer[rows, :, slot] = v
         return self.wo(attend(q, *buffers[0], step))
+
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The rotated queries alone, [B, T, H, D]."""
+        width = self.config.n_head * self.config.head_dim
+        q = F.linear(x, self.wqkv.weight[:width])
+        return rotate(q.unflatten(-1, (-1, self.config.head_dim)), *rope)
 
 
 class FeedForward(nn.Module):
@@ -313,13 +319,35 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, pos: Tensor, cache=None) -> Tensor:
         """The forward without its output layer, [B, T, dim]: what a prefill chunk needs."""
-        x = self.tok_embeddings(tokens)
-        angle = (pos[..., None].float() * self.rope_freq)[:, :, None, :]
-        rope = (angle.cos(), angle.sin())
-        step = None if cache is None else cache.step(pos)
+        x, rope = self.tok_embeddings(tokens), self.rope(pos)
+        steps = [None] * len(self.layers) if cache is None else cache.steps(pos)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, step, () if cache is None else cache.layer(i))
+            x = layer(x, rope, steps[i], () if cache is None else cache.layer(i))
         return x
+
+    def rope(self, pos: Tensor) -> tuple[Tensor, Tensor]:  # [B, T] -> cos, sin [B, T, 1, D/2]
+        angle = (pos[..., None].float() * self.rope_freq)[:, :, None, :]
+        return angle.cos(), angle.sin()
+
+    def queries(self, tokens: Tensor, pos: Tensor, cache) -> Iterator[Tensor]:
+        """Layer by layer the rotated queries [B, T, H, D] of tokens that are in the cache."""
+        x, rope, steps = self.tok_embeddings(tokens), self.rope(pos), cache.steps(pos)
+        for i, layer in enumerate(self.layers):
+            yield layer.attention.queries(layer.attention_norm(x), rope)
+            x = layer(x, rope, steps[i], cache.layer(i))
+
+    def prefill(self, tokens: Tensor, length: int, chunk: int, cache) -> Tensor:
+        """Read the first `length` of tokens [1, S] into the cache; hidden state [dim] of the last.
+
+        All chunks have one static shape. The last one is moved back to end with the text (what it
+        computes twice, it computes the same); a text shorter than a chunk is followed by tokens
+        that do not exist yet, in slots that nobody sees before they are overwritten.
+        """
+        for start in range(0, length, chunk):
+            start = max(min(start, length - chunk), 0)
+            pos = torch.arange(start, start + chunk, device=tokens.device)[None]
+            x = self.hidden(tokens[:, start : start + chunk], pos, cache)
+        return x[0, length - 1 - start]
 
     def logits(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., V]
         return self.output(self.norm(x))

@@ -3,7 +3,7 @@
 The state of a batch is ``tokens [B, S]`` and ``seq_len [B]``: how many tokens of each row are
 decided. The full KV cache holds K and V of all decided tokens but the newest. One round::
 
-    draft    gamma steps from the newest token with the sparse cache          gamma * T_D
+    draft    gamma tokens from a drafter, see `drafters.py`                   gamma * T_D
     verify   one pass over [newest, draft_1 .. draft_gamma], full cache       T_V(gamma)
     accept   how many drafts stay, and the token that follows them
     commit   write them, cut at EOS and at the row's limit, advance seq_len
@@ -36,14 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kv_cache import (
-    POLICIES,
-    CacheSpec,
-    KVCache,
-    SelfSpeculationCache,
-    SparseKVCache,
-    check_fits,
-)
+from drafters import Drafting, Text, check_drafting, draft_cache_bytes, make_drafter
+from kv_cache import CacheSpec, KVCache, check_fits
 from model import Transformer
 
 
@@ -68,36 +62,6 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
-
-
-@dataclass(frozen=True, slots=True)
-class Drafting:
-    """How drafts are made: whose KV they read, and how many tokens at a time."""
-
-    policy: str = "none"  # a name in kv_cache.POLICIES, or "none"
-    gamma: int = 5  # draft tokens per round
-    budget: int = 128  # K, tokens of draft KV per row, sinks included
-    n_sink: int = 4  # of them, always the first ones of the text
-    synthetic_acceptance: float | None = None  # benchmarks only: draw who is accepted; not lossless
-
-    def __post_init__(self) -> None:
-        if self.policy != "none" and self.policy not in POLICIES:
-            known = ", ".join(["none", *POLICIES])
-            raise ValueError(f"draft policy {self.policy!r} is unknown; known: {known}")
-        if not 0 <= self.gamma <= 32:
-            raise ValueError(f"speculate_k {self.gamma} must be in 0..32")
-        if self.n_sink < 0:
-            raise ValueError(f"n_sink {self.n_sink} must be at least 0")
-        if self.budget < self.n_sink + 1:
-            raise ValueError(
-                f"draft_budget {self.budget} must be at least n_sink + 1 = {self.n_sink + 1}"
-            )
-        if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
-            raise ValueError(f"synthetic_acceptance {self.synthetic_acceptance} must be in 0..1")
-
-    @property
-    def enabled(self) -> bool:
-        return self.policy != "none" and self.gamma > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,27 +188,29 @@ class Engine:
         drafting: Drafting,
         sampling: Sampling,
         seed: int = 0,
+        draft_model: Transformer | None = None,  # None: drafting needs none
     ) -> None:
         """Allocates the caches; ValueError if they will not fit into the memory that is free."""
         spec = CacheSpec.for_model(model, batch_size)
         self.model, self.drafting, self.sampling = model, drafting, sampling
-        self.prefill_chunk = min(2048 if spec.device.type == "cuda" else 512, max_len)
+        self.prefill_chunk = min(spec.prefill_chunk, max_len)
         n_slots = KVCache.round_up(spec, max_len + drafting.gamma + 1)  # a round may overshoot
-        n_recent = drafting.budget - drafting.n_sink
-        n_sparse = drafting.budget + drafting.gamma + 1 if drafting.enabled else 0
-        check_fits((n_slots + n_sparse) * spec.bytes_per_slot, spec.device)
+        check_drafting(drafting, draft_model and draft_model.config, max_len)
+        draft_spec = draft_model and CacheSpec.for_model(draft_model, batch_size)
+        draft_bytes = draft_cache_bytes(drafting, spec, draft_spec, n_slots)
+        check_fits(n_slots * spec.bytes_per_slot + draft_bytes, spec.device)
         self.full = KVCache.empty(spec, n_slots)
-        self.sparse = self.joint = None
-        if drafting.enabled:
-            self.sparse = SparseKVCache(spec, drafting.n_sink, n_recent, drafting.gamma)
-            self.joint = SelfSpeculationCache(self.full, self.sparse)
         integers = {"dtype": torch.int64, "device": spec.device}
         self.tokens = torch.zeros(batch_size, n_slots, **integers)
         self.prompt_len = torch.ones(batch_size, **integers)
-        self.seq_len = torch.ones(batch_size, **integers)  # decided tokens
+        self.seq_len = self.prompt_len + 1  # decided tokens
         self.limit = torch.ones(batch_size, **integers)  # most tokens a row may reach
         self.finished = torch.zeros(batch_size, dtype=torch.bool, device=spec.device)
         self.full.finished = self.finished  # such rows read no KV any more
+        text = Text(self.tokens, self.seq_len, self.finished)
+        self.drafter = None
+        if drafting.enabled:
+            self.drafter = make_drafter(drafting, model, self.full, text, draft_model)
         self.eos = torch.zeros(0, **integers)
         self.gamma = drafting.gamma if drafting.enabled else 0  # most drafts a round can have
         self.histogram = torch.zeros(self.gamma + 1, **integers)
@@ -268,6 +234,8 @@ class Engine:
             self.prompt_len[b] = len(prompt)
             self.limit[b] = len(prompt) + max_new_tokens[b]
             last.append(self.prefill_row(b, len(prompt)))
+            if self.drafter:
+                self.drafter.prefill(b, len(prompt))
             on_row(b)
         logits = self.model.logits(torch.stack(last))  # [B, V]
         if self.sampling.greedy:
@@ -278,18 +246,9 @@ class Engine:
         self.rewind()
 
     def prefill_row(self, b: int, length: int) -> Tensor:
-        """Hidden state [dim] of the row's last prompt token; its K and V are cached on the way.
-
-        All chunks have one static shape. The last one is moved back to end with the prompt (what
-        it computes twice, it computes the same); a prompt shorter than a chunk is followed by
-        tokens that do not exist yet, in slots that nobody sees before they are overwritten.
-        """
-        T, cache = self.prefill_chunk, self.full.row(b)
-        for start in range(0, length, T):
-            start = max(min(start, length - T), 0)
-            pos = torch.arange(start, start + T, device=self.rows.device)[None]
-            x = self.model.hidden(self.tokens[b : b + 1, start : start + T], pos, cache)
-        return x[0, length - 1 - start]
+        """Hidden state [dim] of the row's last prompt token; its K and V are cached on the way."""
+        tokens = self.tokens[b : b + 1]
+        return self.model.prefill(tokens, length, self.prefill_chunk, self.full.row(b))
 
     def rewind(self) -> None:
         """Back to the end of the prefill: decode (again) from the same first tokens and seed."""
@@ -298,15 +257,8 @@ class Engine:
         self.seq_len.copy_(self.prompt_len + 1)
         self.finished.copy_((first == self.eos).any(dim=1) | (self.seq_len >= self.limit))
         self.histogram.zero_()
-        self.select()
-
-    def select(self) -> None:
-        """Let the policy choose what the draft keeps of the text so far, and load it."""
-        if self.sparse is not None:
-            policy = POLICIES[self.drafting.policy]
-            n_cached = self.seq_len - 1
-            kept = policy(self.full, n_cached, self.sparse.n_selected)
-            self.sparse.fill(self.full, kept, n_cached)
+        if self.drafter:
+            self.drafter.select()
 
     def uniforms(self, n: int) -> Tensor:  # [B, n] float32 in [0, 1)
         return torch.rand(len(self.rows), n, device=self.rows.device, generator=self.generator)
@@ -316,21 +268,19 @@ class Engine:
         return self.tokens.gather(1, pos), pos
 
     def draft(self, gamma: int) -> Draft:
-        """gamma tokens per row from the sparse cache, one at a time."""
-        token, pos = self.newest()
-        V, device = self.model.config.vocab_size, token.device
-        tokens = torch.empty(len(token), gamma, dtype=torch.int64, device=device)
-        if self.sampling.greedy:
-            for i in range(gamma):
-                token = self.model(token, pos + i, self.sparse).argmax(dim=-1)
-                tokens[:, i] = token[:, 0]
-            return Draft(tokens, None)
-        probs = torch.empty(len(token), gamma, V, device=device)
-        u = self.uniforms(gamma)
+        """gamma tokens per row from the drafter, one at a time."""
+        token, _ = self.newest()
+        B, V, device = len(token), self.model.config.vocab_size, token.device
+        tokens = torch.empty(B, gamma, dtype=torch.int64, device=device)
+        probs = None if self.sampling.greedy else torch.empty(B, gamma, V, device=device)
+        u = None if self.sampling.greedy else self.uniforms(gamma)
         for i in range(gamma):
-            logits = self.model(token, pos + i, self.sparse)
-            probs[:, i] = logits_to_probs(logits[:, 0], self.sampling)
-            token = sample(probs[:, i], u[:, i])[:, None]
+            logits = self.drafter.logits(i, token)
+            if self.sampling.greedy:
+                token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                probs[:, i] = logits_to_probs(logits, self.sampling)
+                token = sample(probs[:, i], u[:, i])[:, None]
             tokens[:, i] = token[:, 0]
         return Draft(tokens, probs)
 
@@ -339,7 +289,7 @@ class Engine:
         token, pos = self.newest()
         gamma = draft_tokens.shape[1]
         pos = pos + torch.arange(gamma + 1, device=pos.device)
-        cache = self.joint if gamma else self.full
+        cache = self.drafter.verify_cache if gamma else self.full
         return self.model(torch.cat((token, draft_tokens), dim=1), pos, cache)
 
     def accept(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -400,6 +350,8 @@ def decode(
     while not engine.finished.all():
         engine.round(gamma)
         rounds += 1
+        if gamma and engine.drafter.select_every and rounds % engine.drafter.select_every == 0:
+            engine.drafter.select()
         on_round()
     decoded = engine.seq_len.sum().item() - start
     return Stats(rounds, gamma, decoded, engine.histogram[: gamma + 1].tolist())

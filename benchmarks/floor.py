@@ -21,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from drafters import Drafting
 from generate import (
     DEMO_CHECKPOINT,
     DTYPES,
@@ -31,7 +32,7 @@ from generate import (
     timed,
 )
 from model import compile_blocks, load_model
-from spec_decode import Drafting, Engine, Sampling, decode
+from spec_decode import Engine, Sampling, decode
 
 NEW_TOKENS = 128
 
@@ -105,7 +106,9 @@ def main() -> None:
     device = torch.device(args.device)
     model = load_model(DEMO_CHECKPOINT, device, DTYPES[args.dtype])
     compile_blocks(model)
-    drafting = Drafting("streaming", args.gamma, args.draft_budget, 4, args.acceptance)
+    drafting = Drafting(
+        "streaming", args.gamma, args.draft_budget, synthetic_acceptance=args.acceptance
+    )
     B = args.batch_size
     workloads = {"demo_lengths": demo_lengths(B), "8192": [8192] * B}
     result = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),

@@ -1,6 +1,7 @@
-"""Train the demo checkpoint again: tokenizer and model, from Python source that is already here.
+"""Train the demo checkpoints again, from Python source that is already on the machine.
 
-    python scripts/train_demo.py --out checkpoints/demo
+  python scripts/train_demo.py demo --out checkpoints/demo
+  python scripts/train_demo.py demo-draft --out checkpoints/demo-draft --tokenizer checkpoints/demo
 
 The data is what every machine with the requirements installed has: the standard library and the
 sources of the installed packages, without tests, generated tables and vendored copies. Twenty
@@ -8,13 +9,16 @@ well-known standard modules (DEMO_MODULES) are never trained on, nor is any file
 the demo's prompts are cut from them. The model is written as a Hugging Face Llama directory.
 
 Context starts short and is lengthened: most of what a small model learns needs 512 tokens, and
-long windows cost attention time. In a third of the windows a passage is pasted again further on,
-so that the model learns to copy over any distance it is trained at: that is what a long context is
-for, and what a sparse draft cache can lose. Matrices are optimised by Muon, the rest by AdamW.
+long windows cost attention time. In a third of the windows a passage is pasted again further on.
+That alone does not teach copying from thousands of tokens back, so the last phases of the demo
+model fill the second half of every other window with passages of what came before: that is what a
+long context is for, and what a sparse draft cache can lose. `demo-draft`, a tenth of the size, is
+for drafting; it never sees more than 512 tokens. Matrices are optimised by Muon, the rest by AdamW.
 """
 
 import argparse
 import io
+import json
 import math
 import random
 import sys
@@ -31,7 +35,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generate import DEMO_MODULES, module_source
-from model import ModelConfig, Transformer, compile_blocks, save_model, write_json
+from model import ModelConfig, Transformer, compile_blocks, load_model, save_model, write_json
 
 SKIPPED = {
     "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__",
@@ -47,9 +51,16 @@ class Phase:
 
     context: int  # tokens in a window
     tokens: int  # tokens trained on in this phase
+    rate: tuple[float, float]  # share of the peak learning rate at its start and end, linear
+    recall: float = 0.0  # share of the windows whose second half repeats the text before it
 
 
-PHASES = (Phase(512, 7_000_000), Phase(2048, 3_500_000), Phase(4096, 2_000_000))
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    config: ModelConfig
+    phases: tuple[Phase, ...]
+
+
 TOKENS_PER_STEP = 8192
 TOKENIZER_CONFIG = {  # with which transformers reads tokenizer.model as we do
     "tokenizer_class": "LlamaTokenizer",
@@ -59,10 +70,27 @@ TOKENIZER_CONFIG = {  # with which transformers reads tokenizer.model as we do
     "legacy": False,
     "clean_up_tokenization_spaces": False,
 }
-DEMO = ModelConfig(
-    dim=256, n_layer=6, n_head=4, n_kv_head=4, head_dim=128, ffn_dim=704, vocab_size=4096,
-    max_seq_len=4096, rope_theta=100_000.0, norm_eps=1e-5, tie_embeddings=True,
+DEMO = Recipe(
+    ModelConfig(
+        dim=256, n_layer=6, n_head=4, n_kv_head=4, head_dim=128, ffn_dim=704, vocab_size=4096,
+        max_seq_len=4096, rope_theta=100_000.0, norm_eps=1e-5, tie_embeddings=True,
+    ),
+    (
+        Phase(512, 6_250_000, (1.0, 1.0)), Phase(512, 750_000, (1.0, 0.88)),
+        Phase(2048, 3_500_000, (0.88, 0.32)), Phase(4096, 2_000_000, (0.32, 0.0)),
+        Phase(2048, 2_500_000, (0.3, 0.2), recall=0.5),
+        Phase(4096, 4_500_000, (0.2, 0.0), recall=0.5),
+    ),
 )  # fmt: skip
+DEMO_DRAFT = Recipe(
+    ModelConfig(
+        dim=96, n_layer=3, n_head=2, n_kv_head=1, head_dim=64, ffn_dim=256, vocab_size=4096,
+        max_seq_len=512, rope_theta=10_000.0, norm_eps=1e-5, tie_embeddings=True,
+    ),
+    (Phase(512, 8_000_000, (1.0, 1.0)), Phase(512, 8_000_000, (1.0, 0.0))),
+)  # fmt: skip
+RECIPES = {"demo": DEMO, "demo-draft": DEMO_DRAFT}
+WARM_UP = 200_000  # tokens over which the learning rate first rises
 
 
 def is_prose(text: str) -> bool:
@@ -130,8 +158,18 @@ def paste_passage(window: Tensor, rng: random.Random) -> None:
     window[target : target + n] = window[source : source + n].clone()
 
 
+def fill_with_recall(window: Tensor, rng: random.Random) -> None:
+    """Make the second half of the window mostly passages of the text before them, in place."""
+    target = len(window) // 2
+    while target < len(window):
+        n = min(rng.randint(32, 384), len(window) - target)
+        source = rng.randint(0, target - n)
+        window[target : target + n] = window[source : source + n].clone()
+        target += n + rng.randint(0, 96)
+
+
 def batches(stream: Tensor, phase: Phase, seed: int) -> Iterator[Tensor]:
-    """[B, context + 1] windows in random order, a third of them with a pasted passage."""
+    """[B, context + 1] windows in random order, some of them with repeated passages."""
     rng = random.Random(seed)
     rows = max(TOKENS_PER_STEP // phase.context, 1)
     todo: list[int] = []
@@ -143,7 +181,9 @@ def batches(stream: Tensor, phase: Phase, seed: int) -> Iterator[Tensor]:
         batch = torch.stack([stream[i : i + phase.context + 1] for i in todo[:rows]])
         del todo[:rows]
         for window in batch:
-            if rng.random() < 1 / 3:
+            if rng.random() < phase.recall:
+                fill_with_recall(window, rng)
+            elif rng.random() < 1 / 3:
                 paste_passage(window, rng)
         yield batch
 
@@ -168,6 +208,22 @@ def held_out_loss(model: Transformer, tokenizer, context: int, device: str) -> f
     return sum(batch_loss(model, row[None]).item() for row in rows) / len(rows)
 
 
+@torch.no_grad()
+def recall_accuracy(model: Transformer, tokenizer, context: int, device: str) -> float:
+    """Share of next tokens right in a passage that repeats one from 3/4 of the context before."""
+    n, right = context // 16, []
+    for name in DEMO_MODULES:
+        ids = [tokenizer.bos_id(), *tokenizer.encode(module_source(name))][:context]
+        if len(ids) == context:
+            row = torch.tensor(ids, device=device)
+            row[-n:] = row[context // 4 - n : context // 4]
+            pos = torch.arange(context, device=device)[None]
+            with torch.autocast(device, dtype=torch.bfloat16):
+                guess = model(row[None], pos)[0, -n:-1].argmax(dim=-1)
+            right.append((guess == row[-n + 1 :]).float().mean().item())
+    return sum(right) / len(right)
+
+
 def init_weights(model: Transformer) -> None:
     """Normal(0, 0.02), the projections back into the residual stream smaller by sqrt(2 L)."""
     for name, p in model.named_parameters():
@@ -186,12 +242,9 @@ def optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
     ]
 
 
-def learning_rate(done: float) -> float:
-    """Share of the peak rate after a share `done` of the run: warm-up, flat, then down to zero."""
-    return min(done / 0.02, 1.0, (1 - done) / 0.5)
-
-
-def save_checkpoint(model: Transformer, tokenizer: bytes, out: Path, history: list[dict]) -> None:
+def save_checkpoint(
+    model: Transformer, phases: tuple[Phase, ...], tokenizer: bytes, out: Path, history: list[dict]
+) -> None:
     """Write the Hugging Face directory, bfloat16, and the training record beside it."""
     out.mkdir(parents=True, exist_ok=True)
     eager = Transformer(model.config)
@@ -201,18 +254,28 @@ def save_checkpoint(model: Transformer, tokenizer: bytes, out: Path, history: li
     write_json(generation, out / "generation_config.json")
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(TOKENIZER_CONFIG | tokens, out / "tokenizer_config.json")
-    record = {"phases": [asdict(p) for p in PHASES], "torch": torch.__version__}
+    record = {"phases": [asdict(p) for p in phases], "torch": torch.__version__}
     write_json(record | {"history": history}, out / "training.json")
     (out / "tokenizer.model").write_bytes(tokenizer)
 
 
-def train(config: ModelConfig, out: Path, device: str, seed: int) -> None:
+def train(
+    recipe: Recipe,
+    out: Path,
+    device: str,
+    seed: int,
+    tokenizer_dir: Path | None,  # use its tokenizer; None: train one
+    start: int,  # index of the first phase to run; above 0 it goes on from the weights in `out`
+) -> None:
     """The whole run: data, tokenizer, phases; saves at the end of every phase."""
     torch.manual_seed(seed)
     files = list(sources())
     stdlib = [t for kind, t in files if kind == "stdlib"]
     other = [t for kind, t in files if kind == "package"]
-    tokenizer_file = train_tokenizer(stdlib * 2 + other, config.vocab_size)
+    if tokenizer_dir is None:
+        tokenizer_file = train_tokenizer(stdlib * 2 + other, recipe.config.vocab_size)
+    else:
+        tokenizer_file = (tokenizer_dir / "tokenizer.model").read_bytes()
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_file)
     stream = token_stream(stdlib * 4 + other, tokenizer, seed).to(device)
     print(
@@ -220,50 +283,66 @@ def train(config: ModelConfig, out: Path, device: str, seed: int) -> None:
         flush=True,
     )
 
-    model = Transformer(config).to(device)
-    init_weights(model)
+    if start:
+        model = load_model(out, torch.device(device), torch.float32).train().requires_grad_(True)
+        history = json.loads((out / "training.json").read_text())["history"]
+    else:
+        model, history = Transformer(recipe.config).to(device), []
+        init_weights(model)
     compile_blocks(model)
     opts = optimizers(model)
     peak = [[g["lr"] for g in opt.param_groups] for opt in opts]
-    total, seen, start, history = sum(p.tokens for p in PHASES), 0, time.time(), []
-    for phase in PHASES:
-        for step, batch in enumerate(batches(stream, phase, seed)):
+    seen, begin = 0, time.time()
+    before = sum(p.tokens for p in recipe.phases[:start])
+    for index, phase in list(enumerate(recipe.phases))[start:]:
+        done = 0
+        for step, batch in enumerate(batches(stream, phase, seed + index)):
+            first, last = phase.rate
+            rate = first + (last - first) * done / phase.tokens
+            rate *= min((seen + TOKENS_PER_STEP) / WARM_UP, 1.0)
             for opt, rates in zip(opts, peak, strict=True):
-                for group, rate in zip(opt.param_groups, rates, strict=True):
-                    group["lr"] = rate * learning_rate((seen + 1) / total)
+                for group, r in zip(opt.param_groups, rates, strict=True):
+                    group["lr"] = r * rate
             loss = batch_loss(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for opt in opts:
                 opt.step()
                 opt.zero_grad(set_to_none=True)
+            done += batch[:, 1:].numel()
             seen += batch[:, 1:].numel()
             if step % 20 == 0:
-                rate = seen / (time.time() - start)
-                print(f"{seen / 1e6:6.2f}M  loss {loss.item():.3f}  {rate:.0f} tok/s", flush=True)
+                speed = seen / (time.time() - begin)
+                now = (before + seen) / 1e6
+                print(f"{now:6.2f}M  loss {loss.item():.3f}  {speed:.0f} tok/s", flush=True)
             if step % 200 == 199:
-                record(model, tokenizer, seen, loss.item(), start, phase, device, history)
-        record(model, tokenizer, seen, loss.item(), start, phase, device, history)
-        save_checkpoint(model, tokenizer_file, out, history)
+                history.append(measure(model, tokenizer, before + seen, loss, phase, device))
+        history.append(measure(model, tokenizer, before + seen, loss, phase, device))
+        save_checkpoint(model, recipe.phases, tokenizer_file, out, history)
 
 
-def record(model, tokenizer, seen, loss, start, phase, device, history) -> None:
-    """Append held-out loss at 512 tokens and at the phase's context to the history."""
-    at = {c: held_out_loss(model, tokenizer, c, device) for c in sorted({512, phase.context})}
-    history.append(
-        {"tokens": seen, "seconds": round(time.time() - start), "context": phase.context,
-             "train_loss": round(loss, 4), "held_out_loss": {c: round(v, 4) for c, v in at.items()}}
-    )  # fmt: skip
-    print(history[-1], flush=True)
+def measure(model, tokenizer, tokens: int, loss: Tensor, phase: Phase, device: str) -> dict:
+    """Held-out loss at 512 tokens and at the phase's context, and recall at the latter."""
+    contexts = sorted({512, phase.context})
+    at = {c: round(held_out_loss(model, tokenizer, c, device), 4) for c in contexts}
+    recall = round(recall_accuracy(model, tokenizer, phase.context, device), 3)
+    entry = {"tokens": tokens, "context": phase.context, "train_loss": round(loss.item(), 4)}
+    entry |= {"held_out_loss": at, "recall_accuracy": recall}
+    print(entry, flush=True)
+    return entry
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"))
+    parser.add_argument("recipe", choices=sorted(RECIPES))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="directory to take tokenizer.model from")
+    parser.add_argument("--start", type=int, default=0, help="go on in --out with this phase")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(DEMO, args.out, args.device, args.seed)
+    tokenizer = args.out if args.start else args.tokenizer
+    train(RECIPES[args.recipe], args.out, args.device, args.seed, tokenizer, args.start)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def tiny_model(
     """Two odd-sized random layers with weights large enough that attention matters."""
     config = ModelConfig(
         dim=40, n_layer=2, n_head=n_head, n_kv_head=n_kv_head, head_dim=16, ffn_dim=56,
-        vocab_size=vocab_size, max_seq_len=4096, **changes,
+        vocab_size=vocab_size, **{"max_seq_len": 4096} | changes,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(config).eval().requires_grad_(False)
@@ -76,7 +76,10 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [dim] float64
 
 
 def reference_logits(
-    model: Transformer, tokens: list[int], visible: Callable[[int, int], bool] = causal
+    model: Transformer,
+    tokens: list[int],
+    visible: Callable[[int, int], bool] = causal,
+    trace: list[tuple[list, list]] | None = None,  # gets (queries, keys) of every layer
 ) -> Tensor:  # [len(tokens), V] float64
     """The model without cache, batch or fused weights, one query at a time."""
     c, rates = model.config, angle_rates(model.config)
@@ -90,11 +93,15 @@ def reference_logits(
         keys = [[rotated((wk @ n)[h * D : h * D + D], p, rates) for h in heads]
                 for p, n in enumerate(norms)]  # fmt: skip
         values = [[(wv @ n)[h * D : h * D + D] for h in heads] for n in norms]
-        for q, n in enumerate(norms):
+        queries = [[rotated((wq @ n)[h * D : h * D + D], q, rates) for h in range(c.n_head)]
+                   for q, n in enumerate(norms)]  # fmt: skip
+        if trace is not None:
+            trace.append((queries, keys))
+        for q in range(len(tokens)):
             seen = [p for p in range(q + 1) if visible(q, p)]
             mixed = []
             for head in range(c.n_head):
-                query = rotated((wq @ n)[head * D : head * D + D], q, rates) / math.sqrt(D)
+                query = queries[q][head] / math.sqrt(D)
                 scores = torch.stack([query @ keys[p][head // G] for p in seen]).softmax(0)
                 mixed.append(
                     sum(s * values[p][head // G] for s, p in zip(scores, seen, strict=True))
@@ -107,6 +114,40 @@ def reference_logits(
             xs[q] = x + layer.feed_forward.w_down.weight.double() @ hidden
     out = model.output.weight.double()
     return torch.stack([out @ normed(x, model.norm.weight, c.norm_eps) for x in xs])
+
+
+def snapkv_scores(queries: list, keys: list, obs_window: int, pool: int) -> list[list[float]]:
+    """Per KV head, the pooled attention that each token before the window receives from it.
+
+    queries [token][head] and keys [token][KV head] are those of one layer.
+    """
+    n, H, Hkv = len(keys), len(queries[0]), len(keys[0])
+    start = max(n - obs_window, 0)
+    scores = []
+    for h in range(Hkv):
+        received = [0.0] * start
+        for head in range(H):
+            if head // (H // Hkv) != h:
+                continue
+            for q in range(start, n):
+                x = [float(queries[q][head] @ keys[p][h]) for p in range(q + 1)]
+                x = [math.exp(v / math.sqrt(len(keys[0][h]))) for v in x]
+                for p in range(start):
+                    received[p] += x[p] / sum(x) / (H // Hkv) / (n - start)
+        reach = pool // 2
+        around = [received[max(p - reach, 0) : p + reach + 1] for p in range(start)]
+        scores.append([sum(values) / pool for values in around])
+    return scores
+
+
+def latest_match(tokens: list[int], n_most: int, gamma: int) -> list[int]:
+    """What followed the latest earlier occurrence of the newest n tokens, n from n_most to 1."""
+    for n in range(min(n_most, len(tokens) - 1), 0, -1):
+        for start in range(len(tokens) - n - 1, -1, -1):
+            if tokens[start : start + n] == tokens[-n:]:
+                copy = tokens[start + n :]
+                return [copy[i % len(copy)] for i in range(gamma)]
+    return [tokens[-1]] * gamma
 
 
 def plain_greedy(

@@ -10,8 +10,9 @@ from torch._inductor.utils import run_and_get_code
 from kv_cache import (
     NEVER,
     CacheSpec,
+    JointCache,
     KVCache,
-    SelfSpeculationCache,
+    Layer,
     SparseKVCache,
     check_fits,
     select_streaming,
@@ -23,18 +24,23 @@ from tests.reference import reference_logits, ring_after, sinks_and_window, tiny
 def joint_cache(model: Transformer, n_rows: int, n_sink: int, n_recent: int, gamma: int):
     spec = CacheSpec.for_model(model, n_rows)
     sparse = SparseKVCache(spec, n_sink, n_recent, gamma)
-    return SelfSpeculationCache(KVCache.empty(spec, 200), sparse)
+    return JointCache(KVCache.empty(spec, 200), sparse)
 
 
-def prefill(model: Transformer, cache: SelfSpeculationCache, rows: list[list[int]]) -> None:
+def prefill(model: Transformer, cache: JointCache, rows: list[list[int]]) -> None:
     """All but the newest token of every row into the full cache, then the streaming selection."""
     for b, row in enumerate(rows):
         n = len(row) - 1
         if n:
-            model(torch.tensor([row[:n]]), torch.arange(n)[None], cache.full.row(b))
+            model(torch.tensor([row[:n]]), torch.arange(n)[None], cache.attended.row(b))
     n_cached = torch.tensor([len(row) - 1 for row in rows])
-    kept = select_streaming(cache.full, n_cached, cache.sparse.n_selected)
-    cache.sparse.fill(cache.full, kept, n_cached)
+    fill_streaming(cache.written, cache.attended, n_cached)
+
+
+def fill_streaming(sparse: SparseKVCache, full: KVCache, n_cached: torch.Tensor) -> None:
+    for i in range(full.spec.n_layer):
+        layer = Layer(full.k[i], full.v[i], n_cached, sparse.n_selected, None)
+        sparse.fill(i, full, select_streaming(layer, sparse.n_selected), n_cached)
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (7, 1)])
@@ -56,7 +62,7 @@ def test_draft_sees_sinks_and_window_through_rejections(heads, n_sink, n_recent)
         fed = [[row[-1], *d] for row, d in zip(rows, drafts, strict=True)]
         start = torch.tensor([[len(row) - 1] for row in rows])
         logits = [
-            model(torch.tensor([[f[i]] for f in fed]), start + i, cache.sparse)
+            model(torch.tensor([[f[i]] for f in fed]), start + i, cache.written)
             for i in range(gamma)
         ]
         for b, row in enumerate(rows):
@@ -95,7 +101,7 @@ def test_ring_positions_follow_from_the_newest_one():
             n += rng.randint(1, gamma + 1)
         query = n  # the next draft's position, written before it attends
         held = ring_after([*writes, [query]], cache.ring_size)
-        visible = cache.visible(torch.tensor([[query]]))[0, 0, 0, 2:]
+        visible = cache.visible(torch.tensor([[query]]))[0, 0, 0, 0, 2:]
         window = set(range(max(query - n_recent + 1, 0), query + 1))
         assert {held[slot] for slot in range(cache.ring_size) if visible[slot]} == window
 
@@ -105,11 +111,9 @@ def test_no_token_is_seen_twice():
     cache = SparseKVCache(spec, n_selected=4, n_recent=6, gamma=2)
     full = KVCache.empty(spec, 40)
     for n_cached in range(1, 30):
-        cache.fill(
-            full, select_streaming(full, torch.tensor([n_cached]), 4), torch.tensor([n_cached])
-        )
-        visible = cache.visible(torch.tensor([[n_cached]]))[0, 0, 0]
-        seen = cache.selected_pos[0, 0][visible[:4]].tolist()
+        fill_streaming(cache, full, torch.tensor([n_cached]))
+        visible = cache.visible(torch.tensor([[n_cached]]))[1, 0, 0, 0]
+        seen = cache.selected_pos[1, 0, 0][visible[:4]].tolist()
         seen += cache.ring_pos(torch.tensor([n_cached]))[0][visible[4:]].tolist()
         sinks = set(range(min(4, n_cached)))
         assert sorted(seen) == sorted(sinks | set(range(max(n_cached - 5, 0), n_cached + 1)))
@@ -119,9 +123,14 @@ def test_positions_not_cached_yet_are_never_seen():
     spec = CacheSpec.for_model(tiny_model(), 1)
     cache = SparseKVCache(spec, n_selected=4, n_recent=2, gamma=1)
     full = KVCache.empty(spec, 40)
-    cache.fill(full, select_streaming(full, torch.tensor([2]), 4), torch.tensor([2]))
-    assert cache.selected_pos[0, 0].tolist() == [0, 1, NEVER, NEVER]
-    assert cache.visible(torch.tensor([[39]]))[0, 0, 0, :4].tolist() == [True, True, False, False]
+    fill_streaming(cache, full, torch.tensor([2]))
+    assert cache.selected_pos[0, 0, 0].tolist() == [0, 1, NEVER, NEVER]
+    assert cache.visible(torch.tensor([[39]]))[0, 0, 0, 0, :4].tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def cache_sized_buffers(code: str, cache: KVCache) -> list[str]:
@@ -138,15 +147,15 @@ def test_a_compiled_step_does_not_copy_the_cache(step):
     compile_blocks(model)
     joint = joint_cache(model, 2, n_sink=40, n_recent=160, gamma=3)
     B, T, cache = {
-        "decode": (2, 1, joint.full),
+        "decode": (2, 1, joint.attended),
         "verify": (2, 4, joint),
-        "draft": (2, 1, joint.sparse),
-        "prefill": (1, 30, joint.full.row(1)),
+        "draft": (2, 1, joint.written),
+        "prefill": (1, 30, joint.attended.row(1)),
     }[step]
     pos = torch.tensor([[9], [33]])[:B] + torch.arange(T)
     with torch._inductor.config.patch(force_disable_caches=True):
         _, code = run_and_get_code(model, torch.zeros(B, T, dtype=torch.int64), pos, cache)
-    attended = joint.sparse if step == "draft" else joint.full.row(0)
+    attended = joint.written if step == "draft" else joint.attended.row(0)
     assert not cache_sized_buffers("".join(code), attended)
     assert ("kernel_micro_gemm" in "".join(code)) == (step != "draft")  # flex's CPU template
 
@@ -158,13 +167,13 @@ def test_garbage_in_unseen_slots_of_the_sparse_cache_changes_nothing():
     prefill(model, cache, rows)
     pos = torch.tensor([[len(row) - 1] for row in rows])
     token = torch.tensor([[row[-1]] for row in rows])
-    clean = model(token, pos, cache.sparse)
-    seen = cache.sparse.visible(pos)[:, :, 0, :, None]
-    assert not seen.all()
-    for k, v in zip(cache.sparse.k, cache.sparse.v, strict=True):
+    clean = model(token, pos, cache.written)
+    visible = cache.written.visible(pos)[:, :, :, 0, :, None]
+    assert not visible.all()
+    for k, v, seen in zip(cache.written.k, cache.written.v, visible, strict=True):
         k.copy_(torch.where(seen, k, 1e6))
         v.copy_(torch.where(seen, v, -1e30))
-    assert torch.equal(model(token, pos, cache.sparse), clean)
+    assert torch.equal(model(token, pos, cache.written), clean)
 
 
 def test_the_copy_detector_detects():
@@ -190,7 +199,7 @@ def test_a_finished_row_visits_no_block_and_changes_no_other_row():
     tokens, pos = torch.tensor([[3], [1], [4]]), torch.tensor([[20], [590], [300]])
     everyone = model(tokens, pos, cache)
     cache.finished = torch.tensor([False, True, False])
-    assert cache.step(pos).mask.kv_num_blocks[:, 0, 0].tolist() == [1, 0, 2]
+    assert cache.steps(pos)[0].mask.kv_num_blocks[:, 0, 0].tolist() == [1, 0, 2]
     some = model(tokens, pos, cache)
     assert torch.equal(some[[0, 2]], everyone[[0, 2]])
     assert some.isfinite().all() and not torch.equal(some[1], everyone[1])

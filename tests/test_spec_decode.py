@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import spec_decode
+from drafters import Drafting
 from kv_cache import SparseKVCache
 from model import Transformer, compile_blocks
 from spec_decode import (
     Draft,
-    Drafting,
     Engine,
     Sampling,
     accept_greedy,
@@ -42,9 +42,9 @@ def prompts_of(lengths: list[int], vocab_size: int = 97, seed: int = 2) -> list[
     return [[rng.randrange(vocab_size) for _ in range(n)] for n in lengths]
 
 
-def run(model: Transformer, prompts, n, drafting, sampling=GREEDY, eos=(), seed=0):
+def run(model: Transformer, prompts, n, drafting, sampling=GREEDY, eos=(), seed=0, draft=None):
     max_len = max(map(len, prompts)) + n
-    engine = Engine(model, len(prompts), max_len, drafting, sampling, seed)
+    engine = Engine(model, len(prompts), max_len, drafting, sampling, seed, draft)
     return generate(engine, prompts, n, eos)
 
 
@@ -131,7 +131,7 @@ def test_gamma_0_never_touches_the_draft_cache(monkeypatch):
     def fail(*_):
         raise AssertionError("the sparse cache was used")
 
-    monkeypatch.setattr(SparseKVCache, "step", fail)
+    monkeypatch.setattr(SparseKVCache, "steps", fail)
     monkeypatch.setattr(SparseKVCache, "slots", fail)
     model = tiny_model()
     engine = Engine(model, 4, 100, streaming(3), GREEDY)
@@ -272,13 +272,13 @@ def exact_distribution(model: Transformer, prompt: list[int], n: int, sampling: 
     return result
 
 
-def chi_square_excess(model, prompt, sampling, drafting, n=4, rows=6000) -> float:
+def chi_square_excess(model, prompt, sampling, drafting, n=4, rows=6000, draft=None) -> float:
     """Distance of sampled continuations from the exact distribution, in standard deviations.
 
     The statistic has mean k - 1 and variance 2 (k - 1) for k cells if the sampler is right.
     """
     exact = exact_distribution(model, prompt, n, sampling)
-    outputs, _ = run(model, [prompt] * rows, n, drafting, sampling, seed=7)
+    outputs, _ = run(model, [prompt] * rows, n, drafting, sampling, seed=7, draft=draft)
     counts = dict.fromkeys(exact, 0)
     for output in outputs:
         counts[tuple(output)] += 1  # KeyError: a continuation of probability 0
@@ -360,7 +360,7 @@ def test_stats_have_vllms_definitions():
 @pytest.mark.parametrize(
     "make, word",
     [
-        (lambda: Drafting("streeming"), "known: none, streaming"),
+        (lambda: Drafting("streeming"), "known: none, streaming, snapkv"),
         (lambda: Drafting("streaming", gamma=-1), "speculate_k -1"),
         (lambda: Drafting("streaming", budget=4, n_sink=4), "n_sink [+] 1 = 5"),
         (lambda: Drafting("streaming", n_sink=-1), "n_sink"),

@@ -1,0 +1,362 @@
+"""Who drafts: four ways to guess the next tokens, behind one small interface.
+
+A drafter proposes tokens, the target verifies them, and nothing that a drafter does can change the
+output; it can only be cheap (T_D) or right (acceptance), and the product of both is the speedup.
+
+    SelfDrafter              the target's weights with a sparse cache of the target's own K and V
+    ModelDrafter             a small model with all of the text in a cache of its own
+    SparseModelDrafter       the same, drafting from a few of its own tokens
+    StreamingModelDrafter    a small model that never reads the text, only sinks and newest tokens
+    LookupDrafter            no model: what followed these tokens the last time (prompt lookup)
+
+`Drafting` says which; the engine (`spec_decode.py`) calls, per round, ``logits(i, token)`` for
+i = 0 .. gamma - 1, and ``select()`` after the prefill and every `select_every` rounds.
+
+**A draft model lags by one token.** In a round it is fed the newest decided token and all drafts
+but the last. If all are accepted, the last draft has become text that the draft's cache does not
+hold. So the first step of every round feeds the last *two* decided tokens: a static shape, and in
+all other rounds the first of them is only written again. Self-speculation needs none of it, because
+verification writes into the draft's cache.
+
+**A short context can serve a long text.** The streaming draft model sees the sinks and the newest
+tokens, packed at positions of its own that start at 0:
+
+    text        s s s s . . . . . . . . . . . . . . . . r r r r r r | n n n ->
+    own         0 1 2 3                                 4 5 6 7 8 9   10 ...
+
+With every new token its positions grow. Before they reach the end of its trained context it is
+*re-anchored*: sinks and newest tokens are read again from position 0, a prefill of `budget` tokens.
+So a draft that was trained on 512 tokens drafts for a text of 32,768.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kv_cache import (
+    POLICIES,
+    CacheSpec,
+    JointCache,
+    KVCache,
+    Layer,
+    ReadOnlyCache,
+    SparseKVCache,
+    observed,
+    select_streaming,
+)
+from model import ModelConfig, Transformer
+
+NGRAM = 3  # prompt lookup matches the newest 3 tokens, or as many as it can
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How drafts are made: by whom, from whose KV, and how many tokens at a time."""
+
+    policy: str = "none"  # "none", "ngram", "full" (with a draft model), or a name in POLICIES
+    gamma: int = 5  # draft tokens per round
+    budget: int = 128  # K, tokens of draft KV per row: sinks, selected ones and window
+    n_sink: int = 4  # of them, always the first ones of the text
+    obs_window: int = 32  # newest tokens whose queries snapkv observes
+    reselect_every: int | None = None  # rounds; 0: never; None: the policy's own default
+    synthetic_acceptance: float | None = None  # benchmarks only: draw who is accepted; not lossless
+
+    def __post_init__(self) -> None:
+        known = ["none", *POLICIES, "full", "ngram"]
+        if self.policy not in known:
+            raise ValueError(f"draft policy {self.policy!r} is unknown; known: {', '.join(known)}")
+        if not 0 <= self.gamma <= 32:
+            raise ValueError(f"speculate_k {self.gamma} must be in 0..32")
+        if self.n_sink < 0:
+            raise ValueError(f"n_sink {self.n_sink} must be at least 0")
+        if not 1 <= self.obs_window <= 128:
+            raise ValueError(f"obs_window {self.obs_window} must be in 1..128")
+        policy = POLICIES.get(self.policy)
+        observing = policy is not None and policy.observes
+        least = self.n_sink + 1 + (self.obs_window if observing else 0)
+        if self.budget < least:
+            terms = "n_sink + obs_window + 1" if observing else "n_sink + 1"
+            raise ValueError(f"draft_budget {self.budget} must be at least {terms} = {least}")
+        if self.reselect_every is not None and self.reselect_every < 0:
+            raise ValueError(f"reselect_every {self.reselect_every} must be at least 0 (0: never)")
+        if self.reselect_every and not (policy and policy.reselect_every):
+            able = ", ".join(name for name, p in POLICIES.items() if p.reselect_every)
+            raise ValueError(
+                f"reselect_every {self.reselect_every}: {self.policy} has nothing to reselect; "
+                f"use it with {able}"
+            )
+        if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
+            raise ValueError(f"synthetic_acceptance {self.synthetic_acceptance} must be in 0..1")
+
+    @property
+    def enabled(self) -> bool:
+        return self.policy != "none" and self.gamma > 0
+
+    @property
+    def select_every(self) -> int:
+        """Rounds from one selection to the next; 0: never again."""
+        if self.policy not in POLICIES:
+            return 0
+        default = POLICIES[self.policy].reselect_every
+        return default if self.reselect_every is None else self.reselect_every
+
+    def sparse_cache(self, spec: CacheSpec, capacity: int) -> SparseKVCache:
+        """The draft's cache for a text of at most `capacity` tokens."""
+        return SparseKVCache(spec, *self.split(capacity), self.gamma)
+
+    def split(self, capacity: int) -> tuple[int, int]:
+        """How a budget is divided: n_selected, n_recent."""
+        n_recent = POLICIES[self.policy].n_recent(self.budget, self.n_sink, self.obs_window)
+        return min(self.budget - n_recent, capacity), min(n_recent, capacity)
+
+
+class Text(NamedTuple):
+    """The state of a batch that drafters read; the engine writes it in place."""
+
+    tokens: Tensor  # [B, S] int64
+    seq_len: Tensor  # [B] int64, decided tokens, at least 2
+    finished: Tensor  # [B] bool
+
+    def pair(self) -> tuple[Tensor, Tensor]:  # tokens [B, 2], positions [B, 2]
+        """The last two decided tokens."""
+        pos = self.seq_len[:, None] - 2 + torch.arange(2, device=self.tokens.device)
+        return self.tokens.gather(1, pos), pos
+
+
+class Drafter(Protocol):
+    verify_cache: KVCache | JointCache  # what the target verifies with
+    select_every: int  # rounds after which `select` is due again; 0: never
+
+    def prefill(self, b: int, length: int) -> None:
+        """Row b has a new prompt of this length."""
+
+    def select(self) -> None:
+        """Load, from all of the decided text, what drafting reads."""
+
+    def logits(self, i: int, token: Tensor) -> Tensor:  # [B, 1] -> [B, V]
+        """After the i-th token of this round: the newest decided one, or a draft."""
+
+
+def select(
+    drafting: Drafting,
+    model: Transformer,
+    text: Text,
+    n_cached: Tensor,  # [B], tokens that `full` holds
+    full: KVCache,
+    sparse: SparseKVCache,
+) -> None:
+    """Let the policy choose, layer by layer, what the sparse cache keeps of the full one."""
+    policy = POLICIES[drafting.policy]
+    queries: Iterator[Tensor | None] = repeat(None)
+    if policy.observes:
+        pos = observed(n_cached, drafting.obs_window)
+        queries = model.queries(text.tokens.gather(1, pos), pos, ReadOnlyCache(full))
+    for i, q in zip(range(full.spec.n_layer), queries, strict=False):
+        layer = Layer(full.k[i], full.v[i], n_cached, drafting.n_sink, q)
+        sparse.fill(i, full, policy.select(layer, sparse.n_selected), n_cached)
+
+
+class SelfDrafter:
+    """Self-speculation: the target itself, reading a few of its own K and V."""
+
+    def __init__(self, drafting: Drafting, model: Transformer, full: KVCache, text: Text) -> None:
+        self.drafting, self.model, self.full, self.text = drafting, model, full, text
+        self.sparse = drafting.sparse_cache(full.spec, full.capacity)
+        self.verify_cache = JointCache(full, self.sparse)
+        self.select_every = drafting.select_every
+
+    def prefill(self, b: int, length: int) -> None:
+        """Nothing to do: the target has read it."""
+
+    def select(self) -> None:
+        n_cached = self.text.seq_len - 1
+        select(self.drafting, self.model, self.text, n_cached, self.full, self.sparse)
+
+    def logits(self, i: int, token: Tensor) -> Tensor:
+        return self.model(token, self.text.seq_len[:, None] - 1 + i, self.sparse)[:, -1]
+
+
+class ModelDrafter:
+    """A draft model that has all of the text in a full cache of its own."""
+
+    def __init__(
+        self,
+        drafting: Drafting,
+        model: Transformer,  # the draft model
+        target: Transformer,
+        full: KVCache,  # the target's
+        text: Text,
+    ) -> None:
+        self.drafting, self.model, self.text = drafting, model, text
+        self.verify_cache, self.select_every = full, drafting.select_every
+        self.vocab_size = target.config.vocab_size
+        self.spec = CacheSpec.for_model(model, len(text.seq_len))
+        self.offset = torch.zeros_like(text.seq_len)  # [B], place in the text - own position
+        self.allocate()
+
+    def allocate(self) -> None:
+        self.full = KVCache.empty(self.spec, self.text.tokens.shape[1])
+        self.full.finished = self.text.finished
+        self.cache: KVCache | SparseKVCache | JointCache = self.full
+
+    def prefill(self, b: int, length: int) -> None:
+        tokens = self.own(self.text.tokens[b : b + 1])
+        chunk = min(self.spec.prefill_chunk, tokens.shape[1])
+        self.model.prefill(tokens, length, chunk, self.full.row(b))
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """Padding rows of the target's vocabulary, which no text has, are not in ours perhaps."""
+        return tokens.clamp_max(self.model.config.vocab_size - 1)
+
+    def select(self) -> None:
+        """Nothing to do: it sees everything."""
+
+    def logits(self, i: int, token: Tensor) -> Tensor:
+        token, pos = self.text.pair() if i == 0 else (token, self.text.seq_len[:, None] - 1 + i)
+        logits = self.model(self.own(token), pos - self.offset[:, None], self.cache)[:, -1]
+        padding = self.vocab_size - logits.shape[-1]
+        return F.pad(logits, (0, padding), value=-torch.inf)  # a negative padding slices
+
+
+class SparseModelDrafter(ModelDrafter):
+    """A draft model with a full cache of its own, of which a policy selects what it reads."""
+
+    def allocate(self) -> None:
+        super().allocate()
+        self.sparse = self.drafting.sparse_cache(self.spec, self.full.capacity)
+        self.cache = JointCache(self.sparse, self.full)
+
+    def select(self) -> None:
+        n_cached = self.text.seq_len - 2
+        select(self.drafting, self.model, self.text, n_cached, self.full, self.sparse)
+
+
+class StreamingModelDrafter(ModelDrafter):
+    """A draft model that sees sinks and newest tokens only, at positions of its own."""
+
+    def allocate(self) -> None:
+        K, gamma = self.drafting.budget, self.drafting.gamma
+        room = self.model.config.max_seq_len - K - gamma  # rounds may go so many positions on
+        self.select_every = (room - 1) // (gamma + 1) + 1
+        self.anchor = KVCache.empty(self.spec, K)
+        self.sparse = self.cache = self.drafting.sparse_cache(self.spec, K)
+
+    def prefill(self, b: int, length: int) -> None:
+        """Nothing to do: it never reads the whole prompt."""
+
+    def select(self) -> None:
+        """Re-anchor: read sinks and newest tokens again, from position 0."""
+        K, n_sink, n_cached = self.drafting.budget, self.drafting.n_sink, self.text.seq_len - 2
+        self.offset.copy_((n_cached - K).clamp_min(0))
+        pos = torch.arange(K, device=n_cached.device)
+        pos = pos + self.offset[:, None] * (pos >= n_sink)
+        tokens = self.text.tokens.gather(1, pos.clamp_max(self.text.tokens.shape[1] - 1))
+        for b, row in enumerate(self.own(tokens)):
+            self.model.prefill(row[None], K, min(K, self.spec.prefill_chunk), self.anchor.row(b))
+        n_own = n_cached - self.offset
+        for i in range(self.spec.n_layer):
+            layer = Layer(self.anchor.k[i], self.anchor.v[i], n_own, n_sink, None)
+            self.sparse.fill(i, self.anchor, select_streaming(layer, n_sink), n_own)
+
+
+def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B] -> [B, gamma]
+    """What followed the latest earlier occurrence of the newest tokens, the longest match first.
+
+    Where the occurrence is so near that the copy runs into the end of the text, it goes on
+    periodically. Without any occurrence the newest token is repeated.
+    """
+    newest = seq_len[:, None] - 1
+    end = torch.arange(tokens.shape[1], device=tokens.device)  # where an occurrence would end
+    same, matched = end < newest, torch.zeros_like(tokens)
+    for n in range(NGRAM):
+        key = tokens.gather(1, (newest - n).clamp_min(0))
+        same = same & (tokens.roll(n, dims=1) == key) & (end >= n) & (newest >= n)
+        matched += same
+    rank = torch.where(end < newest, matched * tokens.shape[1] + end, -1)
+    end = rank.argmax(dim=1, keepdim=True)
+    step = torch.arange(gamma, device=tokens.device) % (newest - end)
+    return tokens.gather(1, end + 1 + step)
+
+
+class LookupDrafter:
+    """Prompt lookup: copies from the row's own text. No model, no cache."""
+
+    def __init__(self, drafting: Drafting, target: Transformer, full: KVCache, text: Text) -> None:
+        self.text, self.gamma = text, drafting.gamma
+        self.verify_cache, self.select_every = full, 0
+        self.vocab_size = target.config.vocab_size
+
+    def prefill(self, b: int, length: int) -> None:
+        """Nothing to do."""
+
+    def select(self) -> None:
+        """Nothing to do."""
+
+    def logits(self, i: int, token: Tensor) -> Tensor:
+        """All probability on the looked-up token."""
+        if i == 0:
+            self.found = lookup(self.text.tokens, self.text.seq_len, self.gamma)
+        logits = torch.full((len(token), self.vocab_size), -torch.inf, device=token.device)
+        return logits.scatter_(1, self.found[:, i : i + 1], 0.0)
+
+
+def check_drafting(drafting: Drafting, draft: ModelConfig | None, max_len: int) -> None:
+    """ValueError if the drafting and the draft model, or its context, do not go together."""
+    policy = drafting.policy
+    if draft is None:
+        if policy == "full":
+            raise ValueError(
+                "draft policy full needs a draft model (--draft_checkpoint_path): the target "
+                "itself, with all of its KV, would draft no faster than it decodes"
+            )
+    elif policy in ("none", "ngram"):
+        raise ValueError(f"draft policy {policy} has no use for a draft model")
+    elif policy == "streaming":
+        most = draft.max_seq_len - drafting.gamma - 1
+        if drafting.budget > most:
+            raise ValueError(
+                f"draft_budget {drafting.budget} does not fit into the draft model's context of "
+                f"{draft.max_seq_len} tokens; with {drafting.gamma} drafts use {most} or less"
+            )
+    elif max_len > draft.max_seq_len:
+        raise ValueError(
+            f"draft policy {policy}: the draft model's context is {draft.max_seq_len} tokens, the "
+            f"text may have {max_len}; --draft streaming needs sinks and newest tokens only"
+        )
+
+
+def make_drafter(
+    drafting: Drafting,
+    target: Transformer,
+    full: KVCache,  # the target's
+    text: Text,
+    draft_model: Transformer | None,
+) -> Drafter:
+    """The drafter that `drafting` asks for; they must have passed `check_drafting`."""
+    if drafting.policy == "ngram":
+        return LookupDrafter(drafting, target, full, text)
+    if draft_model is None:
+        return SelfDrafter(drafting, target, full, text)
+    kinds = {"full": ModelDrafter, "streaming": StreamingModelDrafter}
+    kind = kinds.get(drafting.policy, SparseModelDrafter)
+    return kind(drafting, draft_model, target, full, text)
+
+
+def draft_cache_bytes(
+    drafting: Drafting, spec: CacheSpec, draft_spec: CacheSpec | None, capacity: int
+) -> int:
+    """What the drafter's caches will take; spec is the target's, capacity that of the text."""
+    if not drafting.enabled or drafting.policy == "ngram":
+        return 0
+    if drafting.policy == "full":
+        return capacity * draft_spec.bytes_per_slot
+    n_sparse = SparseKVCache.n_slots(*drafting.split(capacity), drafting.gamma)
+    if draft_spec is None:
+        return n_sparse * spec.bytes_per_slot
+    n_full = drafting.budget if drafting.policy == "streaming" else capacity
+    return (n_sparse + n_full) * draft_spec.bytes_per_slot

@@ -1,0 +1,276 @@
+"""Every drafting strategy: lossless, exact where it must be, and selecting what it says."""
+
+import random
+
+import pytest
+import torch
+
+import kv_cache
+from drafters import Drafting, StreamingModelDrafter, lookup
+from kv_cache import NEVER, POLICIES, POOL
+from model import Transformer, compile_blocks
+from spec_decode import Engine, Sampling, decode, generate
+from tests.reference import (
+    latest_match,
+    plain_greedy,
+    reference_logits,
+    sinks_and_window,
+    snapkv_scores,
+    tiny_model,
+)
+from tests.test_spec_decode import PROMPTS, SAMPLINGS, chi_square_excess, prompts_of
+
+GREEDY = Sampling()
+
+
+def draft_model(context: int = 4096, vocab_size: int = 97, seed: int = 5) -> Transformer:
+    """Another tiny model, with other heads and another context."""
+    return tiny_model(2, 1, vocab_size, seed, max_seq_len=context)
+
+
+# name -> policy, other settings of Drafting, and the draft model's context or None
+STRATEGIES = {
+    "streaming": ("streaming", {"budget": 12}, None),
+    "snapkv": ("snapkv", {"budget": 24, "obs_window": 7, "reselect_every": 2}, None),
+    "snapkv once": ("snapkv", {"budget": 24, "obs_window": 7, "reselect_every": 0}, None),
+    "ngram": ("ngram", {}, None),
+    "draft model, full": ("full", {}, 4096),
+    "draft model, streaming": ("streaming", {"budget": 12}, 30),
+    "draft model, snapkv": ("snapkv", {"budget": 24, "obs_window": 7}, 4096),
+}
+
+
+def run(model, prompts, n, strategy, gamma, sampling=GREEDY, draft=None, seed=0, **changes):
+    policy, settings, context = STRATEGIES[strategy]
+    drafting = Drafting(policy, gamma, n_sink=3, **settings | changes)
+    if context and draft is None:
+        draft = draft_model(context, model.config.vocab_size)
+    max_len = max(map(len, prompts)) + n
+    engine = Engine(model, len(prompts), max_len, drafting, sampling, seed, draft)
+    return generate(engine, prompts, n)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (4, 2), (7, 1)])
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_greedy_output_is_the_models_own(strategy, gamma, heads):
+    model = tiny_model(*heads)
+    expected = [plain_greedy(model, p, 45) for p in PROMPTS]
+    assert run(model, PROMPTS, 45, strategy, gamma)[0] == expected
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_greedy_output_is_the_same_compiled(strategy, gamma):
+    eager, model, draft = tiny_model(), tiny_model(), None
+    compile_blocks(model)
+    context = STRATEGIES[strategy][2]
+    if context:
+        draft = draft_model(context)
+        compile_blocks(draft)
+    expected = [plain_greedy(eager, p, 45) for p in PROMPTS]
+    assert run(model, PROMPTS, 45, strategy, gamma, draft=draft)[0] == expected
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_sampled_loop_has_the_targets_distribution(strategy, sampling):
+    policy, settings, context = STRATEGIES[strategy]
+    draft = draft_model(context, vocab_size=5) if context else None
+    drafting = Drafting(policy, 2, n_sink=1, **settings)
+    model, prompt = tiny_model(vocab_size=5), [1, 4, 2, 0, 3, 1, 1, 2]
+    assert chi_square_excess(model, prompt, sampling, drafting, draft=draft) < 4
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=5)])
+@pytest.mark.parametrize("own_model", [False, True])
+@pytest.mark.parametrize("policy", [*POLICIES, "full"])
+def test_a_draft_that_sees_everything_is_always_accepted(policy, own_model, sampling):
+    """The target drafts for itself, from its own cache or, as a draft model, from another one.
+
+    The latter also shows that the two-token step closes the gap after a fully accepted round.
+    """
+    if policy == "full" and not own_model:
+        pytest.skip("needs a draft model")
+    model = tiny_model()
+    for reselect_every in (None, 0) if policy != "full" else (None,):
+        drafting = Drafting(policy, 4, budget=400, n_sink=4, reselect_every=reselect_every)
+        draft = model if own_model else None
+        engine = Engine(model, 4, 111, drafting, sampling, draft_model=draft)
+        _, stats = generate(engine, PROMPTS, 41)
+        assert stats.draft_acceptance_rate > 0.999
+        assert stats.rounds == 8  # 40 tokens at 5 a round
+
+
+def test_drafts_are_accepted_sometimes_and_rejected_sometimes():
+    """The equalities above would say little otherwise."""
+    model = tiny_model()
+    near = tiny_model()
+    for p in near.parameters():
+        p += 0.1 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    for strategy, (_, _, context) in STRATEGIES.items():
+        draft = near if context else None
+        _, stats = run(model, PROMPTS, 60, strategy, 3, draft=draft)
+        assert stats.accepted_histogram[0] > 0 and sum(stats.accepted_histogram[1:]) > 0, strategy
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1), (4, 1), (7, 1)])
+@pytest.mark.parametrize("chunk", [16, 13, 100])
+def test_snapkv_selects_what_a_loop_selects(heads, chunk):
+    """H / Hkv of 1, 2, 3, 4, 7; prompts shorter than the window, than the budget, and longer."""
+    model = tiny_model(*heads)
+    prompts = prompts_of([61, 3, 20, 37])
+    drafting = Drafting("snapkv", 2, budget=24, n_sink=3, obs_window=9)
+    engine = Engine(model, 4, 100, drafting, GREEDY)
+    engine.prefill_chunk = chunk
+    engine.prefill(prompts, [10] * 4)
+    sparse = engine.drafter.sparse
+    assert sparse.n_selected == 12 and sparse.n_recent == 12
+    for b, prompt in enumerate(prompts):
+        trace = []
+        reference_logits(model, prompt, trace=trace)
+        for i, (queries, keys) in enumerate(trace):
+            for h, scores in enumerate(snapkv_scores(queries, keys, 9, POOL)):
+                got = [p for p in sparse.selected_pos[i, b, h].tolist() if p != NEVER]
+                assert len(set(got)) == len(got) == min(12, len(scores))
+                assert set(range(min(3, len(scores)))) <= set(got)
+                left_out = [s for p, s in enumerate(scores) if p not in got]
+                kept = [scores[p] for p in got if p >= 3]
+                if left_out:
+                    assert min(kept) > max(left_out) - 1e-7
+                    assert max(kept) == pytest.approx(max(scores[3:]), abs=1e-7)
+                for slot, p in enumerate(sparse.selected_pos[i, b, h].tolist()):
+                    if p != NEVER:  # and it holds that token's K
+                        expected = keys[p][h].float()
+                        assert torch.allclose(sparse.k[i][b, h, slot], expected, atol=1e-4)
+
+
+def test_snapkv_scores_do_not_depend_on_how_rows_are_split(monkeypatch):
+    model, drafting = tiny_model(), Drafting("snapkv", 2, 24, 3, obs_window=9)
+    selected = []
+    for n_bytes in (2**28, 1):
+        monkeypatch.setattr(kv_cache, "SCORE_BYTES", n_bytes)
+        engine = Engine(model, 4, 100, drafting, GREEDY)
+        engine.prefill(PROMPTS, [10] * 4)
+        selected.append(engine.drafter.sparse.selected_pos.sort().values)
+    assert torch.equal(*selected)
+
+
+def test_reselection_is_the_selection_of_the_longer_text():
+    """In mid-generation the draft keeps what a fresh prefill of the same text would keep."""
+    model = tiny_model()
+    drafting = Drafting("snapkv", 3, 24, 3, obs_window=9, reselect_every=2)
+    engine = Engine(model, 4, 100, drafting, GREEDY)
+    engine.prefill(PROMPTS, [30] * 4)
+    before = engine.drafter.sparse.selected_pos.clone()
+    for _ in range(5):
+        engine.round(3)
+    assert torch.equal(engine.drafter.sparse.selected_pos, before)
+    engine.drafter.select()
+    after = engine.drafter.sparse.selected_pos
+    assert not torch.equal(after, before)
+    texts = [
+        t[: n - 1] for t, n in zip(engine.tokens.tolist(), engine.seq_len.tolist(), strict=True)
+    ]
+    fresh = Engine(model, 4, 100, drafting, GREEDY)
+    fresh.prefill(texts, [1] * 4)
+    assert torch.equal(after.sort().values, fresh.drafter.sparse.selected_pos.sort().values)
+
+
+def test_selection_is_repeated_every_so_many_rounds(monkeypatch):
+    engine = Engine(tiny_model(), 4, 100, Drafting("snapkv", 1, 24, 3, 7, 3), GREEDY)
+    engine.prefill(PROMPTS, [20] * 4)
+    calls = []
+    monkeypatch.setattr(engine.drafter, "select", lambda: calls.append(1))
+    stats = decode(engine)
+    assert len(calls) == stats.rounds // 3 > 0
+    engine.rewind()
+    calls.clear()
+    decode(engine, 0)
+    assert not calls  # plain decoding pays for none of it
+
+
+def test_a_streaming_draft_model_stays_within_its_context():
+    """A context of 30 tokens drafts for a text of 370. Good drafts take it furthest."""
+    model, draft = tiny_model(), tiny_model(max_seq_len=30)
+    highest = []
+    forward = draft.hidden
+
+    def watched(tokens, pos, cache):
+        highest.append(pos.max().item())
+        return forward(tokens, pos, cache)
+
+    draft.hidden = watched
+    run(model, prompts_of([70, 1, 9]), 300, "draft model, streaming", 3, draft=draft)
+    assert 20 <= max(highest) < 30
+
+
+@pytest.mark.parametrize("length", [50, 13, 12, 11, 5, 1])
+def test_a_streaming_draft_model_sees_sinks_and_window_at_positions_of_its_own(length):
+    target, draft = tiny_model(), draft_model(context=30)
+    engine = Engine(target, 1, 100, Drafting("streaming", 3, 12, 3), GREEDY, draft_model=draft)
+    (prompt,) = prompts_of([length])
+    engine.prefill([prompt], [20])
+    assert isinstance(engine.drafter, StreamingModelDrafter)
+    text = [*prompt, engine.tokens[0, length].item()]
+    n_cached = len(text) - 2
+    packed = text if n_cached <= 12 else text[:3] + text[n_cached - 9 : n_cached] + text[-2:]
+    n_anchor = len(packed) - 2
+    seen = sinks_and_window(min(3, n_anchor), 9, first=n_anchor)
+    expected = reference_logits(draft, packed, seen)[-1]
+    got = engine.drafter.logits(0, torch.tensor([text[-1:]]))[0].double()
+    assert (got - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("vocab_size", [90, 97, 128])
+def test_padded_vocabularies_are_cut_to_the_targets(vocab_size):
+    """A draft with fewer rows never proposes the rest; one with more never proposes its own."""
+    model, draft = tiny_model(), draft_model(vocab_size=vocab_size)
+    engine = Engine(model, 4, 100, Drafting("full", 3), GREEDY, draft_model=draft)
+    outputs, _ = generate(engine, PROMPTS, 20)
+    assert outputs == [plain_greedy(model, p, 20) for p in PROMPTS]
+    logits = engine.drafter.logits(0, engine.newest()[0])
+    assert logits.shape == (4, 97)
+    assert logits.isneginf().sum(dim=1).tolist() == [max(97 - vocab_size, 0)] * 4
+
+
+def test_lookup_against_a_loop():
+    rng = random.Random(3)
+    for _ in range(200):
+        rows = [[rng.randrange(3) for _ in range(rng.randint(2, 25))] for _ in range(3)]
+        seq_len = torch.tensor([len(row) for row in rows])
+        tokens = torch.randint(3, (3, 32))  # what lies behind the text must not matter
+        for b, row in enumerate(rows):
+            tokens[b, : len(row)] = torch.tensor(row)
+        for gamma in (1, 4):
+            got = lookup(tokens, seq_len, gamma).tolist()
+            assert got == [latest_match(row, 3, gamma) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Drafting("snapkw"), "known: none, streaming, snapkv, full, ngram"),
+        (lambda: Drafting("snapkv", budget=36, n_sink=4), "n_sink [+] obs_window [+] 1 = 37"),
+        (lambda: Drafting("snapkv", obs_window=0), "obs_window 0 must be in 1..128"),
+        (
+            lambda: Drafting("streaming", reselect_every=4),
+            "nothing to reselect; use it with snapkv",
+        ),
+        (lambda: Drafting("ngram", reselect_every=4), "ngram has nothing to reselect"),
+        (lambda: Drafting("snapkv", reselect_every=-1), "at least 0"),
+        (lambda: engine("full", None), "needs a draft model"),
+        (lambda: engine("ngram", 4096), "no use for a draft model"),
+        (lambda: engine("full", 99), "context is 99 tokens, the text may have 100"),
+        (lambda: engine("snapkv", 99), "--draft streaming needs"),
+        (lambda: engine("streaming", 130), "with 5 drafts use 124 or less"),
+    ],
+)
+def test_impossible_settings_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def engine(policy: str, context: int | None) -> Engine:
+    draft = draft_model(context) if context else None
+    return Engine(tiny_model(), 1, 100, Drafting(policy, budget=128), GREEDY, draft_model=draft)
