@@ -51,6 +51,7 @@ from kv_cache import (
 )
 from model import ModelConfig, Transformer
 
+MAX_GAMMA = 32
 NGRAM = 3  # prompt lookup matches the newest 3 tokens, or as many as it can
 
 
@@ -70,8 +71,8 @@ class Drafting:
         known = ["none", *POLICIES, "full", "ngram"]
         if self.policy not in known:
             raise ValueError(f"draft policy {self.policy!r} is unknown; known: {', '.join(known)}")
-        if not 0 <= self.gamma <= 32:
-            raise ValueError(f"speculate_k {self.gamma} must be in 0..32")
+        if not 0 <= self.gamma <= MAX_GAMMA:
+            raise ValueError(f"speculate_k {self.gamma} must be in 0..{MAX_GAMMA}")
         if self.n_sink < 0:
             raise ValueError(f"n_sink {self.n_sink} must be at least 0")
         if not 1 <= self.obs_window <= 128:
@@ -348,11 +349,12 @@ def make_drafter(
 
 
 def draft_cache_bytes(
-    drafting: Drafting, spec: CacheSpec, draft_spec: CacheSpec | None, capacity: int
+    drafting: Drafting, spec: CacheSpec, draft_model: Transformer | None, capacity: int
 ) -> int:
     """What the drafter's caches will take; spec is the target's, capacity that of the text."""
     if not drafting.enabled or drafting.policy == "ngram":
         return 0
+    draft_spec = draft_model and CacheSpec.for_model(draft_model, spec.batch_size)
     if drafting.policy == "full":
         return capacity * draft_spec.bytes_per_slot
     n_sparse = SparseKVCache.n_slots(*drafting.split(capacity), drafting.gamma)

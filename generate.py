@@ -32,8 +32,10 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
 import torch
 
-from drafters import Drafting
+from drafters import NGRAM, Drafting, ModelDrafter, check_drafting
+from kv_cache import POLICIES
 from model import (
+    ModelConfig,
     compile_blocks,
     compiler_runs,
     eos_token_ids,
@@ -117,6 +119,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--checkpoint_path", type=Path, default=DEMO_CHECKPOINT, help="Hugging Face directory"
     )
     p.add_argument(
+        "--draft_checkpoint_path", type=Path, help="draft with this smaller model of its own"
+    )
+    p.add_argument(
         "--prompt", action="append", default=[], help="text; an integer N: N random tokens"
     )
     p.add_argument(
@@ -130,7 +135,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--top_p", type=float)
     p.add_argument("--seed", type=int, default=1234)
     p.add_argument("--ignore_eos", action="store_true", help="go on to the limit")
-    p.add_argument("--draft", default="streaming", help="whose KV the draft reads: none, streaming")
+    p.add_argument("--draft", default="streaming",
+                   help=f"how to draft: none, ngram, {', '.join(POLICIES)}; "
+                        "with --draft_checkpoint_path also full")  # fmt: skip
     p.add_argument("--speculate_k", "--gamma", type=int, default=Drafting().gamma,
                    help="draft tokens per round; 0: plain decoding")  # fmt: skip
     p.add_argument("--draft_budget", type=int, default=Drafting().budget,
@@ -189,6 +196,8 @@ def check_args(args: argparse.Namespace) -> None:
     for path in (args.json if args.json != "-" else None, args.profile):
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise ValueError(f"cannot write {path}: its directory must exist, and it be a file")
+    if args.draft_checkpoint_path and not drafts:
+        raise ValueError("--draft_checkpoint_path needs a draft: not --draft none, --speculate_k 0")
     args.device = check_device(args.device)
     args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
 
@@ -377,28 +386,55 @@ def prepare(args: argparse.Namespace) -> tuple[Engine, Tokenizer, list[list[int]
         args.draft, args.speculate_k, args.draft_budget, args.n_sink, args.obs_window,
         args.reselect_every, args.synthetic_acceptance,
     )  # fmt: skip
-    config = load_config(args.checkpoint_path)
+    config, tokenizer = load_text_side(args.checkpoint_path)
     args.eos_ids = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
-    tokenizer = load_tokenizer(args.checkpoint_path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{args.checkpoint_path}: tokenizer.model has {tokenizer.vocab_size} tokens, the model "
-            f"only {config.vocab_size}: they do not belong together"
-        )
     prompts = read_prompts(args, tokenizer, config.max_seq_len)
-    model = load_model(args.checkpoint_path, args.device, DTYPES[args.dtype])
-    if args.compile and not compiler_runs(args.device):
+    longest = config.max_seq_len
+    if not args.interactive:
+        longest = max(map(len, prompts)) + args.max_new_tokens
+    draft_config = None
+    if args.draft_checkpoint_path:
+        draft_config, draft_tokenizer = load_text_side(args.draft_checkpoint_path)
+        check_same_vocabulary(args, tokenizer, draft_tokenizer)
+    if drafting.enabled:
+        check_drafting(drafting, draft_config, longest)
+    compiling = args.compile and compiler_runs(args.device)
+    if args.compile and not compiling:
         print(
             "generate.py: no working compiler for torch.compile on this machine (the CPU needs "
             "g++): running eagerly, which is slower",
             file=sys.stderr,
         )
-    elif args.compile:
-        compile_blocks(model)
-    longest = config.max_seq_len
-    if not args.interactive:
-        longest = max(map(len, prompts)) + args.max_new_tokens
-    return Engine(model, len(prompts), longest, drafting, sampling, args.seed), tokenizer, prompts
+    model, draft_model = (
+        path and load_model(path, args.device, DTYPES[args.dtype])
+        for path in (args.checkpoint_path, args.draft_checkpoint_path)
+    )
+    for m in filter(None, (model, draft_model)) if compiling else ():
+        compile_blocks(m)
+    engine = Engine(model, len(prompts), longest, drafting, sampling, args.seed, draft_model)
+    return engine, tokenizer, prompts
+
+
+def load_text_side(checkpoint_dir: Path) -> tuple[ModelConfig, Tokenizer]:
+    """Config and tokenizer of a directory; ValueError if they do not belong together."""
+    config, tokenizer = load_config(checkpoint_dir), load_tokenizer(checkpoint_dir)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{checkpoint_dir}: tokenizer.model has {tokenizer.vocab_size} tokens, the model "
+            f"only {config.vocab_size}: they do not belong together"
+        )
+    return config, tokenizer
+
+
+def check_same_vocabulary(args, tokenizer: Tokenizer, draft_tokenizer: Tokenizer) -> None:
+    """ValueError unless both models speak of the same tokens; padding rows do not matter."""
+    n, m = tokenizer.vocab_size, draft_tokenizer.vocab_size
+    why = f"they have {m} and {n} tokens" if n != m else f"both have {n} tokens, but others"
+    if n != m or any(tokenizer.decode([i]) != draft_tokenizer.decode([i]) for i in range(n)):
+        raise ValueError(
+            f"{args.draft_checkpoint_path} cannot draft for {args.checkpoint_path}: {why}; "
+            f"take a draft model of the same family"
+        )
 
 
 def measure(args, engine: Engine, prompts: list[list[int]], shows, say) -> Report:
@@ -556,7 +592,11 @@ def to_json(report: Report, tokenizer: Tokenizer) -> dict:
     engine, drafting = report.engine, report.engine.drafting
     plan = {"strategy": "none", "gamma": 0}
     if engine.gamma:
-        plan = {"strategy": drafting.policy, "draft_budget": drafting.budget, "gamma": engine.gamma}
+        plan = {"strategy": drafting.policy, "gamma": engine.gamma}
+        if drafting.policy not in ("full", "ngram"):
+            plan["draft_budget"] = drafting.budget
+        if engine.drafter.select_every:
+            plan["select_every"] = engine.drafter.select_every
     if report.synthetic is not None:
         plan["synthetic_acceptance"] = report.synthetic
     eos = set(engine.eos.tolist())
@@ -574,6 +614,8 @@ def to_json(report: Report, tokenizer: Tokenizer) -> dict:
             for prompt, ids in zip(report.prompts, report.main.outputs, strict=True)
         ],
     }
+    if isinstance(engine.drafter, ModelDrafter):
+        result["draft_model"] = asdict(engine.drafter.model.config)
     result["speculative" if engine.gamma else "baseline"] = run_json(report, report.main)
     if report.baseline:
         result["baseline"] = run_json(report, report.baseline)
@@ -587,18 +629,30 @@ def to_json(report: Report, tokenizer: Tokenizer) -> dict:
 def describe(args: argparse.Namespace, engine: Engine, prompts: list[list[int]]) -> str:
     """What is about to run, in three lines."""
     n_params = sum(p.numel() for p in engine.model.parameters())
-    lengths, drafting, s = [len(p) for p in prompts], engine.drafting, engine.sampling
+    lengths, s = [len(p) for p in prompts], engine.sampling
     how = "greedy" if s.greedy else f"temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}"
     draft = "no draft: plain decoding"
     if engine.gamma:
-        draft = (f"self-speculation, {drafting.policy} draft cache of {drafting.budget} tokens "
-                 f"({drafting.n_sink} sinks), gamma {drafting.gamma}")  # fmt: skip
+        draft = describe_draft(args.draft_checkpoint_path, engine)
     return (
         f"{args.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {args.dtype} on {args.device}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
         f"{len(prompts)} rows of {min(lengths)} to {max(lengths)} tokens, up to "
         f"{args.max_new_tokens} new ones each, {how}\n{draft}"
     )
+
+
+def describe_draft(draft_dir: Path | None, engine: Engine) -> str:
+    """Who drafts, from what, and how far."""
+    drafting, every = engine.drafting, engine.drafter.select_every
+    who = f"draft model {draft_dir}" if draft_dir else "self-speculation"
+    what = f"{drafting.policy} draft cache of {drafting.budget} tokens ({drafting.n_sink} sinks)"
+    if drafting.policy == "full":
+        what = "full draft cache"
+    elif drafting.policy == "ngram":
+        who, what = "prompt lookup", f"matches of at most {NGRAM} tokens"
+    again = f", selected again every {every} rounds" if every else ""
+    return f"{who}, {what}{again}, gamma {engine.gamma}"
 
 
 def batch(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompts) -> int:

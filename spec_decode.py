@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drafters import Drafting, Text, check_drafting, draft_cache_bytes, make_drafter
+from drafters import MAX_GAMMA, Drafting, Text, check_drafting, draft_cache_bytes, make_drafter
 from kv_cache import CacheSpec, KVCache, check_fits
 from model import Transformer
 
@@ -192,13 +192,10 @@ class Engine:
     ) -> None:
         """Allocates the caches; ValueError if they will not fit into the memory that is free."""
         spec = CacheSpec.for_model(model, batch_size)
-        self.model, self.drafting, self.sampling = model, drafting, sampling
+        self.model, self.sampling, self.max_len = model, sampling, max_len
         self.prefill_chunk = min(spec.prefill_chunk, max_len)
-        n_slots = KVCache.round_up(spec, max_len + drafting.gamma + 1)  # a round may overshoot
-        check_drafting(drafting, draft_model and draft_model.config, max_len)
-        draft_spec = draft_model and CacheSpec.for_model(draft_model, batch_size)
-        draft_bytes = draft_cache_bytes(drafting, spec, draft_spec, n_slots)
-        check_fits(n_slots * spec.bytes_per_slot + draft_bytes, spec.device)
+        n_slots = KVCache.round_up(spec, max_len + MAX_GAMMA + 1)  # a round may overshoot
+        self.check(spec, drafting, draft_model, n_slots, n_slots * spec.bytes_per_slot)
         self.full = KVCache.empty(spec, n_slots)
         integers = {"dtype": torch.int64, "device": spec.device}
         self.tokens = torch.zeros(batch_size, n_slots, **integers)
@@ -207,16 +204,33 @@ class Engine:
         self.limit = torch.ones(batch_size, **integers)  # most tokens a row may reach
         self.finished = torch.zeros(batch_size, dtype=torch.bool, device=spec.device)
         self.full.finished = self.finished  # such rows read no KV any more
-        text = Text(self.tokens, self.seq_len, self.finished)
-        self.drafter = None
-        if drafting.enabled:
-            self.drafter = make_drafter(drafting, model, self.full, text, draft_model)
         self.eos = torch.zeros(0, **integers)
-        self.gamma = drafting.gamma if drafting.enabled else 0  # most drafts a round can have
-        self.histogram = torch.zeros(self.gamma + 1, **integers)
         self.rows = torch.arange(batch_size, device=spec.device)[:, None]
         self.seed = seed
         self.generator = torch.Generator(spec.device)
+        self.started = False  # nothing was prefilled yet
+        self.use(drafting, draft_model)
+
+    def check(self, spec, drafting, draft_model, n_slots: int, other_bytes: int) -> None:
+        """ValueError if these do not go together, or do not fit beside `other_bytes` more."""
+        check_drafting(drafting, draft_model and draft_model.config, self.max_len)
+        n_bytes = draft_cache_bytes(drafting, spec, draft_model, n_slots)
+        check_fits(other_bytes + n_bytes, spec.device)
+
+    def use(self, drafting: Drafting, draft_model: Transformer | None = None) -> None:
+        """Draft like this from here on, between any two rounds; ValueError if it cannot be."""
+        self.drafter = None  # its memory is free for the next
+        self.check(self.full.spec, drafting, draft_model, self.full.capacity, 0)
+        self.drafting = drafting
+        self.gamma = drafting.gamma if drafting.enabled else 0  # most drafts a round can have
+        self.histogram = torch.zeros(self.gamma + 1, dtype=torch.int64, device=self.rows.device)
+        if drafting.enabled:
+            text = Text(self.tokens, self.seq_len, self.finished)
+            self.drafter = make_drafter(drafting, self.model, self.full, text, draft_model)
+        if self.started and self.drafter:
+            for b, length in enumerate(self.seq_len.tolist()):
+                self.drafter.prefill(b, length - 1)
+            self.drafter.select()
 
     def prefill(
         self,
@@ -243,6 +257,7 @@ class Engine:
         else:
             first = sample(logits_to_probs(logits, self.sampling), self.uniforms(1)[:, 0])
         self.tokens[self.rows[:, 0], self.prompt_len] = first
+        self.started = True
         self.rewind()
 
     def prefill_row(self, b: int, length: int) -> Tensor:

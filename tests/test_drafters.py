@@ -1,6 +1,7 @@
 """Every drafting strategy: lossless, exact where it must be, and selecting what it says."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.reference import (
 from tests.test_spec_decode import PROMPTS, SAMPLINGS, chi_square_excess, prompts_of
 
 GREEDY = Sampling()
+ROOT = Path(kv_cache.__file__).parent
 
 
 def draft_model(context: int = 4096, vocab_size: int = 97, seed: int = 5) -> Transformer:
@@ -269,6 +271,27 @@ def test_lookup_against_a_loop():
 def test_impossible_settings_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_the_readmes_policy_works(monkeypatch):
+    """The code of the section "Add your own drafting policy", as it is printed there."""
+    section = (ROOT / "README.md").read_text().split("## Add your own drafting policy")[1]
+    code = section.split("```python")[1].split("```")[0]
+    assert len(code.strip().splitlines()) < 30
+    monkeypatch.setitem(POLICIES, "low_norm", None)  # so that it is taken out again
+    exec(code, {})
+    model = tiny_model()
+    expected = [plain_greedy(model, p, 30) for p in PROMPTS]
+    small = Engine(model, 4, 100, Drafting("low_norm", 3, 16, 3, reselect_every=2), GREEDY)
+    outputs, stats = generate(small, PROMPTS, 30)
+    assert outputs == expected and 0 < stats.draft_acceptance_rate < 1
+    norms = small.full.k[1][2, 1, :70].norm(dim=-1)
+    fresh = Engine(model, 4, 100, Drafting("low_norm", 3, 16, 3), GREEDY)
+    fresh.prefill(PROMPTS, [30] * 4)
+    kept = set(fresh.drafter.sparse.selected_pos[1, 2, 1].tolist())
+    assert kept == {0, 1, 2} | set((3 + norms[3:].argsort()[:5]).tolist())
+    large = Engine(model, 4, 100, Drafting("low_norm", 3, 400), GREEDY)
+    assert generate(large, PROMPTS, 30)[1].draft_acceptance_rate == 1.0
 
 
 def engine(policy: str, context: int | None) -> Engine:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
 import generate
@@ -68,6 +69,64 @@ def test_json_has_the_numbers_and_the_outputs(checkpoint, capsys):
     assert result["speedup"] == pytest.approx(rate)
     assert {"device", "dtype", "torch", "threads"} <= result["environment"].keys()
     assert "speedup" in capsys.readouterr().out
+
+
+@pytest.fixture
+def draft_checkpoint(tmp_path) -> Path:
+    """Another model with the same tokenizer, a padded vocabulary and a context of 40 tokens."""
+    path = tmp_path / "draft"
+    path.mkdir()
+    save_model(tiny_model(2, 1, 4100, seed=5), path, max_position_embeddings=40)
+    shutil.copy(DEMO_CHECKPOINT / "tokenizer.model", path)
+    return path
+
+
+def test_every_way_to_draft_from_the_command_line(checkpoint, draft_checkpoint, capsys):
+    given = ["--prompt", "import os\n" * 20, "--max_new_tokens", "20", "--check_lossless"]
+    small = ["--draft_budget", "20", "--obs_window", "6"]
+    other = ["--draft_checkpoint_path", str(draft_checkpoint)]
+    for flags, plan, words in [
+        (["--draft", "ngram"], {}, "prompt lookup, matches of at most 3 tokens, gamma 5"),
+        (["--draft", "snapkv", *small, "--reselect_every", "2"],
+         {"draft_budget": 20, "select_every": 2}, "(4 sinks), selected again every 2 rounds"),
+        (["--draft", "snapkv", *small, "--reselect_every", "0"],
+         {"draft_budget": 20}, "self-speculation, snapkv draft cache of 20 tokens"),
+        ([*other, "--draft_budget", "20"], {"draft_budget": 20, "select_every": 3},
+         f"draft model {draft_checkpoint}, streaming draft cache"),
+    ]:  # fmt: skip
+        status, result = run(checkpoint, *given, *flags)
+        assert status == 0 and words in capsys.readouterr().out
+        strategy = "streaming" if flags[0] == other[0] else flags[1]
+        assert result["plan"] == {"strategy": strategy, "gamma": 5} | plan
+        assert ("draft_model" in result) == (flags[0] == other[0])
+    short = ["--prompt", "x", "--max_new_tokens", "9", "--check_lossless"]
+    assert run(checkpoint, *short, *other, "--draft", "full")[0] == 0
+    assert "full draft cache, gamma 5" in capsys.readouterr().out
+
+
+def small_tokenizer(path: Path, words: str) -> Path:
+    """A sentencepiece model of 270 tokens, learnt from these words."""
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words] * 20), model_writer=file, vocab_size=270,
+        model_type="bpe", byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    path.mkdir()
+    (path / "tokenizer.model").write_bytes(file.getvalue())
+    return path
+
+
+def test_a_draft_with_another_vocabulary_is_refused(checkpoint, tmp_path, capsys):
+    one, two = (small_tokenizer(tmp_path / w.split()[0], w) for w in ("abra ka", "dabra mi"))
+    save_model(tiny_model(vocab_size=270), one)
+    save_model(tiny_model(vocab_size=270), two)
+    for target, draft, words in [
+        (checkpoint, one, "they have 270 and 4096 tokens"),
+        (one, two, "both have 270 tokens, but others"),
+    ]:
+        flags = ["--checkpoint_path", str(target), "--draft_checkpoint_path", str(draft)]
+        assert main([*flags, "--no-compile", "--prompt", "a", "--max_new_tokens", "5"]) == 2
+        assert words in one_line(capsys)
 
 
 def test_plain_run_has_no_speculative_keys(checkpoint):
@@ -242,6 +301,12 @@ BAD_FLAGS = [
     (["--interactive", "--max_new_tokens", "300"], "context of 300"),
     (["--device", "cuda:99"], "cuda:99"),
     (["--no_such_flag"], "no_such_flag"),
+    (["--draft", "snapkv", "--draft_budget", "36"], "n_sink + obs_window + 1 = 37"),
+    (["--draft", "snapkv", "--obs_window", "0"], "obs_window 0"),
+    (["--reselect_every", "5"], "nothing to reselect; use it with snapkv"),
+    (["--draft", "full"], "--draft_checkpoint_path"),
+    (["--draft_checkpoint_path", "/nowhere/draft"], "/nowhere/draft/config.json does not exist"),
+    (["--draft_checkpoint_path", "x", "--draft", "none"], "needs a draft"),
 ]
 
 

@@ -1,0 +1,329 @@
+"""Every drafting strategy on the demo checkpoint: acceptance, step times, speedup.
+
+    python benchmarks/strategies.py              # all three parts, about 20 minutes on 2 cores
+    python benchmarks/strategies.py --part grid  # or reselect, or quarters
+    python benchmarks/strategies.py --smoke      # tiny sizes, a minute: does it run?
+
+grid      strategy x budget x gamma over three workloads that end just below the demo's 4,096 tokens
+          of context: *continuation* of held-out modules; *recall*, a text that ends by starting to
+          repeat a passage from thousands of tokens back, so that the right continuation lies far
+          outside any window; *mixed*, half of the rows each.
+reselect  snapkv at several `reselect_every` on 1,024 new tokens of a text whose topic changes: the
+          prompt is made of excerpts of ten modules and ends by starting to repeat them.
+quarters  acceptance by quarter of 1,024 new tokens: does a draft model with 512 tokens of context
+          hold out?
+
+Acceptance is real: greedy decoding, every output compared with plain decoding's. A speedup is
+tokens/s over the median of plain runs of the same prefill in the same process, taken in turn with
+the speculative ones. Writes JSON, and a Markdown table beside it.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from drafters import Drafting
+from generate import (
+    DEMO_CHECKPOINT,
+    DEMO_LONGEST,
+    DEMO_MODULES,
+    DTYPES,
+    demo_prompts,
+    environment,
+    module_source,
+    step_times,
+    timed,
+    warm_up,
+)
+from kv_cache import POLICIES
+from model import Transformer, compile_blocks, load_model
+from spec_decode import Engine, Sampling, decode
+from tokenizer import Tokenizer, load_tokenizer
+
+CUE = 32  # tokens of the repeated passage that are given
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    name: str
+    drafting: Drafting
+    draft_model: Transformer | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    rows: int
+    longest: int  # tokens of a prompt
+    new_tokens: int
+    long_prompt: int  # of the parts reselect and quarters
+    long_new_tokens: int
+    budgets: tuple[int, ...]
+    gammas: tuple[int, ...]
+    every: tuple[int, ...]  # reselect_every
+
+
+FULL = Sizes(16, DEMO_LONGEST, 128, 3040, 1024, (64, 128, 256, 512), (1, 3, 5),
+             (0, 64, 32, 16, 8, 4))  # fmt: skip
+SMOKE = Sizes(2, 300, 8, 200, 40, (64,), (2,), (0, 4))
+
+
+def recall_prompts(tokenizer: Tokenizer, sizes: Sizes) -> list[list[int]]:
+    """Held-out modules that end by repeating the first tokens of a passage from far back."""
+    prompts = demo_prompts(tokenizer, sizes.rows, sizes.longest)
+    rng = random.Random(0)
+    starts = [rng.randrange(len(ids) // 8, len(ids) // 4) for ids in prompts]
+    return [ids[:-CUE] + ids[s : s + CUE] for ids, s in zip(prompts, starts, strict=True)]
+
+
+def topic_prompts(tokenizer: Tokenizer, sizes: Sizes) -> list[list[int]]:
+    """Excerpts of ten held-out modules; the end starts to repeat them from the second on."""
+    n = (sizes.long_prompt - CUE) // 10
+    prompts = []
+    for row in range(sizes.rows // 2):
+        names = random.Random(row).sample(DEMO_MODULES, 10)
+        texts = [tokenizer.encode(module_source(name), bos=False) for name in names]
+        ids = [tokenizer.bos_id] + [i for text in texts for i in text[1000 : 1000 + n]]
+        prompts.append(ids + ids[1 + n : 1 + n + CUE])
+    return prompts
+
+
+def workloads(tokenizer: Tokenizer, sizes: Sizes) -> dict[str, list[list[int]]]:
+    continuation = demo_prompts(tokenizer, sizes.rows, sizes.longest)
+    recall = recall_prompts(tokenizer, sizes)
+    mixed = [(continuation, recall)[row % 2][row] for row in range(sizes.rows)]
+    return {"continuation": continuation, "recall": recall, "mixed": mixed}
+
+
+def strategies(sizes: Sizes, draft: Transformer) -> list[Strategy]:
+    """Each once per gamma; with a budget, once per budget that fits."""
+    found = []
+    for gamma in sizes.gammas:
+        found.append(Strategy("ngram", Drafting("ngram", gamma), None))
+        for budget in sizes.budgets:
+            found += [Strategy(p, Drafting(p, gamma, budget), None) for p in POLICIES]
+            if budget < draft.config.max_seq_len - gamma:
+                drafting = Drafting("streaming", gamma, budget)
+                found.append(Strategy("draft model, streaming", drafting, draft))
+    return found
+
+
+def prefilled(model: Transformer, prompts: list[list[int]], new_tokens: int) -> Engine:
+    longest = max(map(len, prompts)) + new_tokens
+    engine = Engine(model, len(prompts), longest, Drafting(), Sampling())
+    engine.prefill(prompts, [new_tokens] * len(prompts))
+    return engine
+
+
+def decoded(engine: Engine, gamma: int) -> tuple[float, object, list[list[int]]]:
+    """Tokens per second of one run from the prefill, its counts, its outputs."""
+    engine.rewind()
+    seconds, stats = timed(engine.tokens.device, lambda: decode(engine, gamma))
+    return stats.decoded_tokens / seconds, stats, engine.outputs()
+
+
+def measure(engine: Engine, strategy: Strategy, plain: list, repeats: int) -> dict:
+    """One strategy on one prefilled workload; `plain` collects the plain runs' tokens/s."""
+    engine.use(strategy.drafting, strategy.draft_model)
+    gamma = engine.gamma
+    warm_up(engine)
+    ms = {name: statistics.median(t) for name, t in step_times(engine, repeats).items()}
+    speed, stats, outputs = decoded(engine, gamma)
+    baseline, _, expected = decoded(engine, 0)
+    plain.append(baseline)
+    select_s = 0.0
+    if engine.drafter.select_every:
+        select_s, _ = timed(engine.tokens.device, engine.drafter.select)
+    return {
+        "strategy": strategy.name,
+        "budget": strategy.drafting.budget,
+        "gamma": gamma,
+        "select_every": engine.drafter.select_every,
+        "select_ms": 1e3 * select_s,
+        **ms,
+        "tokens_per_s": speed,
+        "rounds": stats.rounds,
+        "draft_acceptance_rate": stats.draft_acceptance_rate,
+        "acceptance_rate_per_position": stats.acceptance_rate_per_position,
+        "mean_acceptance_length": stats.mean_acceptance_length,
+        "identical": sum(a == b for a, b in zip(outputs, expected, strict=True)),
+        "rows": len(outputs),
+    }
+
+
+def grid(model, draft, tokenizer, sizes: Sizes, repeats: int) -> dict:
+    """workload -> its plain speed and a list of results, one per strategy."""
+    engines = {
+        name: prefilled(model, prompts, sizes.new_tokens)
+        for name, prompts in workloads(tokenizer, sizes).items()
+    }
+    plain = {name: [] for name in engines}
+    results = {name: [] for name in engines}
+    for strategy in strategies(sizes, draft):
+        torch._dynamo.reset()  # every geometry of a draft cache is compiled; few fit at a time
+        for name, engine in engines.items():
+            r = measure(engine, strategy, plain[name], repeats)
+            results[name].append(r)
+            say(name, r, statistics.median(plain[name]))
+    for name, rs in results.items():
+        for r in rs:
+            r["speedup"] = r["tokens_per_s"] / statistics.median(plain[name])
+    return {name: {"plain_tokens_per_s": plain[name], "results": results[name]} for name in engines}
+
+
+def say(workload: str, r: dict, plain: float) -> None:
+    print(
+        f"{workload:12} {r['strategy']:22} budget {r['budget']:3} gamma {r['gamma']} "
+        f"every {r['select_every']:2}: acceptance {r['draft_acceptance_rate']:.3f}, "
+        f"T_D {r['draft_step_ms']:.1f}, T_V {r['verify_ms']:.1f}, "
+        f"T_T {r['target_step_ms']:.1f} ms, "
+        f"speedup {r['tokens_per_s'] / plain:.2f}, {r['identical']}/{r['rows']} identical",
+        flush=True,
+    )
+
+
+def by_quarter(engine: Engine, strategy: Strategy, new_tokens: int) -> dict:
+    """Tokens/s, and the draft acceptance rate in each quarter of the new tokens."""
+    engine.use(strategy.drafting, strategy.draft_model)
+    warm_up(engine)
+    engine.rewind()
+    counts = [[0, 0] for _ in range(4)]  # accepted, drafted
+    before = engine.seq_len.clone()
+
+    def count() -> None:
+        gained = (engine.seq_len - before).tolist()
+        starts = (before - engine.prompt_len).tolist()
+        for start, n in zip(starts, gained, strict=True):
+            if n:
+                quarter = counts[min(4 * start // new_tokens, 3)]
+                quarter[0] += n - 1
+                quarter[1] += engine.gamma
+        before.copy_(engine.seq_len)
+
+    seconds, stats = timed(engine.tokens.device, lambda: decode(engine, on_round=count))
+    return {
+        "strategy": strategy.name,
+        "budget": strategy.drafting.budget,
+        "gamma": engine.gamma,
+        "select_every": engine.drafter.select_every,
+        "tokens_per_s": stats.decoded_tokens / seconds,
+        "draft_acceptance_rate": stats.draft_acceptance_rate,
+        "acceptance_by_quarter": [a / max(d, 1) for a, d in counts],
+    }
+
+
+def long_runs(engine: Engine, runs: list[Strategy], new_tokens: int) -> dict:
+    """Each strategy over a long generation, with plain runs before and after."""
+    plain = [decoded(engine, 0)[0]]
+    results = []
+    for strategy in runs:
+        r = by_quarter(engine, strategy, new_tokens)
+        results.append(r)
+        rates = " ".join(f"{rate:.3f}" for rate in r["acceptance_by_quarter"])
+        print(
+            f"{r['strategy']:22} budget {r['budget']} gamma {r['gamma']} every "
+            f"{r['select_every']:2}: acceptance {r['draft_acceptance_rate']:.3f}, by quarter "
+            f"{rates}, speedup {r['tokens_per_s'] / plain[0]:.2f}",
+            flush=True,
+        )
+    plain.append(decoded(engine, 0)[0])
+    for r in results:
+        r["speedup"] = r["tokens_per_s"] / statistics.median(plain)
+    return {"plain_tokens_per_s": plain, "results": results}
+
+
+def reselect(model, tokenizer, sizes: Sizes) -> dict:
+    """What selecting again is worth on a text whose topic changes, and what it costs."""
+    torch._dynamo.reset()
+    budget = sizes.budgets[len(sizes.budgets) // 2 - 1] if len(sizes.budgets) > 1 else 64
+    runs = [
+        Strategy("snapkv", Drafting("snapkv", max(sizes.gammas), budget, reselect_every=n), None)
+        for n in sizes.every
+    ]
+    runs.append(Strategy("streaming", Drafting("streaming", max(sizes.gammas), budget), None))
+    prompts = topic_prompts(tokenizer, sizes)
+    return long_runs(prefilled(model, prompts, sizes.long_new_tokens), runs, sizes.long_new_tokens)
+
+
+def quarters(model, draft, tokenizer, sizes: Sizes) -> dict:
+    """Whether the short-context draft model keeps its acceptance over a long generation."""
+    torch._dynamo.reset()
+    gamma = sizes.gammas[len(sizes.gammas) // 2]
+    runs = [
+        Strategy("draft model, streaming", Drafting("streaming", gamma, budget), draft)
+        for budget in sizes.budgets
+        if budget <= 256
+    ]
+    prompts = demo_prompts(tokenizer, sizes.rows // 2, sizes.long_prompt)
+    return long_runs(prefilled(model, prompts, sizes.long_new_tokens), runs, sizes.long_new_tokens)
+
+
+def markdown(grid_results: dict) -> str:
+    """Per workload and strategy the row with the largest speedup."""
+    head = ("workload", "strategy", "budget", "gamma", "acceptance", "T_D ms", "T_V / T_T",
+            "speedup")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for workload, found in grid_results.items():
+        best: dict[str, dict] = {}
+        for r in sorted(found["results"], key=lambda r: r["speedup"]):
+            best[r["strategy"]] = r
+        for name, r in sorted(best.items(), key=lambda item: -item[1]["speedup"]):
+            budget = "" if name == "ngram" else r["budget"]
+            ratio = r["verify_ms"] / r["target_step_ms"]
+            lines.append(
+                f"| {workload} | {name} | {budget} | {r['gamma']} | "
+                f"{r['draft_acceptance_rate']:.2f} | {r['draft_step_ms']:.1f} | {ratio:.2f} | "
+                f"{r['speedup']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--part", choices=("grid", "reselect", "quarters"))
+    parser.add_argument("--draft_checkpoint_path", type=Path,
+                        default=DEMO_CHECKPOINT.with_name("demo-draft"))  # fmt: skip
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    sizes = SMOKE if args.smoke else FULL
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    tokenizer = load_tokenizer(DEMO_CHECKPOINT)
+    model = load_model(DEMO_CHECKPOINT, device, dtype)
+    draft = load_model(args.draft_checkpoint_path, device, dtype)
+    for m in () if args.smoke else (model, draft):
+        compile_blocks(m)
+    parts = {
+        "reselect": lambda: reselect(model, tokenizer, sizes),
+        "quarters": lambda: quarters(model, draft, tokenizer, sizes),
+        "grid": lambda: grid(model, draft, tokenizer, sizes, args.repeats),
+    }
+    date = time.strftime("%Y-%m-%d")
+    result = {"command": " ".join(["python", *sys.argv]), "date": date}
+    with torch.inference_mode():
+        result["environment"] = environment(Engine(model, 1, 1, Drafting(), Sampling()))
+        for name in [args.part] if args.part else parts:
+            result[name] = parts[name]()
+    part = f"_{args.part}" if args.part else ""
+    name = f"strategies{part}_{args.device}_{date}.json"
+    out = args.out or ROOT / "benchmarks" / "results" / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    if "grid" in result:
+        out.with_suffix(".md").write_text(markdown(result["grid"]))
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
