@@ -1,0 +1,690 @@
+"""What a step costs, what speculation gains, and which draft to use: arithmetic, no torch.
+
+    python cost_model.py --model llama-3.1-8b --hardware h100 --num_gpus 8 \\
+        --batch_size 32 64 128 --prefix_len 8192 32768 100000
+
+**One forward** of T tokens for each of B rows with S tokens of context (`step`). A GPU reads memory
+and computes at the same time, so a stage takes the longer of the two (roofline):
+
+    linear      max( weight_bytes / bandwidth,        2 * params * B * T / flops )
+    attention   max( B * S * kv_bytes / bandwidth,    4 * L * H * D * S * B * T / flops )
+    all-reduce  2 per layer with tensor parallelism:  latency + bytes / link bandwidth
+    fixed       per layer: launches, norms, everything that does not grow
+
+Weights, heads and arithmetic are divided by the number of GPUs. Bandwidth and flops are peaks times
+efficiencies. At long context the attention stage of T = 1 and of T = gamma + 1 read the same bytes:
+T_V is near T_T, and speculation is possible.
+
+**A round** yields Omega(gamma, alpha) tokens and takes gamma * T_D + T_V(gamma), so
+
+    speedup = T_T * Omega(gamma, alpha) / (gamma * T_D + T_V(gamma))        (arXiv 2408.11049)
+
+T_T and T_V grow with B * S, T_D with B * budget only: that is why the gain grows with batch and
+length, where other speculative decoding fades. Below a critical length it is a loss, and then the
+answer of `plan` is "none".
+
+The presets' efficiencies are one set per GPU type, fitted to the paper's 8 x A100 measurements
+(`--measured`) and carried over to the others by their data sheets. `calibrate` fits them to timed
+steps of a real model on a real device.
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+
+class Dimensions(Protocol):
+    """What is needed of a model: a model.ModelConfig, or a preset."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    max_seq_len: int
+    tie_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Dimensions of a published model, from its `config.json` on Hugging Face."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    max_seq_len: int
+    tie_embeddings: bool = False
+
+
+MODELS = {
+    "llama-2-7b": Preset(4096, 32, 32, 32, 128, 11008, 32000, 4096),
+    "llama-2-7b-32k": Preset(4096, 32, 32, 32, 128, 11008, 32000, 32768),
+    "llama-3.1-8b": Preset(4096, 32, 32, 8, 128, 14336, 128256, 131072),
+    "llama-3.1-70b": Preset(8192, 80, 64, 8, 128, 28672, 128256, 131072),
+    "llama-3.2-1b": Preset(2048, 16, 32, 8, 64, 8192, 128256, 131072, True),
+    "tinyllama-1.1b": Preset(2048, 22, 32, 4, 64, 5632, 32000, 2048),
+    "mistral-7b": Preset(4096, 32, 32, 8, 128, 14336, 32768, 32768),
+    "qwen2.5-7b": Preset(3584, 28, 28, 4, 128, 18944, 152064, 32768),
+    "qwen2.5-32b": Preset(5120, 64, 40, 8, 128, 27648, 152064, 32768),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One device, and its link to others of its kind. Peaks are the data sheet's, dense, 16 bit."""
+
+    name: str
+    peak_flops: float  # FLOP/s
+    peak_bandwidth: float  # bytes/s
+    memory: float  # bytes
+    flop_efficiency: float = 0.6  # reached share of the peak in large matrix products
+    bandwidth_efficiency: float = 0.88  # reached share of the peak when reading
+    layer_seconds: float = 60e-6  # per layer and forward, whatever the size
+    all_reduce_seconds: float = 60e-6  # latency of an all-reduce
+    link_bandwidth: float = 50e9  # bytes/s of an all-reduce, as reached
+
+    @property
+    def flops(self) -> float:
+        return self.peak_flops * self.flop_efficiency
+
+    @property
+    def bandwidth(self) -> float:
+        return self.peak_bandwidth * self.bandwidth_efficiency
+
+
+# Peaks: NVIDIA's and AMD's data sheets. The defaults above were fitted to 8 x A100 (`--measured`).
+# H100 and H200: the per-layer and link constants times NVLink's 600 / 900 GB/s. L40 and MI300X have
+# not been held against measurements; an L40 has PCIe 4.0 x16 (32 GB/s) and no NVLink.
+HARDWARE = {
+    "a100": Hardware("A100-80GB SXM", 312e12, 2039e9, 80e9),
+    "h100": Hardware("H100 SXM", 989e12, 3352e9, 80e9,
+                     layer_seconds=40e-6, all_reduce_seconds=40e-6, link_bandwidth=75e9),
+    "h200": Hardware("H200 SXM", 989e12, 4800e9, 141e9,
+                     layer_seconds=40e-6, all_reduce_seconds=40e-6, link_bandwidth=75e9),
+    "l40": Hardware("L40", 181e12, 864e9, 48e9, link_bandwidth=10e9),
+    "mi300x": Hardware("MI300X", 1307e12, 5300e9, 192e9),
+    "cpu": Hardware("2 CPU cores", 300e9, 50e9, 16e9, layer_seconds=300e-6),
+}  # fmt: skip
+
+
+def layer_params(m: Dimensions) -> int:
+    """Numbers in the matrices of one layer: q, k, v, o and the gated feed-forward."""
+    return m.dim * m.head_dim * 2 * (m.n_head + m.n_kv_head) + 3 * m.dim * m.ffn_dim
+
+
+def matrix_params(m: Dimensions) -> int:
+    """Numbers in all matrices that a token is multiplied by, the output layer included."""
+    return m.n_layer * layer_params(m) + m.dim * m.vocab_size
+
+
+def total_params(m: Dimensions) -> int:
+    """All parameters: matrices, norms, and the embedding table where it is one of its own."""
+    table = 0 if m.tie_embeddings else m.dim * m.vocab_size
+    return matrix_params(m) + table + (2 * m.n_layer + 1) * m.dim
+
+
+def kv_bytes_per_token(m: Dimensions, itemsize: int = 2) -> int:
+    """Bytes of K and V of one token in all layers and heads."""
+    return 2 * m.n_layer * m.n_kv_head * m.head_dim * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A batch on some devices."""
+
+    batch_size: int  # B
+    prefix_len: int  # S, tokens of context per row
+    num_gpus: int = 1  # tensor parallelism
+    itemsize: int = 2  # bytes of a number, in weights and cache alike
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "prefix_len", "num_gpus", "itemsize"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} {getattr(self, field)} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one forward, by what they go to. A stage takes the longer of read and compute."""
+
+    weights: float  # reading the matrices
+    linear_compute: float
+    kv: float  # reading K and V
+    attention_compute: float
+    all_reduce: float
+    fixed: float
+
+    @property
+    def total(self) -> float:
+        linear = max(self.weights, self.linear_compute)
+        attention = max(self.kv, self.attention_compute)
+        return linear + attention + self.all_reduce + self.fixed
+
+
+def step(m: Dimensions, hw: Hardware, w: Workload, T: int = 1, context: int | None = None):
+    """StepTime of T new tokens per row that each see `context` tokens (default: all of them)."""
+    S = w.prefix_len if context is None else context
+    rows = w.batch_size * T
+    kv_gpus = min(w.num_gpus, m.n_kv_head)  # a KV head is not divided, it is held several times
+    kv_bytes = w.batch_size * S * kv_bytes_per_token(m, w.itemsize) / kv_gpus
+    attention_flops = 4 * m.n_layer * m.n_head * m.head_dim * S * rows / w.num_gpus
+    all_reduce = 0.0
+    if w.num_gpus > 1:  # a ring moves 2 (n - 1) / n of the bytes through each link
+        n_bytes = rows * m.dim * w.itemsize * 2 * (w.num_gpus - 1) / w.num_gpus
+        all_reduce = 2 * m.n_layer * (hw.all_reduce_seconds + n_bytes / hw.link_bandwidth)
+    return StepTime(
+        weights=matrix_params(m) * w.itemsize / w.num_gpus / hw.bandwidth,
+        linear_compute=2 * matrix_params(m) * rows / w.num_gpus / hw.flops,
+        kv=kv_bytes / hw.bandwidth,
+        attention_compute=attention_flops / hw.flops,
+        all_reduce=all_reduce,
+        fixed=m.n_layer * hw.layer_seconds,
+    )
+
+
+def omega(gamma: int, alpha: float) -> float:
+    """Expected tokens of a round, the target's own included (arXiv 2211.17192, eq. 1).
+
+    1 + alpha + ... + alpha^gamma, if each draft is accepted with probability alpha given that those
+    before it were.
+    """
+    return sum(alpha**i for i in range(gamma + 1))
+
+
+def alpha_of(tokens_per_round: float, gamma: int) -> float:
+    """The acceptance at which a round yields that many tokens; ValueError outside 1..gamma + 1."""
+    if not 1 <= tokens_per_round <= gamma + 1:
+        raise ValueError(f"{tokens_per_round} tokens per round is not in 1..{gamma + 1}")
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if omega(gamma, middle) < tokens_per_round else (low, middle)
+    return low
+
+
+def break_even(t_target: float, t_round: float, gamma: int) -> float | None:
+    """The acceptance from which a round beats plain decoding; None if none does."""
+    needed = t_round / t_target
+    return None if needed > gamma + 1 else alpha_of(max(needed, 1.0), gamma)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A candidate: who drafts, reading how much, how far. Names are those of `--draft`."""
+
+    policy: str  # none, streaming, snapkv, full, ngram
+    gamma: int = 0
+    budget: int = 0  # tokens of draft KV per row; unused by none, full and ngram
+    model: Dimensions | None = None  # None: self-speculation
+    model_name: str = ""
+    select_every: int = 16  # snapkv: rounds from one selection to the next; 0: never again
+    obs_window: int = 32
+
+    def __str__(self) -> str:
+        if self.policy in ("none", "ngram"):
+            return self.policy
+        who = self.model_name or ("draft model" if self.model else "self")
+        return f"{who}, {self.policy}" + (f" {self.budget}" if self.budget else "")
+
+
+PLAIN = Draft("none")
+
+
+def draft_step(draft: Draft, target: Dimensions, hw: Hardware, w: Workload) -> float:
+    """T_D: seconds per draft token, the selection's share included."""
+    if draft.policy in ("none", "ngram"):
+        return 0.0
+    m = draft.model or target
+    context = w.prefix_len if draft.policy == "full" else min(draft.budget, w.prefix_len)
+    seconds = step(m, hw, w, 1, context).total
+    if draft.policy == "streaming" and draft.model:  # read again before its own context ends
+        rounds = max((m.max_seq_len - draft.budget) // (draft.gamma + 1), 1)
+        seconds += step(m, hw, w, draft.budget, draft.budget).total / rounds / draft.gamma
+    if draft.policy == "snapkv" and draft.select_every:
+        seconds += selection(draft, m, hw, w) / draft.select_every / draft.gamma
+    return seconds
+
+
+def selection(draft: Draft, m: Dimensions, hw: Hardware, w: Workload) -> float:
+    """Seconds of one SnapKV selection: a forward of the observed tokens, and their scores.
+
+    The scores read K once more, and are themselves written and read a few times in float32.
+    """
+    look = step(m, hw, w, draft.obs_window).total
+    n_scores = m.n_layer * m.n_head * draft.obs_window * w.batch_size * w.prefix_len / w.num_gpus
+    k_bytes = w.batch_size * w.prefix_len * kv_bytes_per_token(m, w.itemsize) / 2 / w.num_gpus
+    return look + (k_bytes + 4 * 4 * n_scores) / hw.bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a candidate is expected to do."""
+
+    draft: Draft
+    alpha: float
+    t_target: float  # T_T, seconds
+    t_draft: float  # T_D
+    t_verify: float  # T_V(gamma)
+
+    @property
+    def round_seconds(self) -> float:
+        return self.draft.gamma * self.t_draft + self.t_verify
+
+    @property
+    def tokens_per_round(self) -> float:
+        return omega(self.draft.gamma, self.alpha)
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.round_seconds / self.tokens_per_round
+
+    @property
+    def speedup(self) -> float:
+        return self.t_target / self.seconds_per_token
+
+    @property
+    def break_even(self) -> float | None:
+        return break_even(self.t_target, self.round_seconds, self.draft.gamma)
+
+
+def predict(
+    target: Dimensions, hw: Hardware, w: Workload, draft: Draft, alpha: float
+) -> Prediction:
+    t_target = step(target, hw, w).total
+    t_verify = step(target, hw, w, draft.gamma + 1).total
+    return Prediction(draft, alpha, t_target, draft_step(draft, target, hw, w), t_verify)
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """One measured acceptance: where the default table comes from."""
+
+    policy: str
+    own_model: bool  # a draft model of its own
+    budget: int
+    prefix_len: int
+    alpha: float
+    source: str
+
+
+# Tokens per round of the paper's Table 3 at gamma = 2 (PG-19), as alpha; ngram and snapkv: ours.
+ACCEPTANCE = (
+    Acceptance("streaming", False, 512, 8000, 0.833, "arXiv 2408.11049, table 3b, 8k"),
+    Acceptance("streaming", False, 512, 32000, 0.823, "arXiv 2408.11049, table 3b, 32k"),
+    Acceptance("streaming", False, 512, 100000, 0.804, "arXiv 2408.11049, table 3c, 100k"),
+    Acceptance("streaming", True, 512, 8000, 0.696, "arXiv 2408.11049, table 3a, 8k"),
+    Acceptance("streaming", True, 512, 32000, 0.692, "arXiv 2408.11049, table 3a, 32k"),
+)
+
+
+def expected_acceptance(draft: Draft, w: Workload, table: Iterable[Acceptance]) -> float | None:
+    """Alpha of the measured entry that is nearest in length, then in budget; None without one."""
+    alike = [a for a in table
+             if a.policy == draft.policy and a.own_model == (draft.model is not None)]  # fmt: skip
+
+    def distance(a: Acceptance) -> tuple[float, float]:
+        budget = abs(math.log(max(a.budget, 1) / max(draft.budget, 1)))
+        return budget, abs(math.log(a.prefix_len / w.prefix_len))
+
+    return min(alike, key=distance).alpha if alike else None
+
+
+def memory_bytes(
+    target: Dimensions, w: Workload, draft: Draft = PLAIN, new_tokens: int = 0
+) -> float:
+    """Weights and caches on each GPU, the largest of them."""
+    kv_gpus = min(w.num_gpus, target.n_kv_head)
+    S = w.prefix_len + new_tokens + draft.gamma + 1
+    total = total_params(target) * w.itemsize / w.num_gpus
+    total += w.batch_size * S * kv_bytes_per_token(target, w.itemsize) / kv_gpus
+    if draft.policy not in ("none", "ngram"):
+        m = draft.model or target
+        n = S if draft.policy == "full" else draft.budget + draft.gamma + 1
+        n += S if draft.model and draft.policy == "snapkv" else 0
+        total += w.batch_size * n * kv_bytes_per_token(m, w.itemsize) / min(w.num_gpus, m.n_kv_head)
+        total += total_params(m) * w.itemsize / w.num_gpus if draft.model else 0
+    return total
+
+
+def largest_batch(
+    target: Dimensions, hw: Hardware, w: Workload, draft: Draft = PLAIN, new_tokens: int = 0
+) -> int:
+    """Most rows of that length that fit into memory; 0 if not even the weights do."""
+    one = memory_bytes(target, replace(w, batch_size=1), draft, new_tokens)
+    two = memory_bytes(target, replace(w, batch_size=2), draft, new_tokens)
+    return max(int((hw.memory - one) // (two - one)) + 1, 0)
+
+
+def crossing_length(target: Dimensions, hw: Hardware, gamma: int, itemsize: int = 2) -> float:
+    """Roofline critical length: from here a verification is bound by reading KV at every batch.
+
+    Per row, it reads S * kv_bytes and computes (gamma + 1) * (2 params + 4 L H D S): equal at
+    S = 2 params t / (kv_bytes / bandwidth - 4 L H D t), t = (gamma + 1) / flops. Infinite where
+    attention itself is bound by arithmetic.
+    """
+    t = (gamma + 1) / hw.flops
+    per_token = kv_bytes_per_token(target, itemsize) / hw.bandwidth
+    per_token -= 4 * target.n_layer * target.n_head * target.head_dim * t
+    return 2 * matrix_params(target) * t / per_token if per_token > 0 else math.inf
+
+
+def winning_length(
+    target: Dimensions, hw: Hardware, w: Workload, draft: Draft, alpha: float, most: int = 2**20
+) -> int | None:
+    """The shortest context from which a candidate beats plain decoding; None if none up to most."""
+
+    def wins(length: int) -> bool:
+        return predict(target, hw, replace(w, prefix_len=length), draft, alpha).speedup > 1
+
+    if not wins(most):
+        return None
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if wins(middle) else (middle, high)
+    return high
+
+
+def candidates(
+    models: dict[str, Dimensions], budgets: Iterable[int], gammas: Iterable[int]
+) -> list[Draft]:
+    """Every strategy of this project; models are draft models by name."""
+    found = [PLAIN]
+    for gamma in gammas:
+        found.append(Draft("ngram", gamma))
+        found += [Draft("full", gamma, 0, m, name) for name, m in models.items()]
+        for budget in budgets:
+            found += [Draft(policy, gamma, budget) for policy in ("streaming", "snapkv")]
+            found += [Draft("streaming", gamma, budget, m, name) for name, m in models.items()]
+    return found
+
+
+def plan(
+    target: Dimensions,
+    hw: Hardware,
+    w: Workload,
+    drafts: Iterable[Draft],
+    acceptance: Iterable[Acceptance] = ACCEPTANCE,
+) -> list[Prediction]:
+    """The candidates whose acceptance is known, fastest first. Plain decoding is always one."""
+    ranked = [predict(target, hw, w, PLAIN, 0.0)]
+    for draft in drafts:
+        alpha = expected_acceptance(draft, w, acceptance)
+        if draft.gamma and alpha is not None:
+            ranked.append(predict(target, hw, w, draft, alpha))
+    return sorted(ranked, key=lambda p: p.seconds_per_token)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One timed forward, to fit a device's constants to."""
+
+    workload: Workload
+    T: int  # new tokens per row
+    context: int  # tokens that each of them saw
+    seconds: float
+
+
+def fit(m: Dimensions, hw: Hardware, timings: list[Timing]) -> tuple[Hardware, float]:
+    """The device with its constants fitted to timed steps of this model, and what is unexplained.
+
+    The constants are the two efficiencies and the fixed time per layer. The squared logarithm of
+    predicted / measured is minimised by stepping all of them up or down by a factor that shrinks.
+    What is returned with them is the median of |predicted / measured - 1|.
+    """
+    names = ("bandwidth_efficiency", "flop_efficiency", "layer_seconds")
+
+    def ratios(h: Hardware) -> list[float]:
+        return [step(m, h, t.workload, t.T, t.context).total / t.seconds for t in timings]
+
+    def error(h: Hardware) -> float:
+        return sum(math.log(r) ** 2 for r in ratios(h))
+
+    factor = 2.0
+    while factor > 1.001:
+        moves = itertools.product((1 / factor, 1.0, factor), repeat=len(names))
+        tried = [
+            replace(hw, **{n: getattr(hw, n) * f for n, f in zip(names, move, strict=True)})
+            for move in moves
+        ]
+        best = min(tried, key=error)
+        if error(best) < error(hw):
+            hw = best
+        else:
+            factor = factor**0.5
+    return hw, statistics.median(abs(r - 1) for r in ratios(hw))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A published row, and what the model says to it."""
+
+    row: dict[str, str]
+    prediction: Prediction
+    t_target: float  # seconds, measured
+    t_drafts: float  # of all drafts of a round
+    t_verify: float
+    speedup: float
+
+
+COLUMNS = ("target", "draft", "draft_method", "draft_budget", "gpu", "num_gpus", "prefix_len",
+           "batch_size", "gamma", "draft_ms_per_round", "verify_ms", "tokens_per_round",
+           "autoregressive_ms_per_token", "speedup")  # fmt: skip
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """Rows of a CSV with COLUMNS; ValueError names line and column of what cannot be used."""
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(
+                f"{path}, line 1: no column {missing[0]}; needed: {', '.join(COLUMNS)}"
+            )
+        return [read_row(row, f"{path}, line {reader.line_num}") for row in reader]
+
+
+def read_row(row: dict[str, str], place: str) -> Measured:
+    """One measurement held against the model; `place` is for the error message."""
+
+    def get(column: str, convert: Callable):
+        try:
+            return convert(row[column])
+        except (ValueError, TypeError, AttributeError) as e:
+            raise ValueError(f"{place}, column {column}: {row[column]!r}: {e}") from None
+
+    def positive(text: str) -> float:
+        value = float(text)
+        if not 0 < value < math.inf:
+            raise ValueError("not a positive number")
+        return value
+
+    target = get("target", lambda s: known(MODELS, s.split()[0].lower(), "model"))
+    hw = get("gpu", lambda s: known(HARDWARE, s.lower(), "hardware"))
+    own = get("draft", lambda s: not s.startswith("self"))
+    model = get("draft", lambda s: known(MODELS, s.split()[0].lower(), "model")) if own else None
+    methods = {"StreamingLLM": "streaming", "SnapKV": "snapkv"}
+    policy = get("draft_method", lambda s: known(methods, s, "method"))
+    w = Workload(get("batch_size", int), get("prefix_len", int), get("num_gpus", int))
+    gamma, tokens = get("gamma", int), get("tokens_per_round", positive)
+    draft = Draft(policy, gamma, get("draft_budget", int), model, select_every=0)
+    alpha = get("tokens_per_round", lambda _: alpha_of(tokens, gamma))
+    ms = [get(c, positive) / 1e3
+          for c in ("autoregressive_ms_per_token", "draft_ms_per_round", "verify_ms")]  # fmt: skip
+    return Measured(row, predict(target, hw, w, draft, alpha), *ms, get("speedup", positive))
+
+
+def known(table: dict, name: str, kind: str):
+    """table[name], or a ValueError that lists the names there are."""
+    if name not in table:
+        raise ValueError(f"{kind} {name!r} is unknown; known: {', '.join(table)}")
+    return table[name]
+
+
+def compare(rows: list[Measured]) -> str:
+    """Predicted against measured, row by row, and the errors."""
+    lines = [f"{'target':16}{'draft':>16}{'S':>8}{'B':>5}"
+             f"{'T_T ms':>15}{'gamma T_D ms':>15}{'T_V ms':>15}{'speedup':>13}",
+             "each time and speedup: predicted / measured"]  # fmt: skip
+    errors: dict[str, list[float]] = {"T_T": [], "gamma T_D": [], "T_V": [], "speedup": []}
+    wrong = 0
+    for r in rows:
+        p = r.prediction
+        pairs = ((p.t_target, r.t_target), (p.draft.gamma * p.t_draft, r.t_drafts),
+                 (p.t_verify, r.t_verify), (p.speedup, r.speedup))  # fmt: skip
+        for error, (ours, theirs) in zip(errors.values(), pairs, strict=True):
+            error.append(abs(ours / theirs - 1))
+        times = "".join(f"{1e3 * ours:8.1f}/{1e3 * theirs:6.1f}" for ours, theirs in pairs[:3])
+        lines.append(
+            f"{r.row['target']:16}{r.row['draft'].split()[0]:>16}{r.row['prefix_len']:>8}"
+            f"{r.row['batch_size']:>5}{times}{p.speedup:8.2f}/{r.speedup:.2f}"
+        )
+        wrong += (p.speedup - 1) * (r.speedup - 1) < 0 and abs(p.speedup - 1) > 0.05
+    lines += [
+        f"{name:10} median error {statistics.median(e):.1%}, largest {max(e):.1%}"
+        for name, e in errors.items()
+    ]
+    lines.append(f"on the wrong side of 1.0 by more than 0.05: {wrong} of {len(rows)} rows")
+    return "\n".join(lines)
+
+
+HEAD = (f"{'S':>8}{'B':>6}{'T_T ms':>9}{'T_D ms':>9}{'T_V ms':>9}  "
+        f"{'best draft':34}{'gamma':>5}{'alpha':>7}{'break-even':>11}{'speedup':>9}")  # fmt: skip
+
+
+def table(args, target: Dimensions, hw: Hardware) -> tuple[str, int]:
+    """One line per (S, B): the best candidate. Also how many of them fit into memory."""
+    lines, fitting = [HEAD], 0
+    models = {name: known(MODELS, name, "model") for name in args.draft_model}
+    drafts = candidates(models, args.draft_budget, args.gamma)
+    for S in args.prefix_len:
+        for B in args.batch_size:
+            w = Workload(B, S, args.num_gpus)
+            most = largest_batch(target, hw, w)
+            if most < B:
+                lines.append(f"{S:8}{B:6}   does not fit into {args.num_gpus} x "
+                             f"{hw.memory / 1e9:.0f} GB; the largest batch is {most}")  # fmt: skip
+                continue
+            fitting += 1
+            fits = [d for d in drafts if memory_bytes(target, w, d) <= hw.memory]
+            p = plan(target, hw, w, [d for d in fits if d.budget < S])[0]
+            even = "" if p.break_even is None or p.draft == PLAIN else f"{p.break_even:.2f}"
+            times = f"{1e3 * p.t_target:9.2f}{1e3 * p.t_draft:9.2f}{1e3 * p.t_verify:9.2f}"
+            lines.append(f"{S:8}{B:6}{times}  {p.draft!s:34}{p.draft.gamma:5}"
+                         f"{p.alpha:7.2f}{even:>11}{p.speedup:9.2f}")  # fmt: skip
+    crossing = crossing_length(target, hw, 4)
+    lines.append(f"verifying 4 drafts is bound by reading KV from {crossing:,.0f} tokens on")
+    return "\n".join(lines), fitting
+
+
+def plot(args, target: Dimensions, hw: Hardware, path: Path) -> None:
+    """The paper's two figures: speedup over batch size, and what a step's time goes to."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    drafts = candidates({}, args.draft_budget, args.gamma)
+    for S in args.prefix_len:
+        points = [
+            (B, plan(target, hw, Workload(B, S, args.num_gpus), drafts)[0].speedup)
+            for B in args.batch_size
+        ]
+        left.plot(*zip(*points, strict=True), marker="o", label=f"{S:,} tokens")
+    left.set(xlabel="batch size", ylabel="predicted speedup, best strategy", xscale="log")
+    left.axhline(1, color="grey", linewidth=0.8)
+    left.legend()
+    steps = [step(target, hw, Workload(B, args.prefix_len[-1], args.num_gpus))
+             for B in args.batch_size]  # fmt: skip
+    parts = {
+        "weights": [1e3 * t.weights for t in steps],
+        "KV": [1e3 * t.kv for t in steps],
+        "compute": [1e3 * (t.linear_compute + t.attention_compute) for t in steps],
+    }
+    right.stackplot(args.batch_size, parts.values(), labels=parts)
+    right.set(xlabel="batch size", ylabel=f"ms of a step at {args.prefix_len[-1]:,} tokens")
+    right.legend(loc="upper left")
+    figure.savefig(path)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line for the caller to print, instead of a usage text."""
+        raise ValueError(f"{message} (see --help)")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--model", default="llama-3.1-8b", help=", ".join(MODELS))
+    p.add_argument("--checkpoint_path", type=Path, help="read the dimensions from its config.json")
+    p.add_argument("--hardware", default="h100", help=", ".join(HARDWARE))
+    p.add_argument("--num_gpus", type=int, default=1, help="tensor parallelism")
+    p.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32, 128])
+    p.add_argument("--prefix_len", type=int, nargs="+", default=[4096, 32768])
+    p.add_argument("--draft_budget", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    p.add_argument("--gamma", type=int, nargs="+", default=list(range(1, 9)))
+    p.add_argument("--draft_model", nargs="+", default=[], help="also consider these as drafts")
+    p.add_argument("--measured", type=Path, metavar="CSV", help="hold the model against these")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="write the paper's two figures")
+    args = p.parse_args(argv)
+    for name in ("batch_size", "prefix_len", "draft_budget", "gamma"):
+        if min(getattr(args, name)) < 1:
+            raise ValueError(f"--{name} {min(getattr(args, name))} must be at least 1")
+    if args.num_gpus < 1:
+        raise ValueError(f"--num_gpus {args.num_gpus} must be at least 1")
+    return args
+
+
+def read_dimensions(checkpoint_dir: Path) -> Dimensions:
+    """Of a Hugging Face directory, by the model's own reader (which imports torch)."""
+    from model import load_config
+
+    return load_config(checkpoint_dir)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 for input that cannot be used."""
+    try:
+        args = parse_args(argv)
+        if args.measured:
+            print(compare(read_measured(args.measured)))
+            return 0
+        hw = known(HARDWARE, args.hardware, "hardware")
+        target = (
+            read_dimensions(args.checkpoint_path)
+            if args.checkpoint_path
+            else known(MODELS, args.model, "model")
+        )
+        text, fitting = table(args, target, hw)
+        print(
+            f"{args.checkpoint_path or args.model} on {args.num_gpus} x {hw.name}, 16 bit\n{text}"
+        )
+        if not fitting:
+            raise ValueError(
+                "nothing of this fits; take more GPUs, fewer rows or a shorter context"
+            )
+        if args.plot:
+            plot(args, target, hw, args.plot)
+            print(f"wrote {args.plot}")
+        return 0
+    except (ValueError, OSError) as e:
+        print("cost_model.py:", " ".join(str(e).split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""The cost model: properties, hand-computed cases, the paper's measurements, real byte counts."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cost_model import (
+    HARDWARE,
+    MODELS,
+    PLAIN,
+    Acceptance,
+    Draft,
+    Hardware,
+    Preset,
+    Timing,
+    Workload,
+    alpha_of,
+    break_even,
+    candidates,
+    compare,
+    crossing_length,
+    draft_step,
+    expected_acceptance,
+    fit,
+    kv_bytes_per_token,
+    largest_batch,
+    main,
+    matrix_params,
+    memory_bytes,
+    omega,
+    plan,
+    predict,
+    read_measured,
+    selection,
+    step,
+    total_params,
+    winning_length,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE3 = ROOT / "benchmarks" / "data" / "magicdec_table3_8xA100.csv"
+LLAMA, A100 = MODELS["llama-3.1-8b"], HARDWARE["a100"]
+STREAMING = Draft("streaming", 3, 512)
+# A device and a model whose numbers can be worked out by hand.
+ROUND = Hardware("round", 1000.0, 100.0, 1e6, flop_efficiency=0.5, bandwidth_efficiency=0.1,
+                 layer_seconds=0.25, all_reduce_seconds=0.5, link_bandwidth=8.0)  # fmt: skip
+SMALL = Preset(dim=4, n_layer=2, n_head=2, n_kv_head=1, head_dim=2, ffn_dim=3, vocab_size=5,
+               max_seq_len=100)  # fmt: skip
+
+
+def test_omega_and_its_limits():
+    for gamma in range(6):
+        assert omega(gamma, 0.0) == 1
+        assert omega(gamma, 1.0) == gamma + 1
+        for alpha in (0.3, 0.9):
+            assert omega(gamma, alpha) == pytest.approx((1 - alpha ** (gamma + 1)) / (1 - alpha))
+            if gamma:
+                assert alpha_of(omega(gamma, alpha), gamma) == pytest.approx(alpha)
+    assert omega(0, 0.7) == 1
+    with pytest.raises(ValueError, match="not in 1..4"):
+        alpha_of(4.5, 3)
+
+
+def test_omega_is_the_mean_of_a_simulation():
+    """Not of the formula: accept drafts one by one with probability alpha."""
+    import random
+
+    rng, alpha, gamma, total = random.Random(0), 0.7, 4, 0
+    for _ in range(20000):
+        n = 0
+        while n < gamma and rng.random() < alpha:
+            n += 1
+        total += n + 1
+    assert total / 20000 == pytest.approx(omega(gamma, alpha), rel=0.01)
+
+
+def test_a_step_by_hand():
+    """dim 4, H 2, Hkv 1, D 2: q, o 16 each, k, v 8 each; ffn 3 * 12; two layers; output 20."""
+    assert matrix_params(SMALL) == 2 * (16 + 16 + 8 + 8 + 36) + 20 == 188
+    assert total_params(SMALL) == 188 + 20 + 5 * 4
+    assert kv_bytes_per_token(SMALL) == 2 * 2 * 1 * 2 * 2 == 16
+    t = step(SMALL, ROUND, Workload(3, 10), T=2)  # 10 bytes/s, 500 FLOP/s
+    assert t.weights == pytest.approx(188 * 2 / 10)
+    assert t.linear_compute == pytest.approx(2 * 188 * 6 / 500)
+    assert t.kv == pytest.approx(3 * 10 * 16 / 10)
+    assert t.attention_compute == pytest.approx(4 * 2 * 2 * 2 * 10 * 6 / 500)
+    assert (t.fixed, t.all_reduce) == (0.5, 0.0)
+    assert t.total == pytest.approx(37.6 + 48.0 + 0.5)
+    two = step(SMALL, ROUND, Workload(3, 10, num_gpus=2), T=2)
+    assert two.weights == pytest.approx(t.weights / 2)
+    assert two.kv == t.kv  # one KV head: each GPU holds it
+    assert two.all_reduce == pytest.approx(2 * 2 * (0.5 + 6 * 4 * 2 * (2 * 1 / 2) / 8))
+
+
+def test_compute_counts_where_it_takes_longer():
+    fast_memory = replace(ROUND, peak_bandwidth=1e9)
+    t = step(SMALL, fast_memory, Workload(3, 10))
+    assert t.total == pytest.approx(t.linear_compute + t.attention_compute + t.fixed)
+
+
+def test_bytes_agree_with_real_parameters_and_caches():
+    import torch
+
+    from kv_cache import CacheSpec, KVCache
+    from tests.reference import tiny_model
+
+    for heads, tied in [((4, 2), False), ((7, 1), True)]:
+        model = tiny_model(*heads, tie_embeddings=tied)
+        c = model.config
+        assert total_params(c) == sum(p.numel() for p in model.parameters())
+        matrices = [p for layer in model.layers for p in layer.parameters() if p.dim() == 2]
+        assert matrix_params(c) == sum(p.numel() for p in [*matrices, model.output.weight])
+        cache = KVCache.empty(CacheSpec.for_model(model, 3), 256)
+        n_bytes = sum(buffer.nbytes for buffer in cache.k + cache.v)
+        assert n_bytes == 3 * 256 * kv_bytes_per_token(c, torch.float32.itemsize)
+
+
+def test_published_parameter_counts():
+    """Total parameters as the model cards give them."""
+    for name, billions in {
+        "llama-2-7b": 6.74, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6, "llama-3.2-1b": 1.24,
+        "tinyllama-1.1b": 1.10, "mistral-7b": 7.25, "qwen2.5-7b": 7.61, "qwen2.5-32b": 32.5,
+    }.items():  # fmt: skip
+        assert total_params(MODELS[name]) / 1e9 == pytest.approx(billions, rel=0.01)
+    assert kv_bytes_per_token(MODELS["llama-2-7b"]) == 512 * 1024
+    assert kv_bytes_per_token(LLAMA) == 128 * 1024
+
+
+def test_speedup_grows_with_length_and_past_the_critical_length_with_batch():
+    lengths = [predict(LLAMA, A100, Workload(32, S, 8), STREAMING, 0.8).speedup
+               for S in (2000, 8000, 32000, 128000)]  # fmt: skip
+    assert lengths == sorted(lengths)
+    batches = [predict(LLAMA, A100, Workload(B, 64000, 8), STREAMING, 0.8).speedup
+               for B in (1, 8, 32, 128)]  # fmt: skip
+    assert batches == sorted(batches) and batches[-1] > 1.3 * batches[0]
+
+
+def test_break_even_acceptance_breaks_even():
+    w = Workload(32, 32000, 8)
+    p = predict(LLAMA, A100, w, STREAMING, 0.8)
+    assert predict(LLAMA, A100, w, STREAMING, p.break_even).speedup == pytest.approx(1)
+    assert break_even(1.0, 4.1, 3) is None  # a round of 4 tokens cannot pay for 4.1 steps
+    assert break_even(1.0, 0.9, 3) == pytest.approx(0, abs=1e-9)
+
+
+def test_critical_lengths():
+    S = crossing_length(LLAMA, A100, gamma=4)
+    t = step(LLAMA, A100, Workload(1, round(S)), T=5)
+    assert t.kv == pytest.approx(t.linear_compute + t.attention_compute, rel=0.01)
+    slow = replace(A100, peak_flops=1e9)
+    assert crossing_length(LLAMA, slow, gamma=4) == math.inf
+    w = Workload(32, 1, 8)
+    n = winning_length(LLAMA, A100, w, STREAMING, 0.8)
+    for length, wins in ((n, True), (n - 1, False)):
+        p = predict(LLAMA, A100, replace(w, prefix_len=length), STREAMING, 0.8)
+        assert (p.speedup > 1) == wins
+    assert winning_length(LLAMA, A100, w, STREAMING, 0.0) is None
+
+
+def test_what_drafting_costs():
+    w, tiny = Workload(32, 32000, 8), MODELS["tinyllama-1.1b"]
+    full = step(LLAMA, A100, w).total
+    streaming = draft_step(STREAMING, LLAMA, A100, w)
+    assert streaming == step(LLAMA, A100, w, 1, 512).total < full
+    assert draft_step(Draft("streaming", 3, 512), LLAMA, A100, Workload(32, 100, 8)) < streaming
+    snapkv = Draft("snapkv", 3, 512, select_every=8)
+    extra = draft_step(snapkv, LLAMA, A100, w) - streaming
+    assert extra == pytest.approx(selection(snapkv, LLAMA, A100, w) / 8 / 3) and extra > 0
+    assert draft_step(replace(snapkv, select_every=0), LLAMA, A100, w) == streaming
+    assert draft_step(Draft("ngram", 3), LLAMA, A100, w) == 0
+    own = draft_step(Draft("streaming", 3, 512, tiny), LLAMA, A100, w)
+    assert step(tiny, A100, w, 1, 512).total < own < streaming  # re-anchoring costs something
+    own_full = draft_step(Draft("full", 3, 0, tiny), LLAMA, A100, w)
+    assert own_full == step(tiny, A100, w).total > own
+
+
+def test_the_plan_ranks_and_never_loses():
+    drafts = candidates({"tiny": MODELS["tinyllama-1.1b"]}, (256, 512), range(1, 6))
+    assert len(drafts) == 1 + 5 * (1 + 1 + 2 * 3)
+    for w in (Workload(1, 256), Workload(32, 4000, 8), Workload(64, 64000, 8)):
+        ranked = plan(LLAMA, A100, w, drafts)
+        times = [p.seconds_per_token for p in ranked]
+        assert times == sorted(times) and ranked[0].speedup >= 1
+        assert PLAIN in [p.draft for p in ranked]
+    own = [d for d in drafts if d.model is None]
+    assert plan(LLAMA, A100, Workload(1, 256), own)[0].draft == PLAIN
+    assert plan(LLAMA, A100, Workload(64, 64000, 8), drafts)[0].speedup > 1.4
+
+
+def test_acceptance_comes_from_the_nearest_measurement():
+    table = [Acceptance("streaming", False, b, s, a, "") for b, s, a in
+             [(128, 4000, 0.5), (512, 4000, 0.7), (512, 64000, 0.6)]]  # fmt: skip
+    for budget, length, alpha in [(100, 9, 0.5), (600, 5000, 0.7), (1024, 60000, 0.6)]:
+        draft = Draft("streaming", 3, budget)
+        assert expected_acceptance(draft, Workload(1, length), table) == alpha
+    assert expected_acceptance(Draft("ngram", 3), Workload(1, 9), table) is None
+    own = Draft("streaming", 3, 512, LLAMA)
+    assert expected_acceptance(own, Workload(1, 9), table) is None
+
+
+def test_the_largest_batch_is_the_last_that_fits():
+    w = Workload(1, 32000)
+    for draft in (PLAIN, STREAMING, Draft("full", 3, 0, MODELS["llama-3.2-1b"])):
+        n = largest_batch(LLAMA, A100, w, draft, new_tokens=100)
+        assert n > 0
+        for rows, fits in ((n, True), (n + 1, False)):
+            n_bytes = memory_bytes(LLAMA, replace(w, batch_size=rows), draft, 100)
+            assert (n_bytes <= A100.memory) == fits
+    assert largest_batch(MODELS["llama-3.1-70b"], A100, w) == 0
+
+
+def test_fit_recovers_a_device():
+    truth = replace(HARDWARE["cpu"], flop_efficiency=0.31, bandwidth_efficiency=0.62,
+                    layer_seconds=1.1e-4)  # fmt: skip
+    model = MODELS["tinyllama-1.1b"]
+    timings = [
+        Timing(Workload(B, S), T, S, step(model, truth, Workload(B, S), T, S).total)
+        for B, S, T in [(1, 100, 1), (16, 4000, 1), (16, 500, 1), (16, 4000, 6), (1, 512, 512)]
+    ]
+    found, error = fit(model, HARDWARE["cpu"], timings)
+    assert error < 0.01
+    for w, T in [(Workload(8, 8000), 1), (Workload(4, 300), 200)]:
+        expected = step(model, truth, w, T).total
+        assert step(model, found, w, T).total == pytest.approx(expected, rel=0.02)
+
+
+def test_the_papers_measurements_are_explained():
+    """One set of constants for all rows; the bounds are those the project set itself."""
+    text = compare(read_measured(TABLE3))
+    errors = {
+        line[:10].strip(): float(line.split("median error ")[1].split("%")[0])
+        for line in text.splitlines()
+        if "median error" in line
+    }
+    assert errors["T_T"] <= 6 and errors["T_V"] <= 8 and errors["speedup"] <= 6
+    wrong = int(text.split("more than 0.05: ")[1].split()[0])
+    assert wrong <= 4 and text.endswith("of 47 rows")
+
+
+def one_line(capsys) -> str:
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("cost_model.py: ")
+    return err
+
+
+def test_command_line(capsys):
+    flags = ["--num_gpus", "8", "--batch_size", "32", "128", "--prefix_len", "8192", "32768"]
+    assert main([*flags, "--hardware", "h100", "--draft_model", "llama-3.2-1b"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1 + 1 + 4 + 1 and "8 x H100 SXM" in out
+    checkpoint = str(ROOT / "checkpoints" / "demo")
+    assert main(["--checkpoint_path", checkpoint, "--hardware", "cpu", "--batch_size", "16"]) == 0
+    assert main(["--measured", str(TABLE3)]) == 0
+
+
+def test_it_needs_no_torch():
+    code = "import sys, cost_model; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model", "gpt-5"], "model 'gpt-5' is unknown; known: llama-2-7b,"),
+        (["--hardware", "tpu"], "hardware 'tpu' is unknown; known: a100,"),
+        (["--draft_model", "gpt-5"], "'gpt-5' is unknown"),
+        (["--batch_size", "0"], "--batch_size 0 must be at least 1"),
+        (["--prefix_len", "-4"], "--prefix_len -4 must be at least 1"),
+        (["--num_gpus", "0"], "--num_gpus 0"),
+        (["--batch_size", "many"], "many"),
+        (["--batch_size", "9999", "--prefix_len", "99999"], "nothing of this fits"),
+        (["--checkpoint_path", "/nowhere"], "/nowhere/config.json does not exist"),
+        (["--measured", "/nowhere.csv"], "/nowhere.csv"),
+    ],
+)
+def test_unusable_flags_get_one_line(capsys, flags, words):
+    assert main(flags) == 2
+    assert words in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("gamma,", "gama,", "line 1: no column gamma"),
+        (",8.27,8.7,0.95", ",fast,8.7,0.95", "line 2, column autoregressive_ms_per_token: 'fast'"),
+        ("A100,8,1024,48", "V100,8,1024,48", "line 3, column gpu: 'V100'"),
+        (",StreamingLLM,", ",H2O,", "line 2, column draft_method: 'H2O'"),
+        ("9.55,2.19,", "9.55,-2,", "line 2, column tokens_per_round: '-2'"),
+    ],
+)  # fmt: skip
+def test_a_malformed_csv_is_refused_with_line_and_column(tmp_path, capsys, old, new, words):
+    file = tmp_path / "m.csv"
+    file.write_text(TABLE3.read_text().replace(old, new, 1))
+    assert main(["--measured", str(file)]) == 2
+    assert words in one_line(capsys)
+
+
+def test_plot_says_what_is_missing_or_writes(tmp_path, capsys):
+    status = main(["--num_gpus", "8", "--plot", str(tmp_path / "f.png")])
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert status == 2 and "pip install matplotlib" in one_line(capsys)
+    else:
+        assert status == 0 and (tmp_path / "f.png").stat().st_size > 1000
