@@ -368,17 +368,18 @@ def largest_batch(
     return max(int((hw.memory - one) // (two - one)) + 1, 0)
 
 
-def crossing_length(target: Dimensions, hw: Hardware, gamma: int, itemsize: int = 2) -> float:
-    """Roofline critical length: from here a verification is bound by reading KV at every batch.
+def crossing_length(target: Dimensions, hw: Hardware, w: Workload, gamma: int) -> float:
+    """Roofline critical length: from here a verification of this batch is bound by memory.
 
-    Per row, it reads S * kv_bytes and computes (gamma + 1) * (2 params + 4 L H D S): equal at
-    S = 2 params t / (kv_bytes / bandwidth - 4 L H D t), t = (gamma + 1) / flops. Infinite where
-    attention itself is bound by arithmetic.
+    Reading, weights + S * kv, and computing, linear + S * attention, take equally long at
+    S = (linear - weights) / (kv - attention). 0 where it always reads longer; infinite where
+    attention itself is bound by arithmetic. The paper's figure prints 395 for Llama-2-7B and 1,958
+    for Llama-3-8B: this formula with batch 256, gamma = 2 and the A100's peaks (efficiencies 1) has
+    404 and 1,951.
     """
-    t = (gamma + 1) / hw.flops
-    per_token = kv_bytes_per_token(target, itemsize) / hw.bandwidth
-    per_token -= 4 * target.n_layer * target.n_head * target.head_dim * t
-    return 2 * matrix_params(target) * t / per_token if per_token > 0 else math.inf
+    none, one = (step(target, hw, w, gamma + 1, context=n) for n in (0, 1))
+    per_token = one.kv - one.attention_compute
+    return max(none.linear_compute - none.weights, 0) / per_token if per_token > 0 else math.inf
 
 
 def winning_length(
@@ -585,8 +586,9 @@ def table(args, target: Dimensions, hw: Hardware) -> tuple[str, int]:
             times = f"{1e3 * p.t_target:9.2f}{1e3 * p.t_draft:9.2f}{1e3 * p.t_verify:9.2f}"
             lines.append(f"{S:8}{B:6}{times}  {p.draft!s:34}{p.draft.gamma:5}"
                          f"{p.alpha:7.2f}{even:>11}{p.speedup:9.2f}")  # fmt: skip
-    crossing = crossing_length(target, hw, 4)
-    lines.append(f"verifying 4 drafts is bound by reading KV from {crossing:,.0f} tokens on")
+    B = max(args.batch_size)
+    crossing = crossing_length(target, hw, Workload(B, 1, args.num_gpus), 4)
+    lines.append(f"verifying 4 drafts of {B} rows is memory-bound from {crossing:,.0f} tokens on")
     return "\n".join(lines), fitting
 
 

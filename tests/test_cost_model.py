@@ -147,12 +147,18 @@ def test_break_even_acceptance_breaks_even():
     assert break_even(1.0, 0.9, 3) == pytest.approx(0, abs=1e-9)
 
 
-def test_critical_lengths():
-    S = crossing_length(LLAMA, A100, gamma=4)
-    t = step(LLAMA, A100, Workload(1, round(S)), T=5)
-    assert t.kv == pytest.approx(t.linear_compute + t.attention_compute, rel=0.01)
+def test_the_papers_critical_lengths():
+    """Figure 1 of arXiv 2408.11049: A100, batch 256; peaks, and a verification of 2 drafts."""
+    peak = replace(A100, flop_efficiency=1, bandwidth_efficiency=1)
+    for name, length, ours in [("llama-2-7b", 395, 404), ("llama-3.1-8b", 1958, 1951)]:
+        S = crossing_length(MODELS[name], peak, Workload(256, 1), gamma=2)
+        assert pytest.approx(length, rel=0.1) == S and round(S) == ours
     slow = replace(A100, peak_flops=1e9)
-    assert crossing_length(LLAMA, slow, gamma=4) == math.inf
+    assert crossing_length(LLAMA, slow, Workload(256, 1), gamma=4) == math.inf
+    assert crossing_length(LLAMA, A100, Workload(1, 1), gamma=0) == 0
+
+
+def test_the_length_from_which_speculation_wins():
     w = Workload(32, 1, 8)
     n = winning_length(LLAMA, A100, w, STREAMING, 0.8)
     for length, wins in ((n, True), (n - 1, False)):
