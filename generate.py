@@ -32,6 +32,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
 import torch
 
+from auto import GAMMAS, Auto, Candidate
 from drafters import NGRAM, Drafting, ModelDrafter, check_drafting
 from kv_cache import POLICIES
 from model import (
@@ -52,6 +53,7 @@ DEMO_MODULES = (  # standard modules that the demo checkpoint was not trained on
     "inspect", "ipaddress", "logging", "optparse", "pdb", "pickle", "statistics", "subprocess",
     "tarfile", "threading", "typing", "zipfile",
 )  # fmt: skip
+AUTO_POLICIES = ("ngram", "streaming", "snapkv")  # what --draft auto chooses from
 DEMO_ROWS, DEMO_SHORTEST, DEMO_LONGEST = 16, 3000, 3840  # rows, tokens
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,7 +74,7 @@ class Run:
     def ms_per_token(self) -> float:
         """Milliseconds from a token to the next one of its row, while the row runs."""
         ms_per_round = 1e3 * self.seconds / max(self.stats.rounds, 1)
-        return ms_per_round * self.stats.drafts / max(self.stats.decoded_tokens, 1)
+        return ms_per_round * self.stats.row_rounds / max(self.stats.decoded_tokens, 1)
 
 
 @dataclass(slots=True)
@@ -86,6 +88,7 @@ class Report:
     step_ms: dict[str, float]  # target_step_ms, and when drafting draft_step_ms, verify_ms
     main: Run
     baseline: Run | None  # plain decoding, with --compare
+    auto: Auto | None  # what decided, if anything did
 
     @property
     def speedup(self) -> float | None:
@@ -135,10 +138,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--top_p", type=float)
     p.add_argument("--seed", type=int, default=1234)
     p.add_argument("--ignore_eos", action="store_true", help="go on to the limit")
-    p.add_argument("--draft", default="streaming",
-                   help=f"how to draft: none, ngram, {', '.join(POLICIES)}; "
+    p.add_argument("--draft", default="auto",
+                   help=f"how to draft: auto, none, ngram, {', '.join(POLICIES)}; "
                         "with --draft_checkpoint_path also full")  # fmt: skip
-    p.add_argument("--speculate_k", "--gamma", type=int, default=Drafting().gamma,
+    p.add_argument("--speculate_k", "--gamma", type=int_or_auto, default="auto", metavar="N|auto",
                    help="draft tokens per round; 0: plain decoding")  # fmt: skip
     p.add_argument("--draft_budget", type=int, default=Drafting().budget,
                    help="tokens of KV that the draft reads per row, sinks included")  # fmt: skip
@@ -170,6 +173,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def int_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def check_args(args: argparse.Namespace) -> None:
     """ValueError for values and combinations that make no sense; fills in dependent defaults."""
     if args.max_new_tokens < 1:
@@ -198,6 +205,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"cannot write {path}: its directory must exist, and it be a file")
     if args.draft_checkpoint_path and not drafts:
         raise ValueError("--draft_checkpoint_path needs a draft: not --draft none, --speculate_k 0")
+    if args.synthetic_acceptance is not None and "auto" in (args.draft, args.speculate_k):
+        raise ValueError("--synthetic_acceptance needs a --draft and a --speculate_k, not auto")
     args.device = check_device(args.device)
     args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
 
@@ -317,7 +326,12 @@ def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, obje
     return time.perf_counter() - start, result
 
 
-def warm_up(engine: Engine) -> None:
+def decoder(engine: Engine, auto: Auto | None) -> Callable[[Callable[[], None]], Stats]:
+    """What decodes the batch: the automatic choice, or the drafting that was asked for."""
+    return auto.decode if auto else lambda on_round: decode(engine, on_round=on_round)
+
+
+def warm_up(engine: Engine, auto: Auto | None = None) -> None:
     """Compile every shape that will run, twice each; decides no tokens."""
     for _ in range(2):
         engine.prefill_row(0, 1)
@@ -326,6 +340,8 @@ def warm_up(engine: Engine) -> None:
             engine.drafter.select()
         for gamma in {0, engine.gamma}:
             engine.verify(engine.draft(gamma).tokens)
+    if auto:
+        auto.prepare()
 
 
 def step_times(
@@ -349,14 +365,19 @@ def step_times(
     return times
 
 
-def run(engine: Engine, gamma: int, show: "RowPrinter | None", profile: Path | None = None) -> Run:
+def run(
+    engine: Engine,
+    work: Callable[[Callable[[], None]], Stats],  # decodes, calling what it is given every round
+    show: "RowPrinter | None",
+    profile: Path | None = None,
+) -> Run:
     """Decode the prefilled batch from its first tokens, timed."""
     engine.rewind()
     show = show or (lambda: None)
     show()
     tracer = torch.profiler.profile() if profile else nullcontext()
     with tracer:
-        seconds, stats = timed(engine.tokens.device, lambda: decode(engine, gamma, show))
+        seconds, stats = timed(engine.tokens.device, lambda: work(show))
     if profile:
         part = profile.with_name(profile.name + ".part")
         tracer.export_chrome_trace(str(part))
@@ -379,25 +400,23 @@ class RowPrinter:
         self.done = end
 
 
-def prepare(args: argparse.Namespace) -> tuple[Engine, Tokenizer, list[list[int]]]:
+def prepare(
+    args: argparse.Namespace,
+) -> tuple[Engine, Auto | None, Tokenizer, list[list[int]]]:
     """Everything that bad input can break, the cheap things first: the weights come last."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    drafting = Drafting(
-        args.draft, args.speculate_k, args.draft_budget, args.n_sink, args.obs_window,
-        args.reselect_every, args.synthetic_acceptance,
-    )  # fmt: skip
     config, tokenizer = load_text_side(args.checkpoint_path)
     args.eos_ids = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
     prompts = read_prompts(args, tokenizer, config.max_seq_len)
     longest = config.max_seq_len
     if not args.interactive:
         longest = max(map(len, prompts)) + args.max_new_tokens
-    draft_config = None
+    draftings, draft_config = read_drafting(args), None
     if args.draft_checkpoint_path:
         draft_config, draft_tokenizer = load_text_side(args.draft_checkpoint_path)
         check_same_vocabulary(args, tokenizer, draft_tokenizer)
-    if drafting.enabled:
-        check_drafting(drafting, draft_config, longest)
+    if len(draftings) == 1:
+        check_drafting(draftings[0], draft_config, longest)
     compiling = args.compile and compiler_runs(args.device)
     if args.compile and not compiling:
         print(
@@ -411,8 +430,43 @@ def prepare(args: argparse.Namespace) -> tuple[Engine, Tokenizer, list[list[int]
     )
     for m in filter(None, (model, draft_model)) if compiling else ():
         compile_blocks(m)
-    engine = Engine(model, len(prompts), longest, drafting, sampling, args.seed, draft_model)
-    return engine, tokenizer, prompts
+    if not automatic(args):
+        engine = Engine(
+            model, len(prompts), longest, draftings[0], sampling, args.seed, draft_model
+        )
+        return engine, None, tokenizer, prompts
+    engine = Engine(model, len(prompts), longest, Drafting(), sampling, args.seed)
+    found = [Candidate(d) for d in draftings if not draft_model or args.draft == "auto"]
+    if draft_model:
+        found += [Candidate(d, draft_model) for d in draftings if d.policy != "ngram"]
+    gammas = GAMMAS if args.speculate_k == "auto" else (args.speculate_k,)
+    return engine, Auto(engine, found, gammas), tokenizer, prompts
+
+
+def automatic(args: argparse.Namespace) -> bool:
+    """Whether there is something left to decide."""
+    return args.draft != "none" and args.speculate_k != 0 and "auto" in (
+        args.draft, args.speculate_k)  # fmt: skip
+
+
+def read_drafting(args: argparse.Namespace) -> list[Drafting]:
+    """What the flags allow: one way to draft, or with --draft auto several."""
+    gamma = max(GAMMAS) if args.speculate_k == "auto" else args.speculate_k
+    if args.draft == "none" or gamma == 0:
+        return [Drafting(gamma=gamma)]
+
+    def drafting(policy: str) -> Drafting:
+        return Drafting(policy, gamma, args.draft_budget, args.n_sink, args.obs_window,
+                        args.reselect_every, args.synthetic_acceptance)  # fmt: skip
+
+    if args.draft != "auto":
+        return [drafting(args.draft)]
+    every, found = args.reselect_every, []
+    for policy in AUTO_POLICIES:
+        reselects = policy in POLICIES and POLICIES[policy].reselect_every
+        args.reselect_every = every if reselects else None
+        found.append(drafting(policy))
+    return found
 
 
 def load_text_side(checkpoint_dir: Path) -> tuple[ModelConfig, Tokenizer]:
@@ -437,14 +491,14 @@ def check_same_vocabulary(args, tokenizer: Tokenizer, draft_tokenizer: Tokenizer
         )
 
 
-def measure(args, engine: Engine, prompts: list[list[int]], shows, say) -> Report:
-    """Warm up, prefill, time the steps, decode; with --compare plainly too, from the same prefill.
+def measure(args, engine: Engine, auto: Auto | None, prompts, shows, say) -> Report:
+    """Warm up, prefill, decode, time the steps; with --compare plainly too, from the same prefill.
 
     `shows` are the printers (or None) of the main run and of the baseline.
     """
     device = engine.tokens.device
     say("compiling" if engine.model.compiled else "warming up", end=" ... ")
-    compile_seconds, _ = timed(device, lambda: warm_up(engine))
+    compile_seconds, _ = timed(device, lambda: warm_up(engine, auto))
     say(f"{compile_seconds:.1f} s")
     n_rows = len(prompts)
 
@@ -458,14 +512,19 @@ def measure(args, engine: Engine, prompts: list[list[int]], shows, say) -> Repor
         device, lambda: engine.prefill(prompts, limits, args.eos_ids, progress)
     )
     say(f"{prefill_seconds:.1f} s")
-    step_ms = {name: statistics.median(times) for name, times in step_times(engine).items()}
     baseline = None
     if args.compare:
         say("decoding plainly", end=" ... ")
-        baseline = run(engine, 0, shows[1])
+        baseline = run(engine, lambda show: decode(engine, 0, show), shows[1])
         say(f"{baseline.seconds:.1f} s")
-    main_run = run(engine, engine.gamma, shows[0], args.profile)
-    return Report(engine, prompts, compile_seconds, prefill_seconds, step_ms, main_run, baseline)
+    main_run = run(engine, decoder(engine, auto), shows[0], args.profile)
+    if auto:
+        say(auto.explain())
+    engine.rewind()
+    step_ms = {name: statistics.median(times) for name, times in step_times(engine).items()}
+    return Report(
+        engine, prompts, compile_seconds, prefill_seconds, step_ms, main_run, baseline, auto
+    )
 
 
 def table(report: Report) -> str:
@@ -576,7 +635,7 @@ def run_json(report: Report, r: Run) -> dict:
         "peak_memory_bytes": peak_memory_bytes(report.engine.tokens.device),
         "target_step_ms": report.step_ms["target_step_ms"],
     }
-    if stats.gamma:
+    if stats.drafts:
         result |= {
             "mean_acceptance_length": stats.mean_acceptance_length,
             "draft_acceptance_rate": stats.draft_acceptance_rate,
@@ -597,6 +656,8 @@ def to_json(report: Report, tokenizer: Tokenizer) -> dict:
             plan["draft_budget"] = drafting.budget
         if engine.drafter.select_every:
             plan["select_every"] = engine.drafter.select_every
+    if report.auto:
+        plan |= report.auto.decision() | {"gamma": report.auto.gamma}
     if report.synthetic is not None:
         plan["synthetic_acceptance"] = report.synthetic
     eos = set(engine.eos.tolist())
@@ -626,13 +687,16 @@ def to_json(report: Report, tokenizer: Tokenizer) -> dict:
     return result
 
 
-def describe(args: argparse.Namespace, engine: Engine, prompts: list[list[int]]) -> str:
+def describe(args: argparse.Namespace, engine: Engine, auto: Auto | None, prompts) -> str:
     """What is about to run, in three lines."""
     n_params = sum(p.numel() for p in engine.model.parameters())
     lengths, s = [len(p) for p in prompts], engine.sampling
     how = "greedy" if s.greedy else f"temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}"
     draft = "no draft: plain decoding"
-    if engine.gamma:
+    if auto:
+        what = ", ".join(map(str, auto.candidates))
+        draft = f"auto: {what}; gamma of {', '.join(map(str, auto.gammas))}, or no draft"
+    elif engine.gamma:
         draft = describe_draft(args.draft_checkpoint_path, engine)
     return (
         f"{args.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {args.dtype} on {args.device}, "
@@ -655,18 +719,18 @@ def describe_draft(draft_dir: Path | None, engine: Engine) -> str:
     return f"{who}, {what}{again}, gamma {engine.gamma}"
 
 
-def batch(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompts) -> int:
+def batch(args, engine: Engine, auto: Auto | None, tokenizer: Tokenizer, prompts) -> int:
     """One batch from prompts to numbers. Returns the exit status."""
     out = sys.stderr if args.json == "-" else sys.stdout
 
     def say(text: str, end: str = "\n") -> None:
         print(text, end=end, file=out, flush=True)
 
-    say(describe(args, engine, prompts))
+    say(describe(args, engine, auto, prompts))
     live, shows = out.isatty(), (None, None)
     if live:  # the baseline pays for the same work, so that the speedup is fair
         shows = [RowPrinter(engine, tokenizer, prompts[0], o) for o in (out, io.StringIO())]
-    report = measure(args, engine, prompts, shows, say)
+    report = measure(args, engine, auto, prompts, shows, say)
     if live:
         say(shows[0].text.close())
     else:
@@ -681,10 +745,10 @@ def batch(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, prompt
     return 1 if args.check_lossless and not all(report.identical) else 0
 
 
-def converse(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer) -> int:
+def converse(args, engine: Engine, auto: Auto | None, tokenizer: Tokenizer) -> int:
     """Continue one prompt after another from standard input, until it ends."""
     rows, longest = len(engine.rows), engine.model.config.max_seq_len - args.max_new_tokens
-    warm_up(engine)
+    warm_up(engine, auto)
     while True:
         try:
             text = input("\nprompt> " if sys.stdin.isatty() else "")
@@ -696,7 +760,7 @@ def converse(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer) -> 
             continue
         engine.prefill([prompt] * rows, [args.max_new_tokens] * rows, args.eos_ids)
         show = RowPrinter(engine, tokenizer, prompt, sys.stdout)
-        result = run(engine, engine.gamma, show)
+        result = run(engine, decoder(engine, auto), show)
         print(show.text.close())
         print(
             f"[{result.tokens_per_second:.1f} tokens/s, mean acceptance length "
@@ -710,10 +774,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with torch.inference_mode():
             args = parse_args(argv)
-            engine, tokenizer, prompts = prepare(args)
+            engine, auto, tokenizer, prompts = prepare(args)
             if args.interactive:
-                return converse(args, engine, tokenizer)
-            return batch(args, engine, tokenizer, prompts)
+                return converse(args, engine, auto, tokenizer)
+            return batch(args, engine, auto, tokenizer, prompts)
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         print("generate.py:", " ".join(str(e).split()), file=sys.stderr)
         return 2

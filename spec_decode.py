@@ -69,14 +69,23 @@ class Stats:
     """What a decoding run did. Definitions are vLLM's; a finished row drafts nothing."""
 
     rounds: int  # passes of the target
-    gamma: int  # draft tokens per row and round
     decoded_tokens: int  # all rows, without the first tokens, which the prefill decided
     accepted_histogram: list[int]  # index n -> how often a row accepted exactly n drafts
+    drafted_histogram: list[int]  # index g -> how often a row was drafted for with gamma = g
+
+    @property
+    def row_rounds(self) -> int:
+        """Rounds, summed over the rows that were not finished yet."""
+        return sum(self.drafted_histogram)
 
     @property
     def drafts(self) -> int:
         """How often a row was drafted for."""
-        return sum(self.accepted_histogram)
+        return sum(self.drafted_histogram[1:])
+
+    @property
+    def drafted(self) -> int:
+        return sum(g * count for g, count in enumerate(self.drafted_histogram))
 
     @property
     def accepted(self) -> int:
@@ -90,13 +99,15 @@ class Stats:
     @property
     def draft_acceptance_rate(self) -> float:
         """Accepted / drafted tokens."""
-        return self.accepted / max(self.gamma * self.drafts, 1)
+        return self.accepted / max(self.drafted, 1)
 
     @property
     def acceptance_rate_per_position(self) -> list[float]:
-        """Share of the drafts in which the first, second, ... token was accepted."""
-        h = self.accepted_histogram
-        return [sum(h[i:]) / max(self.drafts, 1) for i in range(1, len(h))]
+        """Share of the first, second, ... drafts that were accepted."""
+        accepted, drafted = self.accepted_histogram, self.drafted_histogram
+        return [
+            sum(accepted[i:]) / sum(drafted[i:]) for i in range(1, len(drafted)) if sum(drafted[i:])
+        ]
 
 
 class Draft(NamedTuple):
@@ -205,6 +216,8 @@ class Engine:
         self.finished = torch.zeros(batch_size, dtype=torch.bool, device=spec.device)
         self.full.finished = self.finished  # such rows read no KV any more
         self.eos = torch.zeros(0, **integers)
+        self.accepted = torch.zeros(MAX_GAMMA + 1, **integers)  # histograms, see Stats
+        self.drafted = torch.zeros(MAX_GAMMA + 1, **integers)
         self.rows = torch.arange(batch_size, device=spec.device)[:, None]
         self.seed = seed
         self.generator = torch.Generator(spec.device)
@@ -223,7 +236,6 @@ class Engine:
         self.check(self.full.spec, drafting, draft_model, self.full.capacity, 0)
         self.drafting = drafting
         self.gamma = drafting.gamma if drafting.enabled else 0  # most drafts a round can have
-        self.histogram = torch.zeros(self.gamma + 1, dtype=torch.int64, device=self.rows.device)
         if drafting.enabled:
             text = Text(self.tokens, self.seq_len, self.finished)
             self.drafter = make_drafter(drafting, self.model, self.full, text, draft_model)
@@ -271,7 +283,8 @@ class Engine:
         first = self.tokens.gather(1, self.prompt_len[:, None])
         self.seq_len.copy_(self.prompt_len + 1)
         self.finished.copy_((first == self.eos).any(dim=1) | (self.seq_len >= self.limit))
-        self.histogram.zero_()
+        self.accepted.zero_()
+        self.drafted.zero_()
         if self.drafter:
             self.drafter.select()
 
@@ -333,7 +346,8 @@ class Engine:
         n_new = n_new.masked_fill(self.finished, 0)
         # Tokens past seq_len are not decided yet, so writing all of them is harmless.
         self.tokens[self.rows, self.seq_len[:, None] + i] = block
-        self.histogram[: gamma + 1] += ((i == n) & ~self.finished[:, None]).sum(dim=0)
+        self.accepted[: gamma + 1] += ((i == n) & ~self.finished[:, None]).sum(dim=0)
+        self.drafted[gamma] += (~self.finished).sum()
         self.seq_len += n_new
         self.finished |= (ends & (i < n_new[:, None])).any(dim=1) | (self.seq_len >= self.limit)
 
@@ -343,6 +357,13 @@ class Engine:
         logits = self.verify(draft.tokens)
         n_accepted, next_token = self.accept(draft, logits)
         self.commit(draft.tokens, n_accepted, next_token)
+
+    def stats(self, rounds: int) -> Stats:
+        """The counts since the last rewind. Copies to the host."""
+        decoded = (self.seq_len - self.prompt_len - 1).sum().item()
+        most = int(self.drafted.nonzero().max()) if rounds else 0
+        counts = (h[: most + 1].tolist() for h in (self.accepted, self.drafted))
+        return Stats(rounds, decoded, *counts)
 
     def outputs(self) -> list[list[int]]:
         """The new tokens of every row, EOS included. Copies to the host."""
@@ -361,15 +382,14 @@ def decode(
     gamma = engine.gamma if gamma is None else gamma
     if gamma > engine.gamma:
         raise ValueError(f"gamma {gamma} is more than the {engine.gamma} this engine was built for")
-    start, rounds = engine.seq_len.sum().item(), 0
+    rounds = 0
     while not engine.finished.all():
         engine.round(gamma)
         rounds += 1
         if gamma and engine.drafter.select_every and rounds % engine.drafter.select_every == 0:
             engine.drafter.select()
         on_round()
-    decoded = engine.seq_len.sum().item() - start
-    return Stats(rounds, gamma, decoded, engine.histogram[: gamma + 1].tolist())
+    return engine.stats(rounds)
 
 
 def generate(

@@ -122,7 +122,7 @@ def test_limits_are_exact_per_row():
         engine.prefill(PROMPTS, limits)
         stats = decode(engine, gamma)
         tokens_per_round = gamma + 1  # the budget covers everything
-        assert stats.drafts == sum(math.ceil((n - 1) / tokens_per_round) for n in limits)
+        assert stats.row_rounds == sum(math.ceil((n - 1) / tokens_per_round) for n in limits)
         plain = [plain_greedy(model, p, n) for p, n in zip(PROMPTS, limits, strict=True)]
         assert engine.outputs() == plain
 
@@ -350,11 +350,15 @@ def test_synthetic_acceptance_has_the_asked_rate():
 
 
 def test_stats_have_vllms_definitions():
-    stats = spec_decode.Stats(rounds=4, gamma=2, decoded_tokens=9, accepted_histogram=[2, 1, 3])
-    assert (stats.drafts, stats.accepted) == (6, 7)
+    stats = spec_decode.Stats(4, 9, accepted_histogram=[2, 1, 3], drafted_histogram=[0, 0, 6])
+    assert (stats.drafts, stats.accepted, stats.drafted) == (6, 7, 12)
     assert stats.mean_acceptance_length == 1 + 7 / 6
     assert stats.draft_acceptance_rate == 7 / 12
     assert stats.acceptance_rate_per_position == [4 / 6, 3 / 6]
+    mixed = spec_decode.Stats(9, 30, accepted_histogram=[5, 2, 2], drafted_histogram=[3, 2, 4])
+    assert (mixed.row_rounds, mixed.drafts, mixed.drafted) == (9, 6, 10)
+    assert mixed.acceptance_rate_per_position == [4 / 6, 2 / 4]
+    assert mixed.mean_acceptance_length == 2
 
 
 @pytest.mark.parametrize(

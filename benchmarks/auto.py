@@ -1,0 +1,179 @@
+"""Does `--draft auto` decide well, and does the calibrated cost model predict the steps?
+
+    python benchmarks/auto.py              # about 10 minutes on 2 cores
+    python benchmarks/auto.py --smoke      # two tiny cells: does it run?
+
+Over a grid of batch size B and context S on held-out prompts: plain decoding, every fixed
+choice (policy x gamma), and auto, from one prefill each and in turn; tokens/s are medians of
+--repeats runs. Auto's probing is inside its time, as it is for a user. Beside it, T_T, T_V and T_D
+as the cost model predicts them after its calibration (at other lengths of the same batch), against
+the steps as they are timed after the prefill. Writes JSON, and a Markdown table beside it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from auto import GAMMAS, Auto, Candidate
+from cost_model import Draft, Workload, draft_step, step
+from drafters import Drafting
+from generate import (
+    AUTO_POLICIES,
+    DEMO_CHECKPOINT,
+    DTYPES,
+    demo_prompts,
+    environment,
+    step_times,
+    timed,
+    warm_up,
+)
+from model import compile_blocks, load_model
+from spec_decode import Engine, Sampling, decode
+from tokenizer import load_tokenizer
+
+
+def fixed_choices() -> dict[str, tuple[Drafting, int]]:
+    return {
+        f"{policy} {gamma}": (Drafting(policy, max(GAMMAS)), gamma)
+        for policy in AUTO_POLICIES
+        for gamma in GAMMAS
+    }
+
+
+def predicted_against_timed(engine: Engine, auto: Auto, repeats: int) -> list[dict]:
+    """T_T, T_V and T_D by the calibrated model and by the clock, after the prefill."""
+    B, S = len(engine.rows), int(engine.prompt_len.float().mean())
+    w = Workload(B, S, itemsize=engine.full.spec.dtype.itemsize)
+    config, hw, found = engine.model.config, auto.hardware, []
+    for gamma in GAMMAS:
+        engine.use(Drafting("streaming", gamma))
+        engine.rewind()
+        step_times(engine, 1)
+        ms = {k: statistics.median(v) for k, v in step_times(engine, repeats).items()}
+        drafting = engine.drafting
+        streaming = Draft("streaming", gamma, drafting.budget)
+        verify = auto.verify_seconds(S)
+        found += [
+            {"what": "T_T", "predicted_ms": 1e3 * verify[0], "ms": ms["target_step_ms"],
+             "formula_ms": 1e3 * step(config, hw, w).total},
+            {"what": f"T_V({gamma})", "predicted_ms": 1e3 * verify[gamma], "ms": ms["verify_ms"],
+             "formula_ms": 1e3 * step(config, hw, w, gamma + 1).total},
+            {"what": "T_D", "predicted_ms": 1e3 * draft_step(streaming, config, hw, w),
+             "ms": ms["draft_step_ms"]},
+        ]  # fmt: skip
+    return found
+
+
+def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dict:
+    """One batch size and context: all runs from one prefill."""
+    torch._dynamo.reset()
+    prompts = [ids[:S] for ids in demo_prompts(tokenizer, B, 2 * S)]
+    engine = Engine(model, B, S + new_tokens, Drafting(), Sampling())
+    auto = Auto(engine, [Candidate(Drafting(p, max(GAMMAS))) for p in AUTO_POLICIES])
+    device = engine.tokens.device
+    compile_s, _ = timed(device, lambda: warm_up(engine, auto))
+    engine.prefill(prompts, [new_tokens] * B)
+    speeds: dict[str, list[float]] = {}
+    expected = None
+
+    def run(name: str, work) -> None:
+        nonlocal expected
+        engine.rewind()
+        seconds, stats = timed(device, work)
+        speeds.setdefault(name, []).append(stats.decoded_tokens / seconds)
+        expected = expected or engine.outputs()
+        if engine.outputs() != expected:
+            raise RuntimeError(f"{name} at B = {B}, S = {S} changed the output")
+
+    engine.use(Drafting())
+    decode(engine, 0)
+    for _ in range(repeats):
+        engine.use(Drafting())
+        run("plain", lambda: decode(engine, 0))
+        for name, (drafting, gamma) in fixed_choices().items():
+            engine.use(drafting)
+            engine.draft(1), engine.verify(engine.draft(gamma).tokens)  # compile
+            run(name, lambda g=gamma: decode(engine, g))
+        engine.use(Drafting())
+        run("auto", auto.decode)
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+    plain, ours = median.pop("plain"), median.pop("auto")
+    best = max(median, key=median.get)
+    best_speed = max(median[best], plain)
+    return {
+        "batch_size": B,
+        "prefix_len": S,
+        "prepare_seconds": compile_s,
+        "tokens_per_s": speeds,
+        "auto_chose": f"{auto.chosen} gamma {auto.gamma}" if auto.chosen else "none",
+        "auto_over_plain": ours / plain,
+        "best_fixed": best if median[best] > plain else "none",
+        "best_fixed_over_plain": best_speed / plain,
+        "auto_over_best_fixed": ours / best_speed,
+        "fit_error": auto.fit_error,
+        "steps": predicted_against_timed(engine, auto, repeats=5),
+    }
+
+
+def markdown(cells: list[dict]) -> str:
+    head = ("B", "S", "auto chose", "auto / plain", "best fixed", "best fixed / plain",
+            "auto / best fixed")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for c in cells:
+        lines.append(
+            f"| {c['batch_size']} | {c['prefix_len']} | {c['auto_chose']} | "
+            f"{c['auto_over_plain']:.2f} | {c['best_fixed']} | {c['best_fixed_over_plain']:.2f} | "
+            f"{c['auto_over_best_fixed']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    tokenizer = load_tokenizer(DEMO_CHECKPOINT)
+    model = load_model(DEMO_CHECKPOINT, torch.device(args.device), DTYPES[args.dtype])
+    grid = [(B, S) for B in (1, 4, 16) for S in (256, 1024, model.config.max_seq_len)]
+    if args.smoke:
+        grid, args.new_tokens, args.repeats = [(1, 64), (2, 300)], 8, 1
+    else:
+        compile_blocks(model)
+    cells = []
+    with torch.inference_mode():
+        where = environment(Engine(model, 1, 1, Drafting(), Sampling()))
+        for B, S in grid:
+            S = min(S, model.config.max_seq_len - args.new_tokens)
+            c = cell(model, tokenizer, B, S, args.new_tokens, args.repeats)
+            cells.append(c)
+            off = [abs(s["predicted_ms"] / s["ms"] - 1) for s in c["steps"]]
+            print(
+                f"B {B:2} S {S:4}: auto chose {c['auto_chose']}, {c['auto_over_plain']:.2f} of "
+                f"plain; best fixed {c['best_fixed']} {c['best_fixed_over_plain']:.2f}; steps "
+                f"predicted within {statistics.median(off):.0%} (median), {max(off):.0%}",
+                flush=True,
+            )
+    date = time.strftime("%Y-%m-%d")
+    result = {"command": " ".join(["python", *sys.argv]), "date": date, "environment": where,
+              "new_tokens": args.new_tokens, "cells": cells}  # fmt: skip
+    out = args.out or ROOT / "benchmarks" / "results" / f"auto_{args.device}_{date}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(cells))
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
