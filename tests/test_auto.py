@@ -1,0 +1,106 @@
+"""--draft auto: lossless whatever it decides, and it decides by the numbers it was given."""
+
+import pytest
+import torch
+
+from auto import MARGIN, Auto, Candidate
+from cost_model import omega
+from drafters import Drafting
+from spec_decode import Engine, Sampling, generate
+from tests.reference import plain_greedy, tiny_model
+from tests.test_spec_decode import PROMPTS
+
+GAMMAS = (1, 3)
+CHEAP = {0: 1.0, 1: 1.0, 3: 1.1}  # verifying costs little: seconds by gamma
+DEAR = {0: 1.0, 1: 1.8, 3: 3.5}  # drafting can hardly win
+
+
+def candidates(*policies: str) -> list[Candidate]:
+    return [Candidate(Drafting(p, max(GAMMAS), 24, 3, obs_window=7)) for p in policies]
+
+
+def prefilled(found: list[Candidate], verify: dict[int, float], monkeypatch, n: int = 60) -> Auto:
+    """An Auto that has these candidates and believes these times."""
+    engine = Engine(tiny_model(), 4, 80 + n, Drafting(), Sampling())
+    auto = Auto(engine, found, GAMMAS)
+    monkeypatch.setattr(auto, "verify_seconds", lambda length: verify)
+    engine.prefill(PROMPTS, [n] * 4)
+    return auto
+
+
+def test_a_candidates_speedup_is_the_formula():
+    c = Candidate(Drafting("snapkv"), t_draft=0.1, t_select=0.8, select_every=4, alpha=0.5)
+    assert c.speedup(3, CHEAP) == pytest.approx(omega(3, 0.5) / (3 * 0.1 + 0.2 + 1.1))
+    c.alpha, c.t_select = 0.3, 0.0
+    assert c.best(CHEAP) == (pytest.approx(1.3 / 1.1), 1)
+    c.alpha = 0.95
+    assert c.best(CHEAP)[1] == 3 and c.best(DEAR) == (1.0, 0)
+    c.alpha = None
+    assert c.speedup(3, CHEAP) == pytest.approx(omega(3, 0.95) / 1.4)  # optimistic
+    assert MARGIN > 1
+
+
+@pytest.mark.parametrize("verify", [CHEAP, DEAR])
+def test_whatever_it_decides_the_output_is_the_models_own(monkeypatch, verify):
+    model = tiny_model()
+    auto = prefilled(candidates("ngram", "streaming", "snapkv"), verify, monkeypatch)
+    expected = [plain_greedy(model, p, 60) for p in PROMPTS]
+    for _ in range(2):
+        auto.engine.rewind()
+        stats = auto.decode()
+        assert auto.engine.outputs() == expected
+        assert stats.decoded_tokens == 4 * 59
+        assert sum(stats.drafted_histogram) == stats.row_rounds > 0
+
+
+def test_where_nothing_can_win_no_round_is_spent_on_it(monkeypatch):
+    auto = prefilled(candidates("ngram", "streaming"), {0: 1.0, 1: 3.0, 3: 9.0}, monkeypatch)
+    stats = auto.decode()
+    assert stats.drafts == 0 and stats.rounds == 59
+    assert auto.chosen is None and auto.gamma == 0 and auto.predicted_speedup == 1.0
+    assert "no draft" in auto.explain()
+
+
+def test_a_good_draft_is_chosen_and_kept(monkeypatch):
+    """A budget for everything is always accepted; the lookup in random text hardly ever."""
+    everything = Candidate(Drafting("streaming", 3, 400), t_draft=0.01)
+    auto = prefilled([*candidates("ngram"), everything], CHEAP, monkeypatch)
+    stats = auto.decode()
+    assert auto.chosen is everything and auto.gamma == 3
+    assert everything.alpha > 0.99 and auto.predicted_speedup > 3
+    assert stats.rounds <= 8 + 15
+    assert "streaming 400, gamma 3" in auto.explain()
+    drafts = [c["draft"] for c in auto.decision()["candidates"]]
+    assert drafts == ["ngram", "streaming 400"]
+
+
+def test_a_draft_that_turns_bad_is_given_up(monkeypatch):
+    """It is chosen at a high acceptance and then sees only its own sinks: gamma goes to 0."""
+    auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=200)
+    (c,) = auto.candidates
+    monkeypatch.setattr(auto, "probe", lambda verify: setattr(c, "alpha", 0.99))
+
+    def reject(draft, logits):
+        return torch.zeros_like(draft.tokens[:, 0]), logits[:, 0].argmax(dim=-1)
+
+    monkeypatch.setattr(auto.engine, "accept", reject)
+    stats = auto.decode()
+    assert auto.chosen is c and auto.predicted_speedup > 1.5
+    assert 0 < stats.drafts <= 4 * 64  # some looks later
+    assert stats.drafted_histogram[0] == stats.row_rounds - stats.drafts > 4 * 100
+    assert auto.engine.outputs() == [plain_greedy(tiny_model(), p, 200) for p in PROMPTS]
+
+
+def test_calibration_explains_the_steps_it_saw():
+    """Eager and tiny, so only roughly; but it must be of the right size at another length."""
+    engine = Engine(tiny_model(), 4, 800, Drafting(), Sampling())
+    auto = Auto(engine, candidates("streaming", "snapkv", "ngram"), GAMMAS)
+    auto.prepare()
+    seconds = auto.verify_seconds(400)
+    assert set(seconds) == {0, *GAMMAS} and auto.fit_error < 0.5
+    assert all(1e-5 < s < 1 for s in seconds.values())
+    for c in auto.candidates:
+        assert 0 < c.t_draft < 1
+        assert (c.t_select > 1e-5) == (c.drafting.policy != "ngram")
+    outputs, _ = generate(engine, PROMPTS, 20)  # what it wrote into the caches does no harm
+    assert outputs == [plain_greedy(tiny_model(), p, 20) for p in PROMPTS]
