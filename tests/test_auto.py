@@ -81,7 +81,7 @@ def test_a_draft_that_turns_bad_is_given_up(monkeypatch):
     monkeypatch.setattr(auto, "probe", lambda verify: setattr(c, "alpha", 0.99))
 
     def reject(draft, logits):
-        return torch.zeros_like(draft.tokens[:, 0]), logits[:, 0].argmax(dim=-1)
+        return torch.zeros(len(logits), dtype=torch.int64), logits[:, 0].argmax(dim=-1)
 
     monkeypatch.setattr(auto.engine, "accept", reject)
     stats = auto.decode()
