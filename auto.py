@@ -10,9 +10,11 @@
                 rounds look at the acceptance of the latest ones, and change gamma, down to 0
 
 Few values of gamma are compiled (`GAMMAS`); a draft cache made for the largest serves them all.
-A candidate that would not win at an acceptance of `OPTIMISTIC` is not even compiled, so that where
-speculation cannot help, as with one short row, nothing is spent on it. Gamma 0 is final: plain
-decoding does not write into the draft's cache, and the text would have to be read again.
+A candidate that would not win at an acceptance of `OPTIMISTIC`, by its measured draft step, is not
+probed, and a probe puts few tokens at stake. Plain decoding does not write into the draft's cache:
+after a pause the draft selects from the full cache again, or, if it is a model with a cache of its
+own that lags behind, does not come back. The choice follows the clock, so that with sampling a seed
+fixes the output only together with a fixed `--draft` and `--speculate_k`.
 """
 
 import math
@@ -33,7 +35,9 @@ GAMMAS = (2, 5)  # compiled draft lengths
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
+PROBE_SHARE = 0.05  # of the rounds still to come, at most, for probing each candidate
 FOLLOW = 8  # rounds between two looks at the acceptance
+DECAY = 0.5  # weight of all earlier looks against the latest
 
 
 @dataclass(slots=True)
@@ -78,6 +82,8 @@ class Auto:
         self.hardware: Hardware | None = None
         self.fit_error = 0.0
         self.residual: dict[int, float] = {}  # gamma -> measured / predicted
+        self.current: Candidate | None = None  # whom the engine drafts with
+        self.dropped: list[str] = []  # who was not considered any further, and why
         self.chosen: Candidate | None = None
         self.gamma = 0
         self.predicted_speedup = 1.0
@@ -88,16 +94,25 @@ class Auto:
         self.candidates = []
         self.calibrate()
         for c in everyone:
-            if c.best(self.verify_seconds(engine.max_len))[1] == 0:
-                continue  # not even if drafting cost nothing
             try:
                 engine.use(c.drafting, c.draft_model)
-            except ValueError:  # does not fit, or does not go with this length
+            except ValueError as e:  # does not fit, or does not go with this length
+                self.dropped.append(f"{c}: {e}")
                 continue
             self.measure(c)
             if c.best(self.verify_seconds(engine.max_len))[1]:
                 self.candidates.append(c)
-        engine.use(Drafting())
+            else:
+                self.dropped.append(f"{c}: T_D {1e3 * c.t_draft:.1f} ms, could not win")
+        self.install(self.candidates[0] if len(self.candidates) == 1 else None)
+
+    def install(self, c: Candidate | None) -> None:
+        """Make the engine draft like this from here on."""
+        if c is None:
+            self.engine.use(Drafting())
+        elif c is not self.current:
+            self.engine.use(c.drafting, c.draft_model)
+        self.current = c
 
     def calibrate(self) -> None:
         """Fit the cost model to plain steps and verifications of this batch at three lengths."""
@@ -146,11 +161,11 @@ class Auto:
         verify = self.verify_seconds(length)
         self.probe(verify)
         self.choose(verify)
-        self.follow(verify)
+        self.follow()
         return self.engine.stats(self.rounds)
 
-    def run(self, n: int, gamma: int) -> float | None:
-        """Up to n rounds; the acceptance in them, None if nothing was drafted."""
+    def run(self, n: int, gamma: int) -> tuple[int, int]:
+        """Up to n rounds; how often a row was drafted for in them, and drafts accepted."""
         engine = self.engine
         accepted, drafted = engine.accepted.clone(), engine.drafted.clone()
         for _ in range(n):
@@ -162,24 +177,34 @@ class Auto:
             if every and self.rounds % every == 0:
                 engine.drafter.select()
             self.on_round()
-        n_rows = int((engine.drafted - drafted)[gamma])
-        if not gamma or not n_rows:
-            return None
         kept = (engine.accepted - accepted).tolist()
-        return alpha_of(1 + sum(i * n for i, n in enumerate(kept)) / n_rows, gamma)
+        n_rows = int((engine.drafted - drafted)[gamma]) if gamma else 0
+        return n_rows, sum(i * n for i, n in enumerate(kept)) if gamma else 0
 
     def probe(self, verify: dict[int, float]) -> None:
-        """A few rounds with each candidate that could still be the best one."""
-        gamma = max(self.gammas)
-        n = min(max(math.ceil(PROBE_DRAFTS / (gamma * len(self.engine.rows))), 2), 8)
+        """A few rounds with each candidate that could still be the best one.
+
+        At most PROBE_SHARE of the tokens still to come are at stake, and a candidate that is
+        hopeless after half of its rounds has no more of them.
+        """
+        engine, gamma, best = self.engine, max(self.gammas), 1.0
+        to_come = float((engine.limit - engine.seq_len).float().mean())
+        n = math.ceil(PROBE_DRAFTS / (gamma * len(engine.rows)) / 2)
+        n = max(min(n, int(PROBE_SHARE * to_come / 2)), 1)
         for c in self.candidates:
             c.alpha = None
-        best = 1.0
         for c in sorted(self.candidates, key=lambda c: -c.best(verify)[0]):
-            if c.best(verify)[0] > best:
-                self.engine.use(c.drafting, c.draft_model)
-                c.alpha = self.run(n, gamma)
-                best = max(best, c.best(verify)[0])
+            if c.best(verify)[0] <= best:
+                continue
+            self.install(c)
+            rows = kept = 0
+            for _ in range(2):
+                more_rows, more_kept = self.run(n, gamma)
+                rows, kept = rows + more_rows, kept + more_kept
+                c.alpha = alpha_of(1 + kept / rows, gamma) if rows else None
+                if c.best(verify, least=0.9)[1] == 0:
+                    break
+            best = max(best, c.best(verify)[0])
 
     def choose(self, verify: dict[int, float]) -> None:
         """The candidate and gamma with the largest predicted speedup."""
@@ -188,26 +213,39 @@ class Auto:
             speedup, gamma = c.best(verify) if c.alpha is not None else (1.0, 0)
             if speedup > self.predicted_speedup:
                 self.chosen, self.gamma, self.predicted_speedup = c, gamma, speedup
-        c = self.chosen
-        if c is None:
-            self.engine.use(Drafting())
-        elif self.engine.drafting is not c.drafting:
-            self.engine.use(c.drafting, c.draft_model)
+        if self.chosen or self.current:
+            self.install(self.chosen)
 
-    def follow(self, verify: dict[int, float]) -> None:
-        """Rounds to the end, with the gamma that the latest acceptance asks for."""
-        gamma = self.gamma
-        while not self.engine.finished.all():
-            alpha = self.run(FOLLOW, gamma)
-            if alpha is not None:
-                self.chosen.alpha = (self.chosen.alpha + alpha) / 2
-                gamma = self.chosen.best(verify, least=1.0)[1]
+    def follow(self) -> None:
+        """Rounds to the end, with the gamma that the latest acceptance asks for.
+
+        Older looks count less (DECAY). Where drafting does not pay it pauses, longer every time.
+        """
+        engine, c, gamma, pause = self.engine, self.chosen, self.gamma, 4 * FOLLOW
+        rows = kept = 0.0
+        while not engine.finished.all():
+            more_rows, more_kept = self.run(FOLLOW if gamma else pause, gamma)
+            if c is None or not (gamma or engine.drafter.can_rejoin):
+                continue
+            if gamma == 0:
+                engine.drafter.select()
+                gamma, pause, rows, kept = min(self.gammas), 2 * pause, 0.0, 0.0
+                continue
+            if more_rows:
+                rows, kept = DECAY * rows + more_rows, DECAY * kept + more_kept
+                c.alpha = alpha_of(1 + kept / rows, gamma)
+                length, before = int(engine.seq_len.float().mean()), gamma
+                gamma = c.best(self.verify_seconds(length), least=1.0)[1]
+                if gamma != before:
+                    rows = kept = 0.0
 
     def decision(self) -> dict:
         """The same for the JSON; seconds."""
         return {
             "predicted_speedup": self.predicted_speedup,
             "fit_error": self.fit_error,
+            "dropped": self.dropped,
+            "verify_seconds": self.verify_seconds(int(self.engine.prompt_len.float().mean())),
             "candidates": [
                 {"draft": str(c), "t_draft": c.t_draft, "t_select": c.t_select}
                 | ({} if c.alpha is None else {"acceptance": c.alpha})
@@ -222,14 +260,15 @@ class Auto:
         steps = ", ".join(f"T_V({g}) {1e3 * t:.1f}" for g, t in verify.items() if g)
         seen = "; ".join(
             f"{c}: T_D {1e3 * c.t_draft:.1f} ms, "
-            + ("could not win" if c.alpha is None else f"acceptance {c.alpha:.2f}")
+            + ("not probed" if c.alpha is None else f"acceptance {c.alpha:.2f}")
             for c in self.candidates
         )
         what = f"{self.chosen}, gamma {self.gamma}" if self.chosen else "no draft"
+        seen = "; ".join([seen, *self.dropped]) if seen else "; ".join(self.dropped)
         return (
             f"auto: {what}, predicted speedup {self.predicted_speedup:.2f}\n"
             f"      T_T {1e3 * verify[0]:.1f} ms, {steps} ms (fit within {self.fit_error:.0%}); "
-            f"{seen or 'no candidate could win'}"
+            f"{seen}"
         )
 
 

@@ -24,8 +24,8 @@ length, where other speculative decoding fades. Below a critical length it is a 
 answer of `plan` is "none".
 
 The presets' efficiencies are one set per GPU type, fitted to the paper's 8 x A100 measurements
-(`--measured`) and carried over to the others by their data sheets. `calibrate` fits them to timed
-steps of a real model on a real device.
+(`--measured`) and carried over to the others by their data sheets. `fit` finds them from timed
+steps of a real model on a real device: that is how `--draft auto` calibrates (`auto.py`).
 """
 
 import argparse
@@ -168,10 +168,14 @@ class StepTime:
     fixed: float
 
     @property
+    def compute_beyond(self) -> float:
+        """What computing takes longer than the reading that goes on meanwhile, stage by stage."""
+        linear = max(self.linear_compute - self.weights, 0)
+        return linear + max(self.attention_compute - self.kv, 0)
+
+    @property
     def total(self) -> float:
-        linear = max(self.weights, self.linear_compute)
-        attention = max(self.kv, self.attention_compute)
-        return linear + attention + self.all_reduce + self.fixed
+        return self.weights + self.kv + self.compute_beyond + self.all_reduce + self.fixed
 
 
 def step(m: Dimensions, hw: Hardware, w: Workload, T: int = 1, context: int | None = None):
@@ -265,7 +269,8 @@ def selection(draft: Draft, m: Dimensions, hw: Hardware, w: Workload) -> float:
     """
     look = step(m, hw, w, draft.obs_window).total
     n_scores = m.n_layer * m.n_head * draft.obs_window * w.batch_size * w.prefix_len / w.num_gpus
-    k_bytes = w.batch_size * w.prefix_len * kv_bytes_per_token(m, w.itemsize) / 2 / w.num_gpus
+    kv_gpus = min(w.num_gpus, m.n_kv_head)
+    k_bytes = w.batch_size * w.prefix_len * kv_bytes_per_token(m, w.itemsize) / 2 / kv_gpus
     return look + (k_bytes + 4 * 4 * n_scores) / hw.bandwidth
 
 
@@ -320,24 +325,29 @@ class Acceptance:
     source: str
 
 
-# Tokens per round of the paper's Table 3 at gamma = 2 (PG-19), as alpha; ngram and snapkv: ours.
+# Streaming: tokens per round of the paper's Table 3 (gamma = 2, PG-19) as alpha. SnapKV: the rate
+# at which the project's GPU goals are set, from the same paper.
 ACCEPTANCE = (
     Acceptance("streaming", False, 512, 8000, 0.833, "arXiv 2408.11049, table 3b, 8k"),
     Acceptance("streaming", False, 512, 32000, 0.823, "arXiv 2408.11049, table 3b, 32k"),
     Acceptance("streaming", False, 512, 100000, 0.804, "arXiv 2408.11049, table 3c, 100k"),
     Acceptance("streaming", True, 512, 8000, 0.696, "arXiv 2408.11049, table 3a, 8k"),
     Acceptance("streaming", True, 512, 32000, 0.692, "arXiv 2408.11049, table 3a, 32k"),
+    Acceptance("snapkv", False, 2048, 32000, 0.895, "arXiv 2408.11049, SnapKV at 32k"),
 )
 
 
 def expected_acceptance(draft: Draft, w: Workload, table: Iterable[Acceptance]) -> float | None:
-    """Alpha of the measured entry that is nearest in length, then in budget; None without one."""
+    """Alpha of the measured entry that is nearest in length, of those with a budget nearest below.
+
+    More budget is taken to be no worse; nothing is known of less than was measured: None.
+    """
     alike = [a for a in table
-             if a.policy == draft.policy and a.own_model == (draft.model is not None)]  # fmt: skip
+             if a.policy == draft.policy and a.own_model == (draft.model is not None)
+             and (draft.policy in ("ngram", "full") or a.budget <= draft.budget)]  # fmt: skip
 
     def distance(a: Acceptance) -> tuple[float, float]:
-        budget = abs(math.log(max(a.budget, 1) / max(draft.budget, 1)))
-        return budget, abs(math.log(a.prefix_len / w.prefix_len))
+        return -a.budget, abs(math.log(a.prefix_len / w.prefix_len))
 
     return min(alike, key=distance).alpha if alike else None
 
@@ -353,7 +363,7 @@ def memory_bytes(
     if draft.policy not in ("none", "ngram"):
         m = draft.model or target
         n = S if draft.policy == "full" else draft.budget + draft.gamma + 1
-        n += S if draft.model and draft.policy == "snapkv" else 0
+        n += {"snapkv": S, "streaming": draft.budget}.get(draft.policy, 0) if draft.model else 0
         total += w.batch_size * n * kv_bytes_per_token(m, w.itemsize) / min(w.num_gpus, m.n_kv_head)
         total += total_params(m) * w.itemsize / w.num_gpus if draft.model else 0
     return total
@@ -407,9 +417,9 @@ def candidates(
     for gamma in gammas:
         found.append(Draft("ngram", gamma))
         found += [Draft("full", gamma, 0, m, name) for name, m in models.items()]
-        for budget in budgets:
-            found += [Draft(policy, gamma, budget) for policy in ("streaming", "snapkv")]
-            found += [Draft("streaming", gamma, budget, m, name) for name, m in models.items()]
+        for budget, policy in itertools.product(budgets, ("streaming", "snapkv")):
+            found.append(Draft(policy, gamma, budget))
+            found += [Draft(policy, gamma, budget, m, name) for name, m in models.items()]
     return found
 
 
@@ -495,7 +505,10 @@ def read_measured(path: Path) -> list[Measured]:
             raise ValueError(
                 f"{path}, line 1: no column {missing[0]}; needed: {', '.join(COLUMNS)}"
             )
-        return [read_row(row, f"{path}, line {reader.line_num}") for row in reader]
+        rows = [read_row(row, f"{path}, line {reader.line_num}") for row in reader]
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows
 
 
 def read_row(row: dict[str, str], place: str) -> Measured:
@@ -504,7 +517,7 @@ def read_row(row: dict[str, str], place: str) -> Measured:
     def get(column: str, convert: Callable):
         try:
             return convert(row[column])
-        except (ValueError, TypeError, AttributeError) as e:
+        except (ValueError, TypeError, AttributeError, IndexError) as e:
             raise ValueError(f"{place}, column {column}: {row[column]!r}: {e}") from None
 
     def positive(text: str) -> float:
@@ -513,15 +526,18 @@ def read_row(row: dict[str, str], place: str) -> Measured:
             raise ValueError("not a positive number")
         return value
 
+    def count(text: str) -> int:
+        return int(positive(text) and text)
+
     target = get("target", lambda s: known(MODELS, s.split()[0].lower(), "model"))
     hw = get("gpu", lambda s: known(HARDWARE, s.lower(), "hardware"))
     own = get("draft", lambda s: not s.startswith("self"))
     model = get("draft", lambda s: known(MODELS, s.split()[0].lower(), "model")) if own else None
     methods = {"StreamingLLM": "streaming", "SnapKV": "snapkv"}
     policy = get("draft_method", lambda s: known(methods, s, "method"))
-    w = Workload(get("batch_size", int), get("prefix_len", int), get("num_gpus", int))
-    gamma, tokens = get("gamma", int), get("tokens_per_round", positive)
-    draft = Draft(policy, gamma, get("draft_budget", int), model, select_every=0)
+    w = Workload(get("batch_size", count), get("prefix_len", count), get("num_gpus", count))
+    gamma, tokens = get("gamma", count), get("tokens_per_round", positive)
+    draft = Draft(policy, gamma, get("draft_budget", count), model, select_every=0)
     alpha = get("tokens_per_round", lambda _: alpha_of(tokens, gamma))
     ms = [get(c, positive) / 1e3
           for c in ("autoregressive_ms_per_token", "draft_ms_per_round", "verify_ms")]  # fmt: skip
@@ -615,7 +631,8 @@ def plot(args, target: Dimensions, hw: Hardware, path: Path) -> None:
     parts = {
         "weights": [1e3 * t.weights for t in steps],
         "KV": [1e3 * t.kv for t in steps],
-        "compute": [1e3 * (t.linear_compute + t.attention_compute) for t in steps],
+        "compute beyond reading": [1e3 * t.compute_beyond for t in steps],
+        "all-reduce, fixed": [1e3 * (t.all_reduce + t.fixed) for t in steps],
     }
     right.stackplot(args.batch_size, parts.values(), labels=parts)
     right.set(xlabel="batch size", ylabel=f"ms of a step at {args.prefix_len[-1]:,} tokens")

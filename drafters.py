@@ -1,4 +1,4 @@
-"""Who drafts: four ways to guess the next tokens, behind one small interface.
+"""Who drafts: five ways to guess the next tokens, behind one small interface.
 
 A drafter proposes tokens, the target verifies them, and nothing that a drafter does can change the
 output; it can only be cheap (T_D) or right (acceptance), and the product of both is the speedup.
@@ -70,7 +70,10 @@ class Drafting:
     def __post_init__(self) -> None:
         known = ["none", *POLICIES, "full", "ngram"]
         if self.policy not in known:
-            raise ValueError(f"draft policy {self.policy!r} is unknown; known: {', '.join(known)}")
+            raise ValueError(
+                f"draft policy {self.policy!r} is unknown; known: {', '.join(known)}, and for "
+                f"--draft also auto"
+            )
         if not 0 <= self.gamma <= MAX_GAMMA:
             raise ValueError(f"speculate_k {self.gamma} must be in 0..{MAX_GAMMA}")
         if self.n_sink < 0:
@@ -132,6 +135,7 @@ class Text(NamedTuple):
 class Drafter(Protocol):
     verify_cache: KVCache | JointCache  # what the target verifies with
     select_every: int  # rounds after which `select` is due again; 0: never
+    can_rejoin: bool  # whether `select` is all it needs after rounds of plain decoding
 
     def prefill(self, b: int, length: int) -> None:
         """Row b has a new prompt of this length."""
@@ -156,7 +160,8 @@ def select(
     queries: Iterator[Tensor | None] = repeat(None)
     if policy.observes:
         pos = observed(n_cached, drafting.obs_window)
-        queries = model.queries(text.tokens.gather(1, pos), pos, ReadOnlyCache(full))
+        tokens = text.tokens.gather(1, pos).clamp_max(model.config.vocab_size - 1)
+        queries = model.queries(tokens, pos, ReadOnlyCache(full))
     for i, q in zip(range(full.spec.n_layer), queries, strict=False):
         layer = Layer(full.k[i], full.v[i], n_cached, drafting.n_sink, q)
         sparse.fill(i, full, policy.select(layer, sparse.n_selected), n_cached)
@@ -164,6 +169,8 @@ def select(
 
 class SelfDrafter:
     """Self-speculation: the target itself, reading a few of its own K and V."""
+
+    can_rejoin = True
 
     def __init__(self, drafting: Drafting, model: Transformer, full: KVCache, text: Text) -> None:
         self.drafting, self.model, self.full, self.text = drafting, model, full, text
@@ -184,6 +191,8 @@ class SelfDrafter:
 
 class ModelDrafter:
     """A draft model that has all of the text in a full cache of its own."""
+
+    can_rejoin = False  # what was decided without it would have to be read
 
     def __init__(
         self,
@@ -240,6 +249,8 @@ class SparseModelDrafter(ModelDrafter):
 class StreamingModelDrafter(ModelDrafter):
     """A draft model that sees sinks and newest tokens only, at positions of its own."""
 
+    can_rejoin = True
+
     def allocate(self) -> None:
         K, gamma = self.drafting.budget, self.drafting.gamma
         room = self.model.config.max_seq_len - K - gamma  # rounds may go so many positions on
@@ -257,8 +268,8 @@ class StreamingModelDrafter(ModelDrafter):
         pos = torch.arange(K, device=n_cached.device)
         pos = pos + self.offset[:, None] * (pos >= n_sink)
         tokens = self.text.tokens.gather(1, pos.clamp_max(self.text.tokens.shape[1] - 1))
-        for b, row in enumerate(self.own(tokens)):
-            self.model.prefill(row[None], K, min(K, self.spec.prefill_chunk), self.anchor.row(b))
+        own_pos = torch.arange(K, device=n_cached.device).expand_as(tokens)
+        self.model.hidden(self.own(tokens), own_pos, self.anchor)
         n_own = n_cached - self.offset
         for i in range(self.spec.n_layer):
             layer = Layer(self.anchor.k[i], self.anchor.v[i], n_own, n_sink, None)
@@ -286,6 +297,8 @@ def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B
 
 class LookupDrafter:
     """Prompt lookup: copies from the row's own text. No model, no cache."""
+
+    can_rejoin = True
 
     def __init__(self, drafting: Drafting, target: Transformer, full: KVCache, text: Text) -> None:
         self.text, self.gamma = text, drafting.gamma

@@ -98,6 +98,11 @@ class Report:
         return self.main.tokens_per_second / self.baseline.tokens_per_second
 
     @property
+    def gamma(self) -> int:
+        """Draft tokens per round, where it was chosen the first choice; 0: none."""
+        return self.auto.gamma if self.auto else self.engine.gamma
+
+    @property
     def synthetic(self) -> float | None:
         return self.engine.drafting.synthetic_acceptance
 
@@ -345,13 +350,13 @@ def warm_up(engine: Engine, auto: Auto | None = None) -> None:
 
 
 def step_times(
-    engine: Engine, repeats: int = 9, **more: Callable[[], object]
+    engine: Engine, repeats: int = 9, gamma: int | None = None, **more: Callable[[], object]
 ) -> dict[str, list[float]]:
     """Milliseconds, by repeat, of a plain step, a draft step, a verification, and of more work.
 
     They are taken in turn, so that all see the same machine.
     """
-    gamma, nothing = engine.gamma, engine.draft(0).tokens
+    gamma, nothing = engine.gamma if gamma is None else gamma, engine.draft(0).tokens
     tokens = engine.draft(gamma).tokens
     work = more | {"target_step_ms": lambda: engine.verify(nothing).argmax(dim=-1)}
     if gamma:
@@ -438,7 +443,8 @@ def prepare(
     engine = Engine(model, len(prompts), longest, Drafting(), sampling, args.seed)
     found = [Candidate(d) for d in draftings if not draft_model or args.draft == "auto"]
     if draft_model:
-        found += [Candidate(d, draft_model) for d in draftings if d.policy != "ngram"]
+        named = "streaming" if args.draft == "auto" else args.draft
+        found += [Candidate(d, draft_model) for d in draftings if d.policy == named]
     gammas = GAMMAS if args.speculate_k == "auto" else (args.speculate_k,)
     return engine, Auto(engine, found, gammas), tokenizer, prompts
 
@@ -461,11 +467,16 @@ def read_drafting(args: argparse.Namespace) -> list[Drafting]:
 
     if args.draft != "auto":
         return [drafting(args.draft)]
-    every, found = args.reselect_every, []
+    every, found, refusal = args.reselect_every, [], None
     for policy in AUTO_POLICIES:
         reselects = policy in POLICIES and POLICIES[policy].reselect_every
         args.reselect_every = every if reselects else None
-        found.append(drafting(policy))
+        try:
+            found.append(drafting(policy))
+        except ValueError as e:
+            refusal = e
+    if not any(d.policy in POLICIES for d in found):
+        raise refusal
     return found
 
 
@@ -521,7 +532,8 @@ def measure(args, engine: Engine, auto: Auto | None, prompts, shows, say) -> Rep
     if auto:
         say(auto.explain())
     engine.rewind()
-    step_ms = {name: statistics.median(times) for name, times in step_times(engine).items()}
+    times = step_times(engine, gamma=auto.gamma if auto else None)
+    step_ms = {name: statistics.median(values) for name, values in times.items()}
     return Report(
         engine, prompts, compile_seconds, prefill_seconds, step_ms, main_run, baseline, auto
     )
@@ -531,7 +543,9 @@ def table(report: Report) -> str:
     """The numbers of both runs, side by side."""
     engine, stats, ms = report.engine, report.main.stats, report.step_ms
     synthetic = "" if report.synthetic is None else f" (synthetic {report.synthetic})"
-    name = engine.drafting.policy + synthetic if engine.gamma else "plain"
+    name = engine.drafting.policy + synthetic if report.gamma else "plain"
+    if report.auto:
+        name = f"auto: {report.auto.chosen or 'no draft'}"
     runs = {"plain": report.baseline} if report.baseline else {}
     runs[name] = report.main
     lines = [f"{'':24}" + "".join(f"{head:>28}" for head in runs)]
@@ -542,16 +556,16 @@ def table(report: Report) -> str:
         "mean acceptance length": lambda r: f"{r.stats.mean_acceptance_length:.2f}",
     }.items():
         lines.append(f"{label:24}" + "".join(f"{value(r):>28}" for r in runs.values()))
-    if engine.gamma:
+    if stats.drafts:
         rates = " ".join(f"{rate:.3f}" for rate in stats.acceptance_rate_per_position)
         lines.append(
             f"acceptance rate {stats.draft_acceptance_rate:.3f}, by position {rates}{synthetic}"
         )
     steps = f"T_T {ms['target_step_ms']:.1f} ms"
-    if engine.gamma:
+    if report.gamma:
         ratio = ms["verify_ms"] / ms["target_step_ms"]
         steps += f", T_D {ms['draft_step_ms']:.1f} ms"
-        steps += f", T_V({engine.gamma}) {ms['verify_ms']:.1f} ms = {ratio:.2f} T_T"
+        steps += f", T_V({report.gamma}) {ms['verify_ms']:.1f} ms = {ratio:.2f} T_T"
     bandwidth = step_bytes(engine, report.prompts) / ms["target_step_ms"] / 1e6
     memory = peak_memory_bytes(engine.tokens.device) / 2**30
     lines.append(f"{steps}; T_T reads {bandwidth:.1f} GB/s; peak memory {memory:.1f} GiB")
@@ -650,7 +664,7 @@ def to_json(report: Report, tokenizer: Tokenizer) -> dict:
     """The object that `--json` writes; keys that do not apply are absent."""
     engine, drafting = report.engine, report.engine.drafting
     plan = {"strategy": "none", "gamma": 0}
-    if engine.gamma:
+    if report.gamma:
         plan = {"strategy": drafting.policy, "gamma": engine.gamma}
         if drafting.policy not in ("full", "ngram"):
             plan["draft_budget"] = drafting.budget
@@ -677,7 +691,8 @@ def to_json(report: Report, tokenizer: Tokenizer) -> dict:
     }
     if isinstance(engine.drafter, ModelDrafter):
         result["draft_model"] = asdict(engine.drafter.model.config)
-    result["speculative" if engine.gamma else "baseline"] = run_json(report, report.main)
+    name = "speculative" if report.gamma or report.auto else "baseline"
+    result[name] = run_json(report, report.main)
     if report.baseline:
         result["baseline"] = run_json(report, report.baseline)
     if report.speedup is not None:

@@ -25,7 +25,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import sentencepiece
@@ -35,7 +35,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generate import DEMO_MODULES, module_source
-from model import ModelConfig, Transformer, compile_blocks, load_model, save_model, write_json
+from model import (
+    ModelConfig,
+    Transformer,
+    compile_blocks,
+    load_model,
+    rope_frequencies,
+    save_model,
+    write_json,
+)
 
 SKIPPED = {
     "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__",
@@ -53,6 +61,7 @@ class Phase:
     tokens: int  # tokens trained on in this phase
     rate: tuple[float, float]  # share of the peak learning rate at its start and end, linear
     recall: float = 0.0  # share of the windows whose second half repeats the text before it
+    rope_theta: float | None = None  # change it to this before the phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,7 @@ DEMO = Recipe(
         Phase(2048, 3_500_000, (0.88, 0.32)), Phase(4096, 2_000_000, (0.32, 0.0)),
         Phase(2048, 2_500_000, (0.3, 0.2), recall=0.5),
         Phase(4096, 4_500_000, (0.2, 0.0), recall=0.5),
+        Phase(4096, 1_500_000, (0.2, 0.0), recall=0.5, rope_theta=300_000.0),
     ),
 )  # fmt: skip
 DEMO_DRAFT = Recipe(
@@ -159,7 +169,13 @@ def paste_passage(window: Tensor, rng: random.Random) -> None:
 
 
 def fill_with_recall(window: Tensor, rng: random.Random) -> None:
-    """Make the second half of the window mostly passages of the text before them, in place."""
+    """Make the second half of the window mostly passages of the text before them, in place.
+
+    Half of the time some of what can be repeated is random tokens: these can only be copied.
+    """
+    for _ in range(rng.choice((0, 4))):
+        n, start = rng.randint(32, 128), rng.randrange(len(window) // 2 - 128)
+        window[start : start + n] = torch.tensor([rng.randrange(259, 4096) for _ in range(n)])
     target = len(window) // 2
     while target < len(window):
         n = min(rng.randint(32, 384), len(window) - target)
@@ -296,6 +312,9 @@ def train(
     before = sum(p.tokens for p in recipe.phases[:start])
     for index, phase in list(enumerate(recipe.phases))[start:]:
         done = 0
+        if phase.rope_theta:
+            model.config = replace(model.config, rope_theta=phase.rope_theta)
+            model.rope_freq.copy_(rope_frequencies(model.config))
         for step, batch in enumerate(batches(stream, phase, seed + index)):
             first, last = phase.rate
             rate = first + (last - first) * done / phase.tokens

@@ -186,7 +186,7 @@ def test_what_drafting_costs():
 
 def test_the_plan_ranks_and_never_loses():
     drafts = candidates({"tiny": MODELS["tinyllama-1.1b"]}, (256, 512), range(1, 6))
-    assert len(drafts) == 1 + 5 * (1 + 1 + 2 * 3)
+    assert len(drafts) == 1 + 5 * (1 + 1 + 2 * 4)
     for w in (Workload(1, 256), Workload(32, 4000, 8), Workload(64, 64000, 8)):
         ranked = plan(LLAMA, A100, w, drafts)
         times = [p.seconds_per_token for p in ranked]
@@ -200,10 +200,13 @@ def test_the_plan_ranks_and_never_loses():
 def test_acceptance_comes_from_the_nearest_measurement():
     table = [Acceptance("streaming", False, b, s, a, "") for b, s, a in
              [(128, 4000, 0.5), (512, 4000, 0.7), (512, 64000, 0.6)]]  # fmt: skip
-    for budget, length, alpha in [(100, 9, 0.5), (600, 5000, 0.7), (1024, 60000, 0.6)]:
+    for budget, length, alpha in [
+        (128, 9, 0.5), (511, 9, 0.5), (600, 5000, 0.7), (999, 60000, 0.6)
+    ]:  # fmt: skip
         draft = Draft("streaming", 3, budget)
         assert expected_acceptance(draft, Workload(1, length), table) == alpha
     assert expected_acceptance(Draft("ngram", 3), Workload(1, 9), table) is None
+    assert expected_acceptance(Draft("streaming", 3, 127), Workload(1, 9), table) is None
     own = Draft("streaming", 3, 512, LLAMA)
     assert expected_acceptance(own, Workload(1, 9), table) is None
 
@@ -296,6 +299,8 @@ def test_unusable_flags_get_one_line(capsys, flags, words):
         ("A100,8,1024,48", "V100,8,1024,48", "line 3, column gpu: 'V100'"),
         (",StreamingLLM,", ",H2O,", "line 2, column draft_method: 'H2O'"),
         ("9.55,2.19,", "9.55,-2,", "line 2, column tokens_per_round: '-2'"),
+        ("A100,8,1024,32", "A100,8,1024,0", "line 2, column batch_size: '0'"),
+        ("a,LLaMA-2-7B-32K,", "a,,", "line 2, column target: ''"),
     ],
 )  # fmt: skip
 def test_a_malformed_csv_is_refused_with_line_and_column(tmp_path, capsys, old, new, words):

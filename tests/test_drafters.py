@@ -79,9 +79,13 @@ def test_greedy_output_is_the_same_compiled(strategy, gamma):
 def test_the_sampled_loop_has_the_targets_distribution(strategy, sampling):
     policy, settings, context = STRATEGIES[strategy]
     draft = draft_model(context, vocab_size=5) if context else None
-    drafting = Drafting(policy, 2, n_sink=1, **settings)
+    small = {"streaming": {"budget": 2}, "snapkv": {"budget": 4, "obs_window": 2}}
+    drafting = Drafting(policy, 2, n_sink=1, **settings | small.get(policy, {}))
     model, prompt = tiny_model(vocab_size=5), [1, 4, 2, 0, 3, 1, 1, 2]
     assert chi_square_excess(model, prompt, sampling, drafting, draft=draft) < 4
+    engine = Engine(model, 200, 12, drafting, sampling, draft_model=draft)
+    _, stats = generate(engine, [prompt] * 200, 4)
+    assert 0 < stats.draft_acceptance_rate < 1  # or the test would show nothing
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=5)])
@@ -192,48 +196,83 @@ def test_selection_is_repeated_every_so_many_rounds(monkeypatch):
     assert not calls  # plain decoding pays for none of it
 
 
-def test_a_streaming_draft_model_stays_within_its_context():
-    """A context of 30 tokens drafts for a text of 370. Good drafts take it furthest."""
-    model, draft = tiny_model(), tiny_model(max_seq_len=30)
-    highest = []
-    forward = draft.hidden
+def test_a_streaming_draft_model_uses_its_context_to_the_last_position(monkeypatch):
+    """A context of 28 tokens drafts for a text of 370; every draft accepted takes it furthest.
+
+    From an anchor of 12 tokens: the pair, 3 drafts, of which the last is not fed, and 3 more
+    rounds of 4 tokens: position 12 + 3 + 3 * 4 = 27.
+    """
+    draft = draft_model(context=28)
+    engine = Engine(tiny_model(), 3, 370, Drafting("streaming", 3, 12, 3), GREEDY, 0, draft)
+
+    def accept_all(drafted, logits):
+        n = torch.full((3,), drafted.tokens.shape[1])
+        return n, logits[:, -1].argmax(dim=-1)
+
+    highest, forward = [], draft.hidden
 
     def watched(tokens, pos, cache):
         highest.append(pos.max().item())
         return forward(tokens, pos, cache)
 
-    draft.hidden = watched
-    run(model, prompts_of([70, 1, 9]), 300, "draft model, streaming", 3, draft=draft)
-    assert 20 <= max(highest) < 30
+    monkeypatch.setattr(engine, "accept", accept_all)
+    monkeypatch.setattr(draft, "hidden", watched)
+    generate(engine, prompts_of([70, 1, 9]), 300)
+    assert max(highest) == 27
 
 
 @pytest.mark.parametrize("length", [50, 13, 12, 11, 5, 1])
 def test_a_streaming_draft_model_sees_sinks_and_window_at_positions_of_its_own(length):
     target, draft = tiny_model(), draft_model(context=30)
     engine = Engine(target, 1, 100, Drafting("streaming", 3, 12, 3), GREEDY, draft_model=draft)
-    (prompt,) = prompts_of([length])
-    engine.prefill([prompt], [20])
+    engine.prefill(prompts_of([length]), [40])
     assert isinstance(engine.drafter, StreamingModelDrafter)
-    text = [*prompt, engine.tokens[0, length].item()]
-    n_cached = len(text) - 2
-    packed = text if n_cached <= 12 else text[:3] + text[n_cached - 9 : n_cached] + text[-2:]
-    n_anchor = len(packed) - 2
-    seen = sinks_and_window(min(3, n_anchor), 9, first=n_anchor)
-    expected = reference_logits(draft, packed, seen)[-1]
-    got = engine.drafter.logits(0, torch.tensor([text[-1:]]))[0].double()
-    assert (got - expected).abs().max() < 1e-4 * expected.std()
+    for _ in range(3):  # after the prefill, and re-anchored in mid-generation
+        text = engine.tokens[0, : engine.seq_len[0]].tolist()
+        n_cached = len(text) - 2
+        packed = text if n_cached <= 12 else text[:3] + text[n_cached - 9 : n_cached] + text[-2:]
+        n_anchor = len(packed) - 2
+        seen = sinks_and_window(min(3, n_anchor), 9, first=n_anchor)
+        expected = reference_logits(draft, packed, seen)[-1]
+        got = engine.drafter.logits(0, torch.tensor([text[-1:]]))[0].double()
+        assert (got - expected).abs().max() < 1e-4 * expected.std()
+        for _ in range(2):
+            engine.round(3)
+        engine.drafter.select()
 
 
-@pytest.mark.parametrize("vocab_size", [90, 97, 128])
-def test_padded_vocabularies_are_cut_to_the_targets(vocab_size):
+@pytest.mark.parametrize("policy", ["full", "streaming", "snapkv"])
+@pytest.mark.parametrize("vocab_size", [60, 97, 128])
+def test_padded_vocabularies_are_cut_to_the_targets(vocab_size, policy):
     """A draft with fewer rows never proposes the rest; one with more never proposes its own."""
     model, draft = tiny_model(), draft_model(vocab_size=vocab_size)
-    engine = Engine(model, 4, 100, Drafting("full", 3), GREEDY, draft_model=draft)
+    drafting = Drafting(policy, 3, 24, 3, obs_window=7)
+    engine = Engine(model, 4, 100, drafting, GREEDY, draft_model=draft)
     outputs, _ = generate(engine, PROMPTS, 20)
     assert outputs == [plain_greedy(model, p, 20) for p in PROMPTS]
     logits = engine.drafter.logits(0, engine.newest()[0])
     assert logits.shape == (4, 97)
     assert logits.isneginf().sum(dim=1).tolist() == [max(97 - vocab_size, 0)] * 4
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_drafter_can_be_changed_in_mid_generation(strategy):
+    """It reads what was decided without it; the output does not change."""
+    policy, settings, context = STRATEGIES[strategy]
+    model, draft = tiny_model(), draft_model(context) if context else None
+    engine = Engine(model, 4, 120, Drafting(), GREEDY)
+    engine.prefill(PROMPTS, [45] * 4)
+    for _ in range(9):
+        engine.round(0)
+    engine.use(Drafting(policy, 3, n_sink=3, **settings), draft)
+    decode(engine)
+    assert engine.outputs() == [plain_greedy(model, p, 45) for p in PROMPTS]
+    if policy == "full":  # what it has read is all of the text: the same weights agree
+        same = Engine(model, 4, 120, Drafting(), GREEDY)
+        same.prefill(PROMPTS, [45] * 4)
+        same.round(0)
+        same.use(Drafting("full", 3), model)
+        assert decode(same).draft_acceptance_rate > 0.999
 
 
 def test_lookup_against_a_loop():

@@ -19,6 +19,7 @@ from tests.reference import plain_greedy, tiny_model
 from tokenizer import continuation, load_tokenizer
 
 ROOT = Path(generate.__file__).parent
+FIXED = ["--draft", "streaming", "--gamma", "5"]  # where the choice must not follow the clock
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def test_json_has_the_numbers_and_the_outputs(checkpoint, capsys):
     (checkpoint / "a.txt").write_text("import os\n" * 9, encoding="utf-8")
     (checkpoint / "b.txt").write_text("class Grüße:", encoding="utf-8")
     files = [f for name in "ab" for f in ("--prompt_file", str(checkpoint / f"{name}.txt"))]
-    flags = [*files, "--max_new_tokens", "30", "--draft_budget", "12", "--gamma", "3",
-             "--check_lossless", "--ignore_eos"]  # fmt: skip
+    flags = [*files, "--max_new_tokens", "30", "--draft", "streaming", "--draft_budget", "12",
+             "--gamma", "3", "--check_lossless", "--ignore_eos"]  # fmt: skip
     status, result = run(checkpoint, *flags)
     assert status == 0 and result["identical"] is True
     model = load_model(checkpoint, torch.device("cpu"), torch.float32)
@@ -83,6 +84,7 @@ def draft_checkpoint(tmp_path) -> Path:
 
 def test_every_way_to_draft_from_the_command_line(checkpoint, draft_checkpoint, capsys):
     given = ["--prompt", "import os\n" * 20, "--max_new_tokens", "20", "--check_lossless"]
+    given += ["--gamma", "5"]
     small = ["--draft_budget", "20", "--obs_window", "6"]
     other = ["--draft_checkpoint_path", str(draft_checkpoint)]
     for flags, plan, words in [
@@ -91,17 +93,49 @@ def test_every_way_to_draft_from_the_command_line(checkpoint, draft_checkpoint, 
          {"draft_budget": 20, "select_every": 2}, "(4 sinks), selected again every 2 rounds"),
         (["--draft", "snapkv", *small, "--reselect_every", "0"],
          {"draft_budget": 20}, "self-speculation, snapkv draft cache of 20 tokens"),
-        ([*other, "--draft_budget", "20"], {"draft_budget": 20, "select_every": 3},
+        ([*other, "--draft", "streaming", "--draft_budget", "20"],
+         {"draft_budget": 20, "select_every": 3},
          f"draft model {draft_checkpoint}, streaming draft cache"),
     ]:  # fmt: skip
         status, result = run(checkpoint, *given, *flags)
         assert status == 0 and words in capsys.readouterr().out
-        strategy = "streaming" if flags[0] == other[0] else flags[1]
+        strategy = flags[flags.index("--draft") + 1]
         assert result["plan"] == {"strategy": strategy, "gamma": 5} | plan
         assert ("draft_model" in result) == (flags[0] == other[0])
-    short = ["--prompt", "x", "--max_new_tokens", "9", "--check_lossless"]
+    short = ["--prompt", "x", "--max_new_tokens", "9", "--check_lossless", "--gamma", "5"]
     assert run(checkpoint, *short, *other, "--draft", "full")[0] == 0
     assert "full draft cache, gamma 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own_model", [False, True])
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ([], ["ngram", "streaming 40", "snapkv 40"]),
+        (["--draft", "streaming"], ["streaming 40"]),
+        (["--speculate_k", "2"], ["ngram", "streaming 40", "snapkv 40"]),
+        (["--draft_budget", "10"], ["ngram", "streaming 10"]),  # too little for snapkv
+    ],
+)
+def test_automatic_choices_are_explained(
+    checkpoint, draft_checkpoint, capsys, flags, names, own_model
+):
+    given = ["--prompt", "import os\n" * 20, "--max_new_tokens", "30", "--check_lossless"]
+    if own_model:
+        given += ["--draft_checkpoint_path", str(draft_checkpoint)]
+        budget = names[-1].split()[1] if flags[:1] == ["--draft_budget"] else "20"
+        names = [n.replace("40", budget) for n in names]
+        own = f"draft model, streaming {budget}"
+        names = [own] if flags[:1] == ["--draft"] else [*names, own]
+    budget = ["--draft_budget", "20" if own_model else "40"]
+    status, result = run(checkpoint, *given, "--obs_window", "6", *budget, *flags)
+    out, plan = capsys.readouterr().out, result["plan"]
+    assert status == 0 and f"auto: {', '.join(names)}; gamma of" in out
+    assert "predicted speedup" in out and "T_T" in out and "fit within" in out
+    considered = [c["draft"] for c in plan["candidates"]]
+    assert sorted(considered + [d.split(":")[0] for d in plan["dropped"]]) == sorted(names)
+    assert plan["predicted_speedup"] >= 1 and plan["gamma"] in (0, 2, 5)
+    assert {"speculative", "baseline", "speedup"} <= result.keys()
 
 
 def small_tokenizer(path: Path, words: str) -> Path:
@@ -159,7 +193,7 @@ def test_prompts_from_jsonl_repeated_to_the_batch_size(checkpoint):
 
 
 def test_sampling_is_reproducible_and_an_integer_is_a_synthetic_prompt(checkpoint):
-    flags = ["--prompt", "50", "--temperature", "0.9", "--top_k", "20", "--top_p", "0.9",
+    flags = [*FIXED, "--prompt", "50", "--temperature", "0.9", "--top_k", "20", "--top_p", "0.9",
              "--max_new_tokens", "12"]  # fmt: skip
     results = [run(checkpoint, *flags, "--seed", seed)[1]["outputs"] for seed in "112"]
     assert results[0] == results[1] != results[2]
@@ -197,15 +231,8 @@ def test_a_difference_is_reported_with_its_place_and_margin(checkpoint, monkeypa
         return n, target_tokens.gather(1, n[:, None])[:, 0]
 
     monkeypatch.setattr(spec_decode, "accept_greedy", too_kind)
-    flags = [
-        "--prompt",
-        "import os",
-        "--max_new_tokens",
-        "40",
-        "--draft_budget",
-        "5",
-        "--check_lossless",
-    ]
+    flags = [*FIXED, "--prompt", "import os", "--max_new_tokens", "40", "--draft_budget", "5",
+             "--check_lossless"]  # fmt: skip
     status, result = run(checkpoint, *flags)
     assert status == 1 and result["identical"] is False
     out = capsys.readouterr().out
@@ -221,43 +248,28 @@ def test_one_new_token_and_a_first_token_that_ends_the_row(checkpoint, capsys):
 
 
 def test_synthetic_numbers_are_labelled_and_nothing_is_called_identical(checkpoint, capsys):
-    flags = [
-        "--prompt",
-        "x",
-        "--max_new_tokens",
-        "20",
-        "--compare",
-        "--synthetic_acceptance",
-        "0.5",
-    ]
-    _, result = run(checkpoint, *flags)
+    flags = ["--prompt", "x", "--max_new_tokens", "20", "--compare", *FIXED]
+    _, result = run(checkpoint, *flags, "--synthetic_acceptance", "0.5")
     assert result["plan"]["synthetic_acceptance"] == 0.5 and "identical" not in result
     assert capsys.readouterr().out.count("synthetic") >= 3
-    _, result = run(checkpoint, *flags[:5], "--temperature", "1")
+    _, result = run(checkpoint, *flags, "--temperature", "1")
     assert "identical" not in result and result["speedup"] > 0
 
 
 def test_sampled_text_depends_on_the_seed_alone(checkpoint):
-    flags = ["--prompt", "x", "--max_new_tokens", "20", "--temperature", "1"]
+    flags = [*FIXED, "--prompt", "x", "--max_new_tokens", "20", "--temperature", "1"]
     alone, compared = (run(checkpoint, *flags, *more)[1] for more in ([], ["--compare"]))
     assert alone["outputs"] == compared["outputs"]
 
 
 def test_interruption_leaves_no_file(checkpoint, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "decode", interrupt)
     out = checkpoint / "out.json"
-    flags = [
-        "--checkpoint_path",
-        str(checkpoint),
-        "--no-compile",
-        "--prompt",
-        "x",
-        "--json",
-        str(out),
-    ]
+    flags = ["--checkpoint_path", str(checkpoint), "--no-compile", "--prompt", "x", *FIXED,
+             "--json", str(out)]  # fmt: skip
     assert main(flags) == 130
     assert not list(checkpoint.glob("out.json*"))
 
@@ -277,6 +289,8 @@ BAD_FLAGS = [
     (["--speculate_k", "-1"], "speculate_k -1"),
     (["--speculate_k", "99"], "0..32"),
     (["--speculate_k", "two"], "--speculate_k"),
+    (["--synthetic_acceptance", "0.5"], "not auto"),
+    (["--draft", "none", "--speculate_k", "auto", "--compare"], "needs a draft"),
     (["--draft_budget", "4"], "at least n_sink"),
     (["--draft", "streming"], "known: none, streaming"),
     (["--temperature", "-1"], "temperature"),
@@ -303,7 +317,7 @@ BAD_FLAGS = [
     (["--no_such_flag"], "no_such_flag"),
     (["--draft", "snapkv", "--draft_budget", "36"], "n_sink + obs_window + 1 = 37"),
     (["--draft", "snapkv", "--obs_window", "0"], "obs_window 0"),
-    (["--reselect_every", "5"], "nothing to reselect; use it with snapkv"),
+    (["--draft", "streaming", "--reselect_every", "5"], "nothing to reselect; use it with snapkv"),
     (["--draft", "full"], "--draft_checkpoint_path"),
     (["--draft_checkpoint_path", "/nowhere/draft"], "/nowhere/draft/config.json does not exist"),
     (["--draft_checkpoint_path", "x", "--draft", "none"], "needs a draft"),
@@ -400,7 +414,16 @@ def test_demo_checkpoint_runs_compiled_on_its_own_prompts(tmp_path):
     out = tmp_path / "out.json"
     assert (
         main(
-            ["--batch_size", "4", "--max_new_tokens", "40", "--check_lossless", "--json", str(out)]
+            [
+                *FIXED,
+                "--batch_size",
+                "4",
+                "--max_new_tokens",
+                "40",
+                "--check_lossless",
+                "--json",
+                str(out),
+            ]
         )
         == 0
     )
