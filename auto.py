@@ -18,17 +18,21 @@ fixes the output only together with a fixed `--draft` and `--speculate_k`.
 """
 
 import math
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from cost_model import HARDWARE, Hardware, Timing, Workload, alpha_of, fit, omega, step
 from drafters import Drafting
 from kv_cache import POLICIES
-from model import Transformer
+from model import Transformer, read_json, write_json
 from spec_decode import Engine, Stats
 
 GAMMAS = (2, 5)  # compiled draft lengths
@@ -37,6 +41,7 @@ MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.05  # of the rounds still to come, at most, for probing each candidate
 FOLLOW = 8  # rounds between two looks at the acceptance
+STILL_TRUE = 0.15  # a kept calibration may be off by so much before it is done again
 DECAY = 0.5  # weight of all earlier looks against the latest
 
 
@@ -115,18 +120,25 @@ class Auto:
         self.current = c
 
     def calibrate(self) -> None:
-        """Fit the cost model to plain steps and verifications of this batch at three lengths."""
-        engine, config, timings = self.engine, self.engine.model.config, []
+        """Fit the cost model to plain steps and verifications of this batch at three lengths.
+
+        The fit is kept in a file, by device, model, dtype, versions and batch. It is taken from
+        there if a plain step still takes as long as it says: shared machines change.
+        """
+        engine, path = self.engine, calibration_file()
         engine.use(Drafting("ngram", max(self.gammas)))  # verifies with the full cache alone
-        itemsize = engine.full.spec.dtype.itemsize
-        for length in sorted({max(engine.max_len * n // 8, 2) for n in (1, 4, 8)}):
-            engine.seq_len.fill_(length)
-            for gamma in (0, *self.gammas):
-                drafts = engine.tokens[:, :gamma]
-                seconds = median_seconds(engine, lambda d=drafts: engine.verify(d))
-                w = Workload(len(engine.rows), length, itemsize=itemsize)
-                timings.append(Timing(w, gamma + 1, length, seconds))
+        key, known = self.key(), {}
+        with suppress(OSError, ValueError):  # none, or a broken one: measure again
+            known = read_json(path)
+        if key in known:
+            self.load(known[key])
+            now = self.time(0, engine.max_len).seconds
+            if abs(now / self.verify_seconds(engine.max_len)[0] - 1) < STILL_TRUE:
+                return
+        lengths = sorted({max(engine.max_len * n // 8, 2) for n in (1, 4, 8)})
+        timings = [self.time(gamma, n) for n in lengths for gamma in (0, *self.gammas)]
         kind = "h200" if engine.rows.device.type == "cuda" else "cpu"
+        config = engine.model.config
         self.hardware, self.fit_error = fit(config, HARDWARE[kind], timings)
         for gamma in (0, *self.gammas):
             self.residual[gamma] = statistics.median(
@@ -134,6 +146,36 @@ class Auto:
                 for t in timings
                 if gamma + 1 == t.T
             )
+        entry = {"hardware": asdict(self.hardware), "fit_error": self.fit_error}
+        entry["residual"] = list(self.residual.items())
+        with suppress(OSError):  # nowhere to keep it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(known | {key: entry}, path)
+
+    def time(self, gamma: int, length: int) -> Timing:
+        """A verification of gamma drafts, all rows of this length."""
+        engine = self.engine
+        engine.seq_len.fill_(length)
+        drafts = engine.tokens[:, :gamma]
+        seconds = median_seconds(engine, lambda: engine.verify(drafts))
+        w = Workload(len(engine.rows), length, itemsize=engine.full.spec.dtype.itemsize)
+        return Timing(w, gamma + 1, length, seconds)
+
+    def key(self) -> str:
+        """What a calibration depends on."""
+        engine, model = self.engine, self.engine.model
+        device = engine.rows.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        parts = (
+            name, torch.get_num_threads(), torch.__version__, model.compiled, self.gammas,
+            model.config, engine.full.spec.dtype, len(engine.rows), engine.max_len,
+        )  # fmt: skip
+        return " ".join(map(str, parts))
+
+    def load(self, entry: dict) -> None:
+        self.hardware = Hardware(**entry["hardware"])
+        self.fit_error = entry["fit_error"]
+        self.residual = dict(map(tuple, entry["residual"]))
 
     def verify_seconds(self, length: int) -> dict[int, float]:
         """T_V by gamma, for this batch at that length; gamma 0 is T_T."""
@@ -270,6 +312,10 @@ class Auto:
             f"      T_T {1e3 * verify[0]:.1f} ms, {steps} ms (fit within {self.fit_error:.0%}); "
             f"{seen}"
         )
+
+
+def calibration_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "magicdec.json"
 
 
 def median_seconds(engine: Engine, work: Callable[[], object], repeats: int = 5) -> float:

@@ -97,7 +97,7 @@ DEMO_DRAFT = Recipe(
         dim=96, n_layer=3, n_head=2, n_kv_head=1, head_dim=64, ffn_dim=256, vocab_size=4096,
         max_seq_len=512, rope_theta=10_000.0, norm_eps=1e-5, tie_embeddings=True,
     ),
-    (Phase(512, 8_000_000, (1.0, 1.0)), Phase(512, 8_000_000, (1.0, 0.0))),
+    (Phase(512, 3_000_000, (1.0, 1.0)), Phase(512, 3_000_000, (1.0, 0.0))),
 )  # fmt: skip
 RECIPES = {"demo": DEMO, "demo-draft": DEMO_DRAFT}
 WARM_UP = 200_000  # tokens over which the learning rate first rises

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from auto import MARGIN, Auto, Candidate
-from cost_model import omega
+from cost_model import Timing, Workload, omega
 from drafters import Drafting
 from spec_decode import Engine, Sampling, generate
 from tests.reference import plain_greedy, tiny_model
@@ -89,6 +89,32 @@ def test_a_draft_that_turns_bad_is_given_up(monkeypatch):
     assert 0 < stats.drafts <= 4 * 64  # some looks later
     assert stats.drafted_histogram[0] == stats.row_rounds - stats.drafts > 4 * 100
     assert auto.engine.outputs() == [plain_greedy(tiny_model(), p, 200) for p in PROMPTS]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_a_kept_calibration_is_used_while_it_is_true(monkeypatch):
+    engine = Engine(tiny_model(), 2, 300, Drafting(), Sampling())
+    first = Auto(engine, candidates("streaming"), GAMMAS)
+    first.calibrate()
+    again = Auto(engine, candidates("streaming"), GAMMAS)
+    true = first.verify_seconds(300)[0]
+    timed = []
+
+    def clock(gamma, length, seconds=None):
+        timed.append((gamma, length))
+        return Timing(Workload(2, length, itemsize=4), gamma + 1, length, pretended)
+
+    monkeypatch.setattr(again, "time", clock)
+    pretended = 1.05 * true
+    again.calibrate()
+    assert timed == [(0, 300)] and again.verify_seconds(99) == first.verify_seconds(99)
+    pretended = 2 * true  # the machine has changed
+    again.calibrate()
+    assert len(timed) == 2 + 9 and again.verify_seconds(300)[0] > 1.5 * true
 
 
 def test_calibration_explains_the_steps_it_saw():
