@@ -8,6 +8,7 @@ and computes at the same time, so a stage takes the longer of the two (roofline)
 
     linear      max( weight_bytes / bandwidth,        2 * params * B * T / flops )
     attention   max( B * S * kv_bytes / bandwidth,    4 * L * H * D * S * B * T / flops )
+    activations written and read between the matrices, new K and V, logits: bytes / bandwidth
     all-reduce  2 per layer with tensor parallelism:  latency + bytes / link bandwidth
     fixed       per layer: launches, norms, everything that does not grow
 
@@ -164,6 +165,7 @@ class StepTime:
     linear_compute: float
     kv: float  # reading K and V
     attention_compute: float
+    activations: float  # writing and reading them, K and V of the new tokens, the logits
     all_reduce: float
     fixed: float
 
@@ -175,7 +177,21 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.weights + self.kv + self.compute_beyond + self.all_reduce + self.fixed
+        reading = self.weights + self.kv + self.activations
+        return reading + self.compute_beyond + self.all_reduce + self.fixed
+
+
+def activation_bytes(m: Dimensions, itemsize: int = 2) -> int:
+    """Bytes that pass through memory per new token, besides weights and cached K and V.
+
+    Per layer the residual stream (written and read twice), q, k, v and attention's output (written
+    and read), gate, up and their product (written and read, the product once); K and V into the
+    cache; logits in float32, written and read.
+    """
+    qkv = (2 * m.n_head + 2 * m.n_kv_head) * m.head_dim
+    per_layer = 4 * m.dim + 2 * qkv + 6 * m.ffn_dim
+    numbers = m.n_layer * per_layer * itemsize
+    return numbers + kv_bytes_per_token(m, itemsize) + 2 * 4 * m.vocab_size
 
 
 def step(m: Dimensions, hw: Hardware, w: Workload, T: int = 1, context: int | None = None):
@@ -194,6 +210,7 @@ def step(m: Dimensions, hw: Hardware, w: Workload, T: int = 1, context: int | No
         linear_compute=2 * matrix_params(m) * rows / w.num_gpus / hw.flops,
         kv=kv_bytes / hw.bandwidth,
         attention_compute=attention_flops / hw.flops,
+        activations=rows * activation_bytes(m, w.itemsize) / w.num_gpus / hw.bandwidth,
         all_reduce=all_reduce,
         fixed=m.n_layer * hw.layer_seconds,
     )
@@ -579,7 +596,8 @@ def compare(rows: list[Measured]) -> str:
 
 
 HEAD = (f"{'S':>8}{'B':>6}{'T_T ms':>9}{'T_D ms':>9}{'T_V ms':>9}  "
-        f"{'best draft':34}{'gamma':>5}{'alpha':>7}{'break-even':>11}{'speedup':>9}")  # fmt: skip
+        f"{'best draft':34}{'gamma':>5}{'alpha':>7}{'break-even':>11}{'speedup':>9}"
+        f"{'wins from S':>13}")  # fmt: skip
 
 
 def table(args, target: Dimensions, hw: Hardware) -> tuple[str, int]:
@@ -597,11 +615,15 @@ def table(args, target: Dimensions, hw: Hardware) -> tuple[str, int]:
                 continue
             fitting += 1
             fits = [d for d in drafts if memory_bytes(target, w, d) <= hw.memory]
-            p = plan(target, hw, w, [d for d in fits if d.budget < S])[0]
+            ranked = plan(target, hw, w, [d for d in fits if d.budget < S])
+            p, drafting = ranked[0], [p for p in ranked if p.draft != PLAIN]
             even = "" if p.break_even is None or p.draft == PLAIN else f"{p.break_even:.2f}"
+            wins = None
+            if drafting:
+                wins = winning_length(target, hw, w, drafting[0].draft, drafting[0].alpha)
             times = f"{1e3 * p.t_target:9.2f}{1e3 * p.t_draft:9.2f}{1e3 * p.t_verify:9.2f}"
             lines.append(f"{S:8}{B:6}{times}  {p.draft!s:34}{p.draft.gamma:5}"
-                         f"{p.alpha:7.2f}{even:>11}{p.speedup:9.2f}")  # fmt: skip
+                         f"{p.alpha:7.2f}{even:>11}{p.speedup:9.2f}{wins or 'never':>13}")  # fmt: skip
     B = max(args.batch_size)
     crossing = crossing_length(target, hw, Workload(B, 1, args.num_gpus), 4)
     lines.append(f"verifying 4 drafts of {B} rows is memory-bound from {crossing:,.0f} tokens on")
@@ -632,7 +654,9 @@ def plot(args, target: Dimensions, hw: Hardware, path: Path) -> None:
         "weights": [1e3 * t.weights for t in steps],
         "KV": [1e3 * t.kv for t in steps],
         "compute beyond reading": [1e3 * t.compute_beyond for t in steps],
-        "all-reduce, fixed": [1e3 * (t.all_reduce + t.fixed) for t in steps],
+        "activations, all-reduce, fixed": [
+            1e3 * (t.activations + t.all_reduce + t.fixed) for t in steps
+        ],
     }
     right.stackplot(args.batch_size, parts.values(), labels=parts)
     right.set(xlabel="batch size", ylabel=f"ms of a step at {args.prefix_len[-1]:,} tokens")

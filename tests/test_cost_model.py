@@ -89,7 +89,9 @@ def test_a_step_by_hand():
     assert t.kv == pytest.approx(3 * 10 * 16 / 10)
     assert t.attention_compute == pytest.approx(4 * 2 * 2 * 2 * 10 * 6 / 500)
     assert (t.fixed, t.all_reduce) == (0.5, 0.0)
-    assert t.total == pytest.approx(37.6 + 48.0 + 0.5)
+    per_token = 2 * (4 * 4 + 2 * (2 * 2 + 2 * 1) * 2 + 6 * 3) * 2 + 16 + 8 * 5
+    assert t.activations == pytest.approx(6 * per_token / 10)
+    assert t.total == pytest.approx(37.6 + 48.0 + 0.5 + t.activations)
     two = step(SMALL, ROUND, Workload(3, 10, num_gpus=2), T=2)
     assert two.weights == pytest.approx(t.weights / 2)
     assert two.kv == t.kv  # one KV head: each GPU holds it
@@ -99,7 +101,8 @@ def test_a_step_by_hand():
 def test_compute_counts_where_it_takes_longer():
     fast_memory = replace(ROUND, peak_bandwidth=1e9)
     t = step(SMALL, fast_memory, Workload(3, 10))
-    assert t.total == pytest.approx(t.linear_compute + t.attention_compute + t.fixed)
+    rest = t.fixed + t.activations
+    assert t.total == pytest.approx(t.linear_compute + t.attention_compute + rest)
 
 
 def test_bytes_agree_with_real_parameters_and_caches():
