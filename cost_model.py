@@ -623,7 +623,8 @@ def table(args, target: Dimensions, hw: Hardware) -> tuple[str, int]:
                 wins = winning_length(target, hw, w, drafting[0].draft, drafting[0].alpha)
             times = f"{1e3 * p.t_target:9.2f}{1e3 * p.t_draft:9.2f}{1e3 * p.t_verify:9.2f}"
             lines.append(f"{S:8}{B:6}{times}  {p.draft!s:34}{p.draft.gamma:5}"
-                         f"{p.alpha:7.2f}{even:>11}{p.speedup:9.2f}{wins or 'never':>13}")  # fmt: skip
+                         f"{p.alpha:7.2f}{even:>11}{p.speedup:9.2f}"
+                         f"{wins or 'never':>13}")  # fmt: skip
     B = max(args.batch_size)
     crossing = crossing_length(target, hw, Workload(B, 1, args.num_gpus), 4)
     lines.append(f"verifying 4 drafts of {B} rows is memory-bound from {crossing:,.0f} tokens on")
