@@ -63,7 +63,7 @@ class Drafting:
     gamma: int = 5  # draft tokens per round
     budget: int = 128  # K, tokens of draft KV per row: sinks, selected ones and window
     n_sink: int = 4  # of them, always the first ones of the text
-    obs_window: int = 32  # newest tokens whose queries snapkv observes
+    obs_window: int = 8  # newest tokens whose queries snapkv observes
     reselect_every: int | None = None  # rounds; 0: never; None: the policy's own default
     synthetic_acceptance: float | None = None  # benchmarks only: draw who is accepted; not lossless
 

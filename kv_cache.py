@@ -53,7 +53,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 NEVER = 2**62  # position of a selected slot that holds nothing: later than any query
 Q_BLOCK = 128  # queries per flex_attention block
-POOL = 5  # SnapKV's scores are averaged over this many neighbours, an odd number
+POOL = 31  # SnapKV's scores are averaged over this many neighbours, an odd number (LOG.md)
 SCORE_BYTES = 2**28  # most memory that SnapKV's scores may take at a time
 
 
@@ -337,7 +337,7 @@ class Policy(NamedTuple):
     select: Callable[[Layer, int], Tensor]  # (layer, n_selected) -> [B, Hkv, n_selected] positions
     recent_share: float  # of the budget, for the window of newest tokens (what the sinks leave)
     observes: bool = False  # wants Layer.queries
-    reselect_every: int = 16  # rounds until it is asked again by default; 0: its answer is final
+    reselect_every: int = 8  # rounds until it is asked again by default; 0: its answer is final
 
     def n_recent(self, budget: int, n_sink: int, obs_window: int) -> int:
         """Tokens of the budget that go to the window; an observed window lies in it."""
@@ -382,9 +382,10 @@ def attention_received(
 def select_snapkv(layer: Layer, n_selected: int) -> Tensor:
     """SnapKV (arXiv 2404.14469): per KV head, what the newest queries attend to most.
 
-    Scores are pooled over POOL neighbours, so that a token is kept with its surroundings. The
-    sinks come first; the observed window is left out. Row by row if need be: the scores of all
-    rows are [B, H, W, S].
+    Scores are pooled over POOL neighbours, so that a token is kept with its surroundings: a draft
+    that follows a passage needs what comes after the tokens that are attended to now. The sinks
+    come first; the observed window is left out. Row by row if need be: the scores of all rows are
+    [B, H, W, S].
     """
     W, H = layer.queries.shape[1:3]
     rows = max(SCORE_BYTES // (4 * H * W * layer.k.shape[2]), 1)

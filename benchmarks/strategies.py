@@ -72,7 +72,7 @@ class Sizes:
 
 
 FULL = Sizes(16, DEMO_LONGEST, 128, 3040, 1024, (64, 128, 256, 512), (2, 5),
-             (0, 64, 32, 16, 8, 4))  # fmt: skip
+             (0, 32, 16, 8, 4))  # fmt: skip
 SMOKE = Sizes(2, 300, 8, 200, 40, (64,), (2,), (0, 4))
 
 
@@ -264,7 +264,7 @@ def long_runs(engine: Engine, runs: list[Strategy], new_tokens: int) -> dict:
 def reselect(model, tokenizer, sizes: Sizes) -> dict:
     """What selecting again is worth on a text whose topic changes, and what it costs."""
     torch._dynamo.reset()
-    budget = sizes.budgets[len(sizes.budgets) // 2 - 1] if len(sizes.budgets) > 1 else 64
+    budget = 256 if 256 in sizes.budgets else sizes.budgets[0]
     runs = [
         Strategy("snapkv", Drafting("snapkv", max(sizes.gammas), budget, reselect_every=n), None)
         for n in sizes.every
