@@ -1,15 +1,17 @@
 """Every drafting strategy on the demo checkpoint: acceptance, step times, speedup.
 
-    python benchmarks/strategies.py              # all three parts, about 20 minutes on 2 cores
-    python benchmarks/strategies.py --part grid  # or reselect, or quarters
+    python benchmarks/strategies.py              # all four parts, about 25 minutes on 2 cores
+    python benchmarks/strategies.py --part grid  # or topics, long, quarters
     python benchmarks/strategies.py --smoke      # tiny sizes, a minute: does it run?
 
 grid      strategy x budget x gamma over three workloads that end just below the demo's 4,096 tokens
           of context: *continuation* of held-out modules; *recall*, a text that ends by starting to
           repeat a passage from thousands of tokens back, so that the right continuation lies far
           outside any window; *mixed*, half of the rows each.
-reselect  snapkv at several `reselect_every` on 1,024 new tokens of a text whose topic changes: the
-          prompt is made of excerpts of ten modules and ends by starting to repeat them.
+topics    snapkv at several `reselect_every` on a text whose topic changes: the prompt is made of
+          excerpts of ten modules and ends by repeating the end of one, so that the continuation
+          goes on into the next excerpt.
+long      the same on 1,024 new tokens after held-out modules.
 quarters  acceptance by quarter of 1,024 new tokens: does a draft model with 512 tokens of context
           hold out?
 
@@ -64,7 +66,7 @@ class Sizes:
     rows: int
     longest: int  # tokens of a prompt
     new_tokens: int
-    long_prompt: int  # of the parts reselect and quarters
+    long_prompt: int  # of the other parts
     long_new_tokens: int
     budgets: tuple[int, ...]
     gammas: tuple[int, ...]
@@ -72,7 +74,7 @@ class Sizes:
 
 
 FULL = Sizes(16, DEMO_LONGEST, 128, 3040, 1024, (64, 128, 256, 512), (2, 5),
-             (0, 32, 16, 8, 4))  # fmt: skip
+             (0, 16, 8, 4))  # fmt: skip
 SMOKE = Sizes(2, 300, 8, 200, 40, (64,), (2,), (0, 4))
 
 
@@ -85,14 +87,15 @@ def recall_prompts(tokenizer: Tokenizer, sizes: Sizes) -> list[list[int]]:
 
 
 def topic_prompts(tokenizer: Tokenizer, sizes: Sizes) -> list[list[int]]:
-    """Excerpts of ten held-out modules; the end starts to repeat them from the second on."""
+    """Excerpts of ten held-out modules; the last tokens repeat the end of an early one."""
     n = (sizes.long_prompt - CUE) // 10
     prompts = []
     for row in range(sizes.rows // 2):
         names = random.Random(row).sample(DEMO_MODULES, 10)
         texts = [tokenizer.encode(module_source(name), bos=False) for name in names]
         ids = [tokenizer.bos_id] + [i for text in texts for i in text[1000 : 1000 + n]]
-        prompts.append(ids + ids[1 + n : 1 + n + CUE])
+        end = 1 + n * (1 + row % 3) - CUE // 2  # the excerpt itself goes on for CUE / 2 tokens
+        prompts.append(ids + ids[end - CUE : end])
     return prompts
 
 
@@ -261,17 +264,17 @@ def long_runs(engine: Engine, runs: list[Strategy], new_tokens: int) -> dict:
     return {"plain_tokens_per_s": plain, "results": results}
 
 
-def reselect(model, tokenizer, sizes: Sizes) -> dict:
-    """What selecting again is worth on a text whose topic changes, and what it costs."""
+def reselect(model, prompts: list[list[int]], sizes: Sizes, new_tokens: int) -> dict:
+    """What selecting again is worth, and what it costs; streaming beside it."""
     torch._dynamo.reset()
     budget = 256 if 256 in sizes.budgets else sizes.budgets[0]
+    gamma = max(sizes.gammas)
     runs = [
-        Strategy("snapkv", Drafting("snapkv", max(sizes.gammas), budget, reselect_every=n), None)
+        Strategy("snapkv", Drafting("snapkv", gamma, budget, reselect_every=n), None)
         for n in sizes.every
     ]
-    runs.append(Strategy("streaming", Drafting("streaming", max(sizes.gammas), budget), None))
-    prompts = topic_prompts(tokenizer, sizes)
-    return long_runs(prefilled(model, prompts, sizes.long_new_tokens), runs, sizes.long_new_tokens)
+    runs.append(Strategy("streaming", Drafting("streaming", gamma, budget), None))
+    return long_runs(prefilled(model, prompts, new_tokens), runs, new_tokens)
 
 
 def quarters(model, draft, tokenizer, sizes: Sizes) -> dict:
@@ -309,7 +312,7 @@ def markdown(grid_results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--part", choices=("grid", "reselect", "quarters"))
+    parser.add_argument("--part", choices=("topics", "long", "quarters", "grid"))
     parser.add_argument("--draft_checkpoint_path", type=Path,
                         default=DEMO_CHECKPOINT.with_name("demo-draft"))  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -326,7 +329,15 @@ def main() -> None:
     for m in () if args.smoke else (model, draft):
         compile_blocks(m)
     parts = {
-        "reselect": lambda: reselect(model, tokenizer, sizes),
+        "topics": lambda: reselect(
+            model, topic_prompts(tokenizer, sizes), sizes, sizes.long_new_tokens // 8
+        ),
+        "long": lambda: reselect(
+            model,
+            demo_prompts(tokenizer, sizes.rows // 2, sizes.long_prompt),
+            sizes,
+            sizes.long_new_tokens,
+        ),
         "quarters": lambda: quarters(model, draft, tokenizer, sizes),
         "grid": lambda: grid(model, draft, tokenizer, sizes, args.repeats),
     }
