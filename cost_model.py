@@ -251,7 +251,7 @@ class Draft:
     budget: int = 0  # tokens of draft KV per row; unused by none, full and ngram
     model: Dimensions | None = None  # None: self-speculation
     model_name: str = ""
-    select_every: int = 8  # snapkv: rounds from one selection to the next; 0: never again
+    select_every: int = 16  # snapkv: rounds from one selection to the next; 0: never again
     obs_window: int = 8
 
     def __str__(self) -> str:

@@ -337,7 +337,7 @@ class Policy(NamedTuple):
     select: Callable[[Layer, int], Tensor]  # (layer, n_selected) -> [B, Hkv, n_selected] positions
     recent_share: float  # of the budget, for the window of newest tokens (what the sinks leave)
     observes: bool = False  # wants Layer.queries
-    reselect_every: int = 8  # rounds until it is asked again by default; 0: its answer is final
+    reselect_every: int = 16  # rounds until it is asked again by default; 0: its answer is final
 
     def n_recent(self, budget: int, n_sink: int, obs_window: int) -> int:
         """Tokens of the budget that go to the window; an observed window lies in it."""

@@ -73,7 +73,7 @@ class Sizes:
     every: tuple[int, ...]  # reselect_every
 
 
-FULL = Sizes(16, DEMO_LONGEST, 128, 3040, 1024, (64, 128, 256, 512), (2, 5),
+FULL = Sizes(16, DEMO_LONGEST, 96, 3040, 1024, (64, 128, 256, 512), (2, 5),
              (0, 16, 8, 4))  # fmt: skip
 SMOKE = Sizes(2, 300, 8, 200, 40, (64,), (2,), (0, 4))
 
