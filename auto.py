@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from cost_model import HARDWARE, Hardware, Timing, Workload, alpha_of, fit, omega, step
-from drafters import Drafting
+from drafters import Drafter, Drafting
 from kv_cache import POLICIES
 from model import Transformer, read_json, write_json
 from spec_decode import Engine, Stats
@@ -39,7 +39,7 @@ GAMMAS = (2, 5)  # compiled draft lengths
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
-PROBE_SHARE = 0.05  # of the rounds still to come, at most, for probing each candidate
+PROBE_SHARE = 0.04  # of the rounds still to come, at most, for probing each candidate
 FOLLOW = 8  # rounds between two looks at the acceptance
 STILL_TRUE = 0.15  # a kept calibration may be off by so much before it is done again
 DECAY = 0.5  # weight of all earlier looks against the latest
@@ -75,7 +75,7 @@ class Candidate:
 
 
 class Auto:
-    """Decides for one engine; `prepare` before the prefill, `decode` instead of `decode`."""
+    """Decides for one engine: `prepare` before the prefill, `decode` after it."""
 
     def __init__(
         self,
@@ -87,7 +87,8 @@ class Auto:
         self.hardware: Hardware | None = None
         self.fit_error = 0.0
         self.residual: dict[int, float] = {}  # gamma -> measured / predicted
-        self.current: Candidate | None = None  # whom the engine drafts with
+        self.current: Candidate | None = None  # whom the engine drafts with,
+        self.drafter: Drafter | None = None  # and what that made of it
         self.dropped: list[str] = []  # who was not considered any further, and why
         self.chosen: Candidate | None = None
         self.gamma = 0
@@ -112,12 +113,12 @@ class Auto:
         self.install(self.candidates[0] if len(self.candidates) == 1 else None)
 
     def install(self, c: Candidate | None) -> None:
-        """Make the engine draft like this from here on."""
+        """Make the engine draft like this from here on; nothing to do if it does already."""
         if c is None:
             self.engine.use(Drafting())
-        elif c is not self.current:
+        elif c is not self.current or self.engine.drafter is not self.drafter:
             self.engine.use(c.drafting, c.draft_model)
-        self.current = c
+        self.current, self.drafter = c, self.engine.drafter
 
     def calibrate(self) -> None:
         """Fit the cost model to plain steps and verifications of this batch at three lengths.

@@ -99,7 +99,7 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
         run("plain", lambda: decode(engine, 0))
         for name, (drafting, gamma) in fixed_choices().items():
             engine.use(drafting)
-            engine.draft(1), engine.verify(engine.draft(gamma).tokens)  # compile
+            engine.verify(engine.draft(gamma).tokens)  # compile
             run(name, lambda g=gamma: decode(engine, g))
         engine.use(Drafting())
         run("auto", auto.decode)
@@ -139,8 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--new_tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

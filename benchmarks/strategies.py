@@ -1,7 +1,7 @@
 """Every drafting strategy on the demo checkpoint: acceptance, step times, speedup.
 
-    python benchmarks/strategies.py              # all four parts, about 25 minutes on 2 cores
-    python benchmarks/strategies.py --part grid  # or topics, long, quarters
+    python benchmarks/strategies.py              # all five parts, about 25 minutes on 2 cores
+    python benchmarks/strategies.py --part grid  # or topics, recall, long, quarters
     python benchmarks/strategies.py --smoke      # tiny sizes, a minute: does it run?
 
 grid      strategy x budget x gamma over three workloads that end just below the demo's 4,096 tokens
@@ -11,6 +11,7 @@ grid      strategy x budget x gamma over three workloads that end just below the
 topics    snapkv at several `reselect_every` on a text whose topic changes: the prompt is made of
           excerpts of ten modules and ends by repeating the end of one, so that the continuation
           goes on into the next excerpt.
+recall    the same on the grid's recall workload.
 long      the same on 1,024 new tokens after held-out modules.
 quarters  acceptance by quarter of 1,024 new tokens: does a draft model with 512 tokens of context
           hold out?
@@ -312,7 +313,7 @@ def markdown(grid_results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--part", choices=("topics", "long", "quarters", "grid"))
+    parser.add_argument("--part", choices=("topics", "recall", "long", "quarters", "grid"))
     parser.add_argument("--draft_checkpoint_path", type=Path,
                         default=DEMO_CHECKPOINT.with_name("demo-draft"))  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -331,6 +332,9 @@ def main() -> None:
     parts = {
         "topics": lambda: reselect(
             model, topic_prompts(tokenizer, sizes), sizes, sizes.long_new_tokens // 8
+        ),
+        "recall": lambda: reselect(
+            model, recall_prompts(tokenizer, sizes), sizes, sizes.new_tokens
         ),
         "long": lambda: reselect(
             model,
