@@ -5,16 +5,15 @@
     calibrate   before the prompts: time a plain step and verifications at several lengths, fit the
                 cost model's constants to them (`cost_model.fit`), time each candidate's draft step
     probe       the first rounds of decoding: a few with each candidate that could win, on the
-                actual text; their tokens are output like any others
-    follow      choose the candidate and gamma with the least predicted time per token; every few
-                rounds look at the acceptance of the latest ones, and change gamma, down to 0
+                actual text; their tokens are output like any others. Prompt lookup needs none:
+                what it would have proposed can be held against the text that is there
+    follow      use the candidate and gamma with the least predicted time per token; every few
+                rounds look at the acceptance of the latest ones, and change either, down to none
 
 Few values of gamma are compiled (`GAMMAS`); a draft cache made for the largest serves them all.
 A candidate that would not win at an acceptance of `OPTIMISTIC`, by its measured draft step, is not
-probed, and a probe puts few tokens at stake. Plain decoding does not write into the draft's cache:
-after a pause the draft selects from the full cache again, or, if it is a model with a cache of its
-own that lags behind, does not come back. The choice follows the clock, so that with sampling a seed
-fixes the output only together with a fixed `--draft` and `--speculate_k`.
+probed, and a probe puts few tokens at stake. The choice follows the clock, so that with sampling a
+seed fixes the output only together with a fixed `--draft` and `--speculate_k`.
 """
 
 import math
@@ -30,7 +29,7 @@ from pathlib import Path
 import torch
 
 from cost_model import HARDWARE, Hardware, Timing, Workload, alpha_of, fit, omega, step
-from drafters import Drafter, Drafting
+from drafters import Drafter, Drafting, lookup
 from kv_cache import POLICIES
 from model import Transformer, read_json, write_json
 from spec_decode import Engine, Stats
@@ -41,6 +40,7 @@ MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.04  # of the rounds still to come, at most, for probing each candidate
 FOLLOW = 8  # rounds between two looks at the acceptance
+STAY = 1.05  # what another candidate must gain over the one in use
 STILL_TRUE = 0.15  # a kept calibration may be off by so much before it is done again
 DECAY = 0.5  # weight of all earlier looks against the latest
 
@@ -54,7 +54,12 @@ class Candidate:
     t_draft: float = 0.0  # T_D, seconds
     t_select: float = 0.0  # seconds of one selection
     select_every: int = 0  # rounds
-    alpha: float | None = None  # acceptance; None: not probed
+    alpha: float | None = None  # acceptance, the latest; None: not probed
+    probed: float | None = None  # what it was in the first rounds
+
+    @property
+    def is_lookup(self) -> bool:
+        return self.drafting.policy == "ngram"
 
     def speedup(self, gamma: int, verify: dict[int, float]) -> float:
         """Predicted, over plain decoding; `verify` are the seconds of a verification by gamma."""
@@ -200,12 +205,17 @@ class Auto:
     def decode(self, on_round: Callable[[], None] = lambda: None) -> Stats:
         """Run rounds until every row is finished: probe, choose, follow."""
         self.rounds, self.on_round = 0, on_round
-        length = int(self.engine.seq_len.float().mean())
-        verify = self.verify_seconds(length)
+        verify = self.verify_now()
         self.probe(verify)
-        self.choose(verify)
+        for c in self.candidates:
+            c.probed = c.alpha
+        self.chosen, self.gamma, self.predicted_speedup = self.pick(verify)
+        self.install(self.chosen)
         self.follow()
         return self.engine.stats(self.rounds)
+
+    def verify_now(self) -> dict[int, float]:
+        return self.verify_seconds(int(self.engine.seq_len.float().mean()))
 
     def run(self, n: int, gamma: int) -> tuple[int, int]:
         """Up to n rounds; how often a row was drafted for in them, and drafts accepted."""
@@ -228,16 +238,17 @@ class Auto:
         """A few rounds with each candidate that could still be the best one.
 
         At most PROBE_SHARE of the tokens still to come are at stake, and a candidate that is
-        hopeless after half of its rounds has no more of them.
+        hopeless after half of its rounds has no more of them. Prompt lookup needs no rounds.
         """
-        engine, gamma, best = self.engine, max(self.gammas), 1.0
+        engine, gamma = self.engine, max(self.gammas)
         to_come = float((engine.limit - engine.seq_len).float().mean())
         n = math.ceil(PROBE_DRAFTS / (gamma * len(engine.rows)) / 2)
         n = max(min(n, int(PROBE_SHARE * to_come / 2)), 1)
         for c in self.candidates:
-            c.alpha = None
+            c.alpha = lookup_acceptance(engine, gamma) if c.is_lookup else None
+        _, _, best = self.pick(verify)
         for c in sorted(self.candidates, key=lambda c: -c.best(verify)[0]):
-            if c.best(verify)[0] <= best:
+            if c.is_lookup or c.best(verify)[0] <= best:
                 continue
             self.install(c)
             rows = kept = 0
@@ -249,38 +260,42 @@ class Auto:
                     break
             best = max(best, c.best(verify)[0])
 
-    def choose(self, verify: dict[int, float]) -> None:
-        """The candidate and gamma with the largest predicted speedup."""
-        self.chosen, self.gamma, self.predicted_speedup = None, 0, 1.0
+    def pick(self, verify: dict[int, float]) -> tuple[Candidate | None, int, float]:
+        """The candidate with the largest predicted speedup, its gamma, and that speedup."""
+        found: tuple[Candidate | None, int, float] = None, 0, 1.0
         for c in self.candidates:
             speedup, gamma = c.best(verify) if c.alpha is not None else (1.0, 0)
-            if speedup > self.predicted_speedup:
-                self.chosen, self.gamma, self.predicted_speedup = c, gamma, speedup
-        if self.chosen or self.current:
-            self.install(self.chosen)
+            bonus = STAY if c is self.current else 1.0
+            if speedup * bonus > found[2] * (STAY if found[0] is self.current else 1.0):
+                found = c, gamma, speedup
+        return found
 
     def follow(self) -> None:
-        """Rounds to the end, with the gamma that the latest acceptance asks for.
+        """Rounds to the end, with what the latest acceptance asks for.
 
-        Older looks count less (DECAY). Where drafting does not pay it pauses, longer every time.
+        Older looks count less (DECAY). What prompt lookup would have had accepted is seen in the
+        text itself. A draft that was given up is tried again after a pause, longer every time.
         """
-        engine, c, gamma, pause = self.engine, self.chosen, self.gamma, 4 * FOLLOW
-        rows = kept = 0.0
+        engine, c, gamma = self.engine, self.chosen, self.gamma
+        rows, kept, idle, pause = 0.0, 0.0, 0, 4 * FOLLOW
         while not engine.finished.all():
-            more_rows, more_kept = self.run(FOLLOW if gamma else pause, gamma)
-            if c is None or not (gamma or engine.drafter.can_rejoin):
-                continue
-            if gamma == 0:
-                engine.drafter.select()
-                gamma, pause, rows, kept = min(self.gammas), 2 * pause, 0.0, 0.0
-                continue
+            more_rows, more_kept = self.run(FOLLOW, gamma)
+            idle = 0 if gamma else idle + FOLLOW
             if more_rows:
                 rows, kept = DECAY * rows + more_rows, DECAY * kept + more_kept
                 c.alpha = alpha_of(1 + kept / rows, gamma)
-                length, before = int(engine.seq_len.float().mean()), gamma
-                gamma = c.best(self.verify_seconds(length), least=1.0)[1]
-                if gamma != before:
-                    rows = kept = 0.0
+            for other in self.candidates:
+                if other.is_lookup and other is not self.current:
+                    other.alpha = lookup_acceptance(engine, max(self.gammas))
+                elif idle >= pause:
+                    other.alpha = other.probed
+            if idle >= pause:
+                idle, pause = 0, 2 * pause
+            before = c, gamma
+            c, gamma, _ = self.pick(self.verify_now())
+            if (c, gamma) != before:
+                self.install(c)
+                rows = kept = 0.0
 
     def decision(self) -> dict:
         """The same for the JSON; seconds."""
@@ -313,6 +328,20 @@ class Auto:
             f"      T_T {1e3 * verify[0]:.1f} ms, {steps} ms (fit within {self.fit_error:.0%}); "
             f"{seen}"
         )
+
+
+def lookup_acceptance(engine: Engine, gamma: int, n: int = 8) -> float:
+    """The acceptance that prompt lookup would have had at the last n places of the text."""
+    ahead = torch.arange(gamma, device=engine.rows.device)
+    kept = torch.zeros_like(engine.seq_len)
+    for back in range(gamma, gamma + n):
+        length = (engine.seq_len - back).clamp_min(2)
+        actual = engine.tokens.gather(1, length[:, None] + ahead)
+        same = lookup(engine.tokens, length, gamma) == actual
+        kept += same.long().cumprod(dim=1).sum(dim=1)
+    unfinished = ~engine.finished
+    rows = n * max(int(unfinished.sum()), 1)
+    return alpha_of(1 + int((kept * unfinished).sum()) / rows, gamma)
 
 
 def calibration_file() -> Path:

@@ -135,7 +135,6 @@ class Text(NamedTuple):
 class Drafter(Protocol):
     verify_cache: KVCache | JointCache  # what the target verifies with
     select_every: int  # rounds after which `select` is due again; 0: never
-    can_rejoin: bool  # whether `select` is all it needs after rounds of plain decoding
 
     def prefill(self, b: int, length: int) -> None:
         """Row b has a new prompt of this length."""
@@ -170,8 +169,6 @@ def select(
 class SelfDrafter:
     """Self-speculation: the target itself, reading a few of its own K and V."""
 
-    can_rejoin = True
-
     def __init__(self, drafting: Drafting, model: Transformer, full: KVCache, text: Text) -> None:
         self.drafting, self.model, self.full, self.text = drafting, model, full, text
         self.sparse = drafting.sparse_cache(full.spec, full.capacity)
@@ -191,8 +188,6 @@ class SelfDrafter:
 
 class ModelDrafter:
     """A draft model that has all of the text in a full cache of its own."""
-
-    can_rejoin = False  # what was decided without it would have to be read
 
     def __init__(
         self,
@@ -249,8 +244,6 @@ class SparseModelDrafter(ModelDrafter):
 class StreamingModelDrafter(ModelDrafter):
     """A draft model that sees sinks and newest tokens only, at positions of its own."""
 
-    can_rejoin = True
-
     def allocate(self) -> None:
         K, gamma = self.drafting.budget, self.drafting.gamma
         room = self.model.config.max_seq_len - K - gamma  # rounds may go so many positions on
@@ -297,8 +290,6 @@ def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B
 
 class LookupDrafter:
     """Prompt lookup: copies from the row's own text. No model, no cache."""
-
-    can_rejoin = True
 
     def __init__(self, drafting: Drafting, target: Transformer, full: KVCache, text: Text) -> None:
         self.text, self.gamma = text, drafting.gamma

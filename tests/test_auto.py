@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from auto import MARGIN, Auto, Candidate
-from cost_model import Timing, Workload, omega
+from auto import MARGIN, Auto, Candidate, lookup_acceptance
+from cost_model import Timing, Workload, alpha_of, omega
 from drafters import Drafting
 from spec_decode import Engine, Sampling, generate
 from tests.reference import plain_greedy, tiny_model
@@ -68,10 +68,31 @@ def test_a_good_draft_is_chosen_and_kept(monkeypatch):
     stats = auto.decode()
     assert auto.chosen is everything and auto.gamma == 3
     assert everything.alpha > 0.99 and auto.predicted_speedup > 3
-    assert stats.rounds <= 8 + 15
+    assert stats.rounds <= 4 + 15
     assert "streaming 400, gamma 3" in auto.explain()
     drafts = [c["draft"] for c in auto.decision()["candidates"]]
     assert drafts == ["ngram", "streaming 400"]
+
+
+def test_what_prompt_lookup_would_have_had_accepted():
+    """Text of period 3 is foreseen completely; text without repetition not at all."""
+    engine = Engine(tiny_model(), 3, 100, Drafting(), Sampling())
+    engine.prefill([[5, 6, 7] * 20, list(range(60)), [5, 6, 7] * 20], [9] * 3)
+    engine.tokens[0, 60], engine.tokens[1, 60], engine.tokens[2, 60] = 5, 90, 5
+    assert lookup_acceptance(engine, 4) == pytest.approx(alpha_of(1 + 4 * 2 / 3, 4))
+    engine.finished[1] = True
+    assert lookup_acceptance(engine, 4) == pytest.approx(1.0)
+
+
+def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
+    bad = Candidate(Drafting("streaming", 3, 24, 3), t_draft=0.02)
+    auto = prefilled([bad, *candidates("ngram")], CHEAP, monkeypatch, n=120)
+    engine = auto.engine
+    monkeypatch.setattr(auto, "probe", lambda verify: setattr(bad, "alpha", 0.9))
+    monkeypatch.setattr("auto.lookup_acceptance", lambda engine, gamma: 0.99)
+    auto.decode()
+    assert auto.chosen is bad and auto.current is auto.candidates[1]
+    assert engine.outputs() == [plain_greedy(tiny_model(), p, 120) for p in PROMPTS]
 
 
 def test_a_draft_that_turns_bad_is_given_up(monkeypatch):
