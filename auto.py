@@ -265,6 +265,8 @@ class Auto:
         found: tuple[Candidate | None, int, float] = None, 0, 1.0
         for c in self.candidates:
             speedup, gamma = c.best(verify) if c.alpha is not None else (1.0, 0)
+            if gamma == 0:
+                continue
             bonus = STAY if c is self.current else 1.0
             if speedup * bonus > found[2] * (STAY if found[0] is self.current else 1.0):
                 found = c, gamma, speedup
