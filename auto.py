@@ -39,7 +39,7 @@ OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.04  # of the rounds still to come, at most, for probing each candidate
-FOLLOW = 8  # rounds between two looks at the acceptance
+FOLLOW = 4  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
 STILL_TRUE = 0.15  # a kept calibration may be off by so much before it is done again
 DECAY = 0.5  # weight of all earlier looks against the latest
@@ -97,7 +97,8 @@ class Auto:
         self.dropped: list[str] = []  # who was not considered any further, and why
         self.chosen: Candidate | None = None
         self.gamma = 0
-        self.predicted_speedup = 1.0
+        self.predicted_speedup = 1.0  # of chosen and gamma, the decision after the probe
+        self.last = ""  # what was used when the last row finished
 
     def prepare(self) -> None:
         """Calibrate and time, compiling what could win. Writes into the empty caches."""
@@ -208,6 +209,8 @@ class Auto:
         verify = self.verify_now()
         self.probe(verify)
         for c in self.candidates:
+            if c.is_lookup:  # now there is some new text to judge by
+                c.alpha = lookup_acceptance(self.engine, max(self.gammas))
             c.probed = c.alpha
         self.chosen, self.gamma, self.predicted_speedup = self.pick(verify)
         self.install(self.chosen)
@@ -298,11 +301,17 @@ class Auto:
             if (c, gamma) != before:
                 self.install(c)
                 rows = kept = 0.0
+        self.last = self.describe(c, gamma)
+
+    @staticmethod
+    def describe(c: Candidate | None, gamma: int) -> str:
+        return f"{c}, gamma {gamma}" if gamma else "no draft"
 
     def decision(self) -> dict:
         """The same for the JSON; seconds."""
         return {
             "predicted_speedup": self.predicted_speedup,
+            "at_the_end": self.last,
             "fit_error": self.fit_error,
             "dropped": self.dropped,
             "verify_seconds": self.verify_seconds(int(self.engine.prompt_len.float().mean())),
@@ -323,17 +332,19 @@ class Auto:
             + ("not probed" if c.alpha is None else f"acceptance {c.alpha:.2f}")
             for c in self.candidates
         )
-        what = f"{self.chosen}, gamma {self.gamma}" if self.chosen else "no draft"
+        what = self.describe(self.chosen, self.gamma)
         seen = "; ".join([seen, *self.dropped]) if seen else "; ".join(self.dropped)
         return (
-            f"auto: {what}, predicted speedup {self.predicted_speedup:.2f}\n"
+            f"auto: {what}, predicted speedup {self.predicted_speedup:.2f}; "
+            f"at the end {self.last}\n"
             f"      T_T {1e3 * verify[0]:.1f} ms, {steps} ms (fit within {self.fit_error:.0%}); "
             f"{seen}"
         )
 
 
-def lookup_acceptance(engine: Engine, gamma: int, n: int = 8) -> float:
-    """The acceptance that prompt lookup would have had at the last n places of the text."""
+def lookup_acceptance(engine: Engine, gamma: int) -> float:
+    """The acceptance that prompt lookup would have had at the last places of the text."""
+    n = min(max(64 // len(engine.rows), 2), 16)  # places per row
     ahead = torch.arange(gamma, device=engine.rows.device)
     kept = torch.zeros_like(engine.seq_len)
     for back in range(gamma, gamma + n):

@@ -112,7 +112,8 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
         "prefix_len": S,
         "prepare_seconds": compile_s,
         "tokens_per_s": speeds,
-        "auto_chose": f"{auto.chosen} gamma {auto.gamma}" if auto.chosen else "none",
+        "auto_chose": auto.describe(auto.chosen, auto.gamma),
+        "auto_ended_with": auto.last,
         "auto_over_plain": ours / plain,
         "best_fixed": best if median[best] > plain else "none",
         "best_fixed_over_plain": best_speed / plain,
@@ -123,12 +124,14 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
 
 
 def markdown(cells: list[dict]) -> str:
-    head = ("B", "S", "auto chose", "auto / plain", "best fixed", "best fixed / plain",
+    head = ("B", "S", "auto chose first", "at the end", "auto / plain", "best fixed",
+            "best fixed / plain",
             "auto / best fixed")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for c in cells:
         lines.append(
             f"| {c['batch_size']} | {c['prefix_len']} | {c['auto_chose']} | "
+            f"{c['auto_ended_with']} | "
             f"{c['auto_over_plain']:.2f} | {c['best_fixed']} | {c['best_fixed_over_plain']:.2f} | "
             f"{c['auto_over_best_fixed']:.2f} |"
         )
