@@ -89,7 +89,8 @@ def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
     auto = prefilled([bad, *candidates("ngram")], CHEAP, monkeypatch, n=120)
     engine = auto.engine
     monkeypatch.setattr(auto, "probe", lambda verify: setattr(bad, "alpha", 0.9))
-    monkeypatch.setattr("auto.lookup_acceptance", lambda engine, gamma: 0.99)
+    seen = iter([0.1])  # at first
+    monkeypatch.setattr("auto.lookup_acceptance", lambda engine, gamma: next(seen, 0.99))
     auto.decode()
     assert auto.chosen is bad and auto.current is auto.candidates[1]
     assert engine.outputs() == [plain_greedy(tiny_model(), p, 120) for p in PROMPTS]
