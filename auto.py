@@ -282,10 +282,12 @@ class Auto:
         text itself. A draft that was given up is tried again after a pause, longer every time.
         """
         engine, c, gamma = self.engine, self.chosen, self.gamma
-        rows, kept, idle, pause = 0.0, 0.0, 0, 4 * FOLLOW
+        rows, kept, idle, pause = 0.0, 0.0, 0, 8 * FOLLOW
+        watching = any(other.is_lookup for other in self.candidates)
         while not engine.finished.all():
-            more_rows, more_kept = self.run(FOLLOW, gamma)
-            idle = 0 if gamma else idle + FOLLOW
+            n = FOLLOW if gamma or watching else pause
+            more_rows, more_kept = self.run(n, gamma)
+            idle = 0 if gamma else idle + n
             if more_rows:
                 rows, kept = DECAY * rows + more_rows, DECAY * kept + more_kept
                 c.alpha = alpha_of(1 + kept / rows, gamma)

@@ -7,7 +7,7 @@ valid tokens and the weights, at the read bandwidth of this machine measured in 
 turn with the steps (shared machines drift) by summing the caches. The caches hold random numbers:
 time does not depend on them. Acceptance is therefore synthetic: all draft and verification work is
 done, only the accepted count is drawn. --acceptance is the probability that a draft is accepted
-given that those before it were; 0.94 yields the mean acceptance length of the demo run, 5.2.
+given that those before it were; 0.94 yields a mean acceptance length of 5.2.
 """
 
 import argparse
