@@ -241,12 +241,12 @@ class Auto:
         """A few rounds with each candidate that could still be the best one.
 
         At most PROBE_SHARE of the tokens still to come are at stake, and a candidate that is
-        hopeless after half of its rounds has no more of them. Prompt lookup needs no rounds.
+        hopeless after a quarter of its rounds has no more of them. Prompt lookup needs no rounds.
         """
         engine, gamma = self.engine, max(self.gammas)
         to_come = float((engine.limit - engine.seq_len).float().mean())
-        n = math.ceil(PROBE_DRAFTS / (gamma * len(engine.rows)) / 2)
-        n = max(min(n, int(PROBE_SHARE * to_come / 2)), 1)
+        n = math.ceil(PROBE_DRAFTS / (gamma * len(engine.rows)) / 4)
+        n = max(min(n, int(PROBE_SHARE * to_come / 4)), 1)
         for c in self.candidates:
             c.alpha = lookup_acceptance(engine, gamma) if c.is_lookup else None
         _, _, best = self.pick(verify)
@@ -255,7 +255,7 @@ class Auto:
                 continue
             self.install(c)
             rows = kept = 0
-            for _ in range(2):
+            for _ in range(4):
                 more_rows, more_kept = self.run(n, gamma)
                 rows, kept = rows + more_rows, kept + more_kept
                 c.alpha = alpha_of(1 + kept / rows, gamma) if rows else None
