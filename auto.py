@@ -229,9 +229,7 @@ class Auto:
                 break
             engine.round(gamma)
             self.rounds += 1
-            every = engine.drafter.select_every if gamma else 0
-            if every and self.rounds % every == 0:
-                engine.drafter.select()
+            engine.reselect(gamma, self.rounds)
             self.on_round()
         kept = (engine.accepted - accepted).tolist()
         n_rows = int((engine.drafted - drafted)[gamma]) if gamma else 0
@@ -265,15 +263,12 @@ class Auto:
 
     def pick(self, verify: dict[int, float]) -> tuple[Candidate | None, int, float]:
         """The candidate with the largest predicted speedup, its gamma, and that speedup."""
-        found: tuple[Candidate | None, int, float] = None, 0, 1.0
+        options: list[tuple[Candidate | None, int, float]] = [(None, 0, 1.0)]
         for c in self.candidates:
             speedup, gamma = c.best(verify) if c.alpha is not None else (1.0, 0)
-            if gamma == 0:
-                continue
-            bonus = STAY if c is self.current else 1.0
-            if speedup * bonus > found[2] * (STAY if found[0] is self.current else 1.0):
-                found = c, gamma, speedup
-        return found
+            if gamma:
+                options.append((c, gamma, speedup))
+        return max(options, key=lambda o: o[2] * (STAY if o[0] is self.current else 1.0))
 
     def follow(self) -> None:
         """Rounds to the end, with what the latest acceptance asks for.
@@ -366,17 +361,20 @@ def calibration_file() -> Path:
 def median_seconds(engine: Engine, work: Callable[[], object], repeats: int = 5) -> float:
     """Median time of the work, after one run of it that may compile."""
 
-    def once() -> float:
-        synchronize(engine)
-        start = time.perf_counter()
-        work()
-        synchronize(engine)
-        return time.perf_counter() - start
-
-    once()
-    return statistics.median(once() for _ in range(repeats))
+    device = engine.rows.device
+    timed(device, work)
+    return statistics.median(timed(device, work)[0] for _ in range(repeats))
 
 
-def synchronize(engine: Engine) -> None:
-    if engine.rows.device.type == "cuda":
-        torch.cuda.synchronize(engine.rows.device)
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, object]:
+    """Seconds that the work took, and what it returned."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - start, result

@@ -38,26 +38,14 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
-
-
-class Dimensions(Protocol):
-    """What is needed of a model: a model.ModelConfig, or a preset."""
-
-    dim: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    head_dim: int
-    ffn_dim: int
-    vocab_size: int
-    max_seq_len: int
-    tie_embeddings: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Preset:
-    """Dimensions of a published model, from its `config.json` on Hugging Face."""
+class Dimensions:
+    """What is needed of a model. A model.ModelConfig has these fields too and serves as well.
+
+    The presets' are those of the published `config.json` on Hugging Face.
+    """
 
     dim: int
     n_layer: int
@@ -71,15 +59,15 @@ class Preset:
 
 
 MODELS = {
-    "llama-2-7b": Preset(4096, 32, 32, 32, 128, 11008, 32000, 4096),
-    "llama-2-7b-32k": Preset(4096, 32, 32, 32, 128, 11008, 32000, 32768),
-    "llama-3.1-8b": Preset(4096, 32, 32, 8, 128, 14336, 128256, 131072),
-    "llama-3.1-70b": Preset(8192, 80, 64, 8, 128, 28672, 128256, 131072),
-    "llama-3.2-1b": Preset(2048, 16, 32, 8, 64, 8192, 128256, 131072, True),
-    "tinyllama-1.1b": Preset(2048, 22, 32, 4, 64, 5632, 32000, 2048),
-    "mistral-7b": Preset(4096, 32, 32, 8, 128, 14336, 32768, 32768),
-    "qwen2.5-7b": Preset(3584, 28, 28, 4, 128, 18944, 152064, 32768),
-    "qwen2.5-32b": Preset(5120, 64, 40, 8, 128, 27648, 152064, 32768),
+    "llama-2-7b": Dimensions(4096, 32, 32, 32, 128, 11008, 32000, 4096),
+    "llama-2-7b-32k": Dimensions(4096, 32, 32, 32, 128, 11008, 32000, 32768),
+    "llama-3.1-8b": Dimensions(4096, 32, 32, 8, 128, 14336, 128256, 131072),
+    "llama-3.1-70b": Dimensions(8192, 80, 64, 8, 128, 28672, 128256, 131072),
+    "llama-3.2-1b": Dimensions(2048, 16, 32, 8, 64, 8192, 128256, 131072, True),
+    "tinyllama-1.1b": Dimensions(2048, 22, 32, 4, 64, 5632, 32000, 2048),
+    "mistral-7b": Dimensions(4096, 32, 32, 8, 128, 14336, 32768, 32768),
+    "qwen2.5-7b": Dimensions(3584, 28, 28, 4, 128, 18944, 152064, 32768),
+    "qwen2.5-32b": Dimensions(5120, 64, 40, 8, 128, 27648, 152064, 32768),
 }
 
 

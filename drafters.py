@@ -146,6 +146,11 @@ class Drafter(Protocol):
         """After the i-th token of this round: the newest decided one, or a draft."""
 
 
+def known_to(model: Transformer, tokens: Tensor) -> Tensor:
+    """Tokens that the model has: the target may have more padding rows, which no text uses."""
+    return tokens.clamp_max(model.config.vocab_size - 1)
+
+
 def select(
     drafting: Drafting,
     model: Transformer,
@@ -159,7 +164,7 @@ def select(
     queries: Iterator[Tensor | None] = repeat(None)
     if policy.observes:
         pos = observed(n_cached, drafting.obs_window)
-        tokens = text.tokens.gather(1, pos).clamp_max(model.config.vocab_size - 1)
+        tokens = known_to(model, text.tokens.gather(1, pos))
         queries = model.queries(tokens, pos, ReadOnlyCache(full))
     for i, q in zip(range(full.spec.n_layer), queries, strict=False):
         layer = Layer(full.k[i], full.v[i], n_cached, drafting.n_sink, q)
@@ -210,20 +215,17 @@ class ModelDrafter:
         self.cache: KVCache | SparseKVCache | JointCache = self.full
 
     def prefill(self, b: int, length: int) -> None:
-        tokens = self.own(self.text.tokens[b : b + 1])
+        tokens = known_to(self.model, self.text.tokens[b : b + 1])
         chunk = min(self.spec.prefill_chunk, tokens.shape[1])
         self.model.prefill(tokens, length, chunk, self.full.row(b))
-
-    def own(self, tokens: Tensor) -> Tensor:
-        """Padding rows of the target's vocabulary, which no text has, are not in ours perhaps."""
-        return tokens.clamp_max(self.model.config.vocab_size - 1)
 
     def select(self) -> None:
         """Nothing to do: it sees everything."""
 
     def logits(self, i: int, token: Tensor) -> Tensor:
         token, pos = self.text.pair() if i == 0 else (token, self.text.seq_len[:, None] - 1 + i)
-        logits = self.model(self.own(token), pos - self.offset[:, None], self.cache)[:, -1]
+        token = known_to(self.model, token)
+        logits = self.model(token, pos - self.offset[:, None], self.cache)[:, -1]
         padding = self.vocab_size - logits.shape[-1]
         return F.pad(logits, (0, padding), value=-torch.inf)  # a negative padding slices
 
@@ -262,7 +264,7 @@ class StreamingModelDrafter(ModelDrafter):
         pos = pos + self.offset[:, None] * (pos >= n_sink)
         tokens = self.text.tokens.gather(1, pos.clamp_max(self.text.tokens.shape[1] - 1))
         own_pos = torch.arange(K, device=n_cached.device).expand_as(tokens)
-        self.model.hidden(self.own(tokens), own_pos, self.anchor)
+        self.model.hidden(known_to(self.model, tokens), own_pos, self.anchor)
         n_own = n_cached - self.offset
         for i in range(self.spec.n_layer):
             layer = Layer(self.anchor.k[i], self.anchor.v[i], n_own, n_sink, None)

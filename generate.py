@@ -22,7 +22,6 @@ import platform
 import resource
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,7 +31,8 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
 import torch
 
-from auto import GAMMAS, Auto, Candidate
+from auto import GAMMAS, Auto, Candidate, timed
+from cost_model import Parser
 from drafters import NGRAM, Drafting, ModelDrafter, check_drafting
 from kv_cache import POLICIES
 from model import (
@@ -113,12 +113,6 @@ class Report:
             return None
         pairs = zip(self.main.outputs, self.baseline.outputs, strict=True)
         return [ours == theirs for ours, theirs in pairs]
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        """One line for the caller to print, instead of a usage text."""
-        raise ValueError(f"{message} (see --help)")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -317,20 +311,6 @@ def read_prompts(
     return [prompts[row % len(prompts)] for row in range(n_rows)]
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, object]:
-    """Seconds that the work took, and what it returned."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = work()
-    synchronize(device)
-    return time.perf_counter() - start, result
-
-
 def decoder(engine: Engine, auto: Auto | None) -> Callable[[Callable[[], None]], Stats]:
     """What decodes the batch: the automatic choice, or the drafting that was asked for."""
     return auto.decode if auto else lambda on_round: decode(engine, on_round=on_round)
@@ -445,8 +425,7 @@ def prepare(
     if draft_model:
         named = "streaming" if args.draft == "auto" else args.draft
         found += [Candidate(d, draft_model) for d in draftings if d.policy == named]
-    gammas = GAMMAS if args.speculate_k == "auto" else (args.speculate_k,)
-    return engine, Auto(engine, found, gammas), tokenizer, prompts
+    return engine, Auto(engine, found, gammas(args)), tokenizer, prompts
 
 
 def automatic(args: argparse.Namespace) -> bool:
@@ -457,27 +436,31 @@ def automatic(args: argparse.Namespace) -> bool:
 
 def read_drafting(args: argparse.Namespace) -> list[Drafting]:
     """What the flags allow: one way to draft, or with --draft auto several."""
-    gamma = max(GAMMAS) if args.speculate_k == "auto" else args.speculate_k
+    gamma = max(gammas(args))
     if args.draft == "none" or gamma == 0:
         return [Drafting(gamma=gamma)]
 
-    def drafting(policy: str) -> Drafting:
+    def drafting(policy: str, reselect_every: int | None) -> Drafting:
         return Drafting(policy, gamma, args.draft_budget, args.n_sink, args.obs_window,
-                        args.reselect_every, args.synthetic_acceptance)  # fmt: skip
+                        reselect_every, args.synthetic_acceptance)  # fmt: skip
 
     if args.draft != "auto":
-        return [drafting(args.draft)]
-    every, found, refusal = args.reselect_every, [], None
+        return [drafting(args.draft, args.reselect_every)]
+    found, refusal = [], None
     for policy in AUTO_POLICIES:
         reselects = policy in POLICIES and POLICIES[policy].reselect_every
-        args.reselect_every = every if reselects else None
         try:
-            found.append(drafting(policy))
+            found.append(drafting(policy, args.reselect_every if reselects else None))
         except ValueError as e:
             refusal = e
     if not any(d.policy in POLICIES for d in found):
         raise refusal
     return found
+
+
+def gammas(args: argparse.Namespace) -> tuple[int, ...]:
+    """Draft lengths that may be used."""
+    return GAMMAS if args.speculate_k == "auto" else (args.speculate_k,)
 
 
 def load_text_side(checkpoint_dir: Path) -> tuple[ModelConfig, Tokenizer]:

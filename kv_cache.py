@@ -242,8 +242,8 @@ class SparseKVCache:
         self.spec = spec
         self.n_selected, self.n_recent = n_selected, n_recent
         self.ring_size = n_recent + gamma + 1
-        self.k = allocate(spec, n_selected + self.ring_size)
-        self.v = allocate(spec, n_selected + self.ring_size)
+        n_slots = self.n_slots(n_selected, n_recent, gamma)
+        self.k, self.v = allocate(spec, n_slots), allocate(spec, n_slots)
         shape = (spec.n_layer, spec.batch_size, spec.n_kv_head, n_selected)
         self.selected_pos = torch.full(shape, NEVER, dtype=torch.int64, device=spec.device)
 

@@ -358,6 +358,12 @@ class Engine:
         n_accepted, next_token = self.accept(draft, logits)
         self.commit(draft.tokens, n_accepted, next_token)
 
+    def reselect(self, gamma: int, rounds: int) -> None:
+        """After so many rounds, the last with this gamma: let the drafter select if it is due."""
+        every = self.drafter.select_every if gamma else 0
+        if every and rounds % every == 0:
+            self.drafter.select()
+
     def stats(self, rounds: int) -> Stats:
         """The counts since the last rewind. Copies to the host."""
         decoded = (self.seq_len - self.prompt_len - 1).sum().item()
@@ -386,8 +392,7 @@ def decode(
     while not engine.finished.all():
         engine.round(gamma)
         rounds += 1
-        if gamma and engine.drafter.select_every and rounds % engine.drafter.select_every == 0:
-            engine.drafter.select()
+        engine.reselect(gamma, rounds)
         on_round()
     return engine.stats(rounds)
 

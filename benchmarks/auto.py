@@ -11,7 +11,6 @@ the steps as they are timed after the prefill. Writes JSON, and a Markdown table
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ from generate import (
     timed,
     warm_up,
 )
-from model import compile_blocks, load_model
+from model import compile_blocks, load_model, write_json
 from spec_decode import Engine, Sampling, decode
 from tokenizer import load_tokenizer
 
@@ -173,7 +172,7 @@ def main() -> None:
               "new_tokens": args.new_tokens, "cells": cells}  # fmt: skip
     out = args.out or ROOT / "benchmarks" / "results" / f"auto_{args.device}_{date}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, out)
     out.with_suffix(".md").write_text(markdown(cells))
     print(f"wrote {out}")
 

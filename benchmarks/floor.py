@@ -11,7 +11,6 @@ given that those before it were; 0.94 yields a mean acceptance length of 5.2.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ from generate import (
     step_times,
     timed,
 )
-from model import compile_blocks, load_model
+from model import compile_blocks, load_model, write_json
 from spec_decode import Engine, Sampling, decode
 
 NEW_TOKENS = 128
@@ -128,7 +127,7 @@ def main() -> None:
     name = f"floor_{args.device}_{result['date']}.json"
     out = args.out or ROOT / "benchmarks" / "results" / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(result, out)
     print(f"wrote {out}")
 
 

@@ -22,7 +22,6 @@ the speculative ones. Writes JSON, and a Markdown table beside it.
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -48,7 +47,7 @@ from generate import (
     warm_up,
 )
 from kv_cache import POLICIES
-from model import Transformer, compile_blocks, load_model
+from model import Transformer, compile_blocks, load_model, write_json
 from spec_decode import Engine, Sampling, decode
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -355,7 +354,7 @@ def main() -> None:
     name = f"strategies{part}_{args.device}_{date}.json"
     out = args.out or ROOT / "benchmarks" / "results" / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, out)
     if "grid" in result:
         out.with_suffix(".md").write_text(markdown(result["grid"]))
     print(f"wrote {out}")

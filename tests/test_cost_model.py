@@ -13,9 +13,9 @@ from cost_model import (
     MODELS,
     PLAIN,
     Acceptance,
+    Dimensions,
     Draft,
     Hardware,
-    Preset,
     Timing,
     Workload,
     alpha_of,
@@ -48,7 +48,7 @@ STREAMING = Draft("streaming", 3, 512)
 # A device and a model whose numbers can be worked out by hand.
 ROUND = Hardware("round", 1000.0, 100.0, 1e6, flop_efficiency=0.5, bandwidth_efficiency=0.1,
                  layer_seconds=0.25, all_reduce_seconds=0.5, link_bandwidth=8.0)  # fmt: skip
-SMALL = Preset(dim=4, n_layer=2, n_head=2, n_kv_head=1, head_dim=2, ffn_dim=3, vocab_size=5,
+SMALL = Dimensions(dim=4, n_layer=2, n_head=2, n_kv_head=1, head_dim=2, ffn_dim=3, vocab_size=5,
                max_seq_len=100)  # fmt: skip
 
 
