@@ -23,7 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,10 +39,12 @@ OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.04  # of the rounds still to come, at most, for probing each candidate
+HOPE = 0.05  # the chance that a candidate not yet probed is as good as OPTIMISTIC
 FOLLOW = 4  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
+SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 STILL_TRUE = 0.15  # a kept calibration may be off by so much before it is done again
-DECAY = 0.5  # weight of all earlier looks against the latest
+MEMORY = 16  # rounds of a row: what all earlier ones count for, at most, when new ones are seen
 
 
 @dataclass(slots=True)
@@ -55,18 +57,35 @@ class Candidate:
     t_select: float = 0.0  # seconds of one selection
     select_every: int = 0  # rounds
     alpha: float | None = None  # acceptance, the latest; None: not probed
+    seen: int = 0  # rounds of a row that it rests on
     probed: float | None = None  # what it was in the first rounds
 
     @property
     def is_lookup(self) -> bool:
         return self.drafting.policy == "ngram"
 
-    def speedup(self, gamma: int, verify: dict[int, float]) -> float:
-        """Predicted, over plain decoding; `verify` are the seconds of a verification by gamma."""
+    def saw(self, n_rounds: int, kept: float, gamma: int, memory: int = MEMORY) -> None:
+        """Take in the drafts kept in so many rounds of a row.
+
+        Means are of tokens per round: acceptance comes in runs, and a mean of acceptances would
+        be too low.
+        """
+        before = min(self.seen, memory)
+        self.seen = before + n_rounds
+        if n_rounds:
+            if before:
+                kept += before * (omega(gamma, self.alpha) - 1)
+            self.alpha = alpha_of(1 + min(kept / self.seen, gamma), gamma)
+
+    def steps(self, gamma: int, verify: dict[int, float]) -> float:
+        """What a round takes, in plain steps; `verify` are the seconds to verify, by gamma."""
         share = self.t_select / self.select_every if self.select_every else 0.0
-        seconds = gamma * self.t_draft + share + verify[gamma]
+        return (gamma * self.t_draft + share + verify[gamma]) / verify[0]
+
+    def speedup(self, gamma: int, verify: dict[int, float]) -> float:
+        """Predicted, over plain decoding."""
         alpha = OPTIMISTIC if self.alpha is None else self.alpha
-        return verify[0] * omega(gamma, alpha) / seconds
+        return omega(gamma, alpha) / self.steps(gamma, verify)
 
     def best(self, verify: dict[int, float], least: float = MARGIN) -> tuple[float, int]:
         """The largest predicted speedup and its gamma; (1, 0), plain decoding, below `least`."""
@@ -103,15 +122,14 @@ class Auto:
     def prepare(self) -> None:
         """Calibrate and time, compiling what could win. Writes into the empty caches."""
         engine, everyone = self.engine, self.candidates
-        self.candidates = []
         self.calibrate()
+        self.candidates = []
         for c in everyone:
             try:
-                engine.use(c.drafting, c.draft_model)
+                self.measure(c)
             except ValueError as e:  # does not fit, or does not go with this length
                 self.dropped.append(f"{c}: {e}")
                 continue
-            self.measure(c)
             if c.best(self.verify_seconds(engine.max_len))[1]:
                 self.candidates.append(c)
             else:
@@ -127,10 +145,12 @@ class Auto:
         self.current, self.drafter = c, self.engine.drafter
 
     def calibrate(self) -> None:
-        """Fit the cost model to plain steps and verifications of this batch at three lengths.
+        """Fit the cost model to forwards of this batch.
 
-        The fit is kept in a file, by device, model, dtype, versions and batch. It is taken from
-        there if a plain step still takes as long as it says: shared machines change.
+        They are plain steps and verifications at three lengths, and the draft step of the first
+        candidate that drafts with the model's own weights. The fit is kept in a file, by device,
+        model, dtype, versions and batch. It is taken from there if a plain step still takes as
+        long as it says: shared machines change.
         """
         engine, path = self.engine, calibration_file()
         engine.use(Drafting("ngram", max(self.gammas)))  # verifies with the full cache alone
@@ -143,7 +163,18 @@ class Auto:
             if abs(now / self.verify_seconds(engine.max_len)[0] - 1) < STILL_TRUE:
                 return
         lengths = sorted({max(engine.max_len * n // 8, 2) for n in (1, 4, 8)})
-        timings = [self.time(gamma, n) for n in lengths for gamma in (0, *self.gammas)]
+        points = [(gamma, n) for n in lengths for gamma in (0, *self.gammas)]
+        sweeps = [[self.time(*point) for point in points] for _ in range(SWEEPS)]
+        timings = [
+            replace(same[0], seconds=statistics.median(t.seconds for t in same))
+            for same in zip(*sweeps, strict=True)
+        ]
+        own = [c for c in self.candidates if c.draft_model is None and not c.is_lookup]
+        with suppress(ValueError):  # does not fit: `prepare` will say so
+            for c in own[:1]:
+                self.measure(c)
+                context = min(c.drafting.budget, engine.max_len)
+                timings.append(Timing(timings[-1].workload, 1, context, c.t_draft))
         kind = "h200" if engine.rows.device.type == "cuda" else "cpu"
         config = engine.model.config
         self.hardware, self.fit_error = fit(config, HARDWARE[kind], timings)
@@ -151,7 +182,7 @@ class Auto:
             self.residual[gamma] = statistics.median(
                 t.seconds / step(config, self.hardware, t.workload, t.T).total
                 for t in timings
-                if gamma + 1 == t.T
+                if gamma + 1 == t.T and t.context == t.workload.prefix_len
             )
         entry = {"hardware": asdict(self.hardware), "fit_error": self.fit_error}
         entry["residual"] = list(self.residual.items())
@@ -192,8 +223,13 @@ class Auto:
         return {g: step(config, hw, w, g + 1).total * r for g, r in self.residual.items()}
 
     def measure(self, c: Candidate) -> None:
-        """Time its draft step and its selection, and compile its verifications."""
-        engine, drafter = self.engine, self.engine.drafter
+        """Time its draft step and its selection, and compile its verifications.
+
+        ValueError if the engine cannot draft like this.
+        """
+        engine = self.engine
+        engine.use(c.drafting, c.draft_model)
+        drafter = engine.drafter
         engine.seq_len.fill_(engine.max_len)
         drafter.prefill(0, 1)
         c.t_select = median_seconds(engine, drafter.select, 1)
@@ -210,7 +246,7 @@ class Auto:
         self.probe(verify)
         for c in self.candidates:
             if c.is_lookup:  # now there is some new text to judge by
-                c.alpha = lookup_acceptance(self.engine, max(self.gammas))
+                self.look_back(c)
             c.probed = c.alpha
         self.chosen, self.gamma, self.predicted_speedup = self.pick(verify)
         self.install(self.chosen)
@@ -238,28 +274,34 @@ class Auto:
     def probe(self, verify: dict[int, float]) -> None:
         """A few rounds with each candidate that could still be the best one.
 
-        At most PROBE_SHARE of the tokens still to come are at stake, and a candidate that is
-        hopeless after a quarter of its rounds has no more of them. Prompt lookup needs no rounds.
+        At most PROBE_SHARE of the tokens still to come are at stake, less than the candidate may
+        be hoped to save on them, and one that is hopeless after a quarter of its rounds has no
+        more of them. Prompt lookup needs no rounds.
         """
         engine, gamma = self.engine, max(self.gammas)
         to_come = float((engine.limit - engine.seq_len).float().mean())
         n = math.ceil(PROBE_DRAFTS / (gamma * len(engine.rows)) / 4)
         n = max(min(n, int(PROBE_SHARE * to_come / 4)), 1)
         for c in self.candidates:
-            c.alpha = lookup_acceptance(engine, gamma) if c.is_lookup else None
+            c.alpha, c.seen = None, 0
+            if c.is_lookup:
+                self.look_back(c)
         _, _, best = self.pick(verify)
         for c in sorted(self.candidates, key=lambda c: -c.best(verify)[0]):
-            if c.is_lookup or c.best(verify)[0] <= best:
+            saved = to_come / best - to_come / c.best(verify)[0]  # in plain steps, at its best
+            if c.is_lookup or HOPE * saved < n * (c.steps(gamma, verify) - 1):
                 continue
             self.install(c)
-            rows = kept = 0
             for _ in range(4):
-                more_rows, more_kept = self.run(n, gamma)
-                rows, kept = rows + more_rows, kept + more_kept
-                c.alpha = alpha_of(1 + kept / rows, gamma) if rows else None
-                if c.best(verify, least=0.9)[1] == 0:
+                c.saw(*self.run(n, gamma), gamma)
+                if c.best(verify, least=0.9 * best)[1] == 0:
                     break
             best = max(best, c.best(verify)[0])
+
+    def look_back(self, lookup: Candidate) -> None:
+        """Prompt lookup's acceptance, from the text that is there."""
+        gamma = max(self.gammas)
+        lookup.saw(*lookup_rounds(self.engine, gamma), gamma, memory=0)
 
     def pick(self, verify: dict[int, float]) -> tuple[Candidate | None, int, float]:
         """The candidate with the largest predicted speedup, its gamma, and that speedup."""
@@ -273,31 +315,29 @@ class Auto:
     def follow(self) -> None:
         """Rounds to the end, with what the latest acceptance asks for.
 
-        Older looks count less (DECAY). What prompt lookup would have had accepted is seen in the
+        Older rounds count less (MEMORY). What prompt lookup would have had accepted is seen in the
         text itself. A draft that was given up is tried again after a pause, longer every time.
         """
         engine, c, gamma = self.engine, self.chosen, self.gamma
-        rows, kept, idle, pause = 0.0, 0.0, 0, 8 * FOLLOW
+        idle, pause = 0, 8 * FOLLOW
         watching = any(other.is_lookup for other in self.candidates)
         while not engine.finished.all():
             n = FOLLOW if gamma or watching else pause
-            more_rows, more_kept = self.run(n, gamma)
+            seen = self.run(n, gamma)
             idle = 0 if gamma else idle + n
-            if more_rows:
-                rows, kept = DECAY * rows + more_rows, DECAY * kept + more_kept
-                c.alpha = alpha_of(1 + kept / rows, gamma)
+            if gamma:
+                c.saw(*seen, gamma)
             for other in self.candidates:
                 if other.is_lookup and other is not self.current:
-                    other.alpha = lookup_acceptance(engine, max(self.gammas))
+                    self.look_back(other)
                 elif idle >= pause:
-                    other.alpha = other.probed
+                    other.alpha, other.seen = other.probed, 0
             if idle >= pause:
                 idle, pause = 0, 2 * pause
             before = c, gamma
             c, gamma, _ = self.pick(self.verify_now())
             if (c, gamma) != before:
                 self.install(c)
-                rows = kept = 0.0
         self.last = self.describe(c, gamma)
 
     @staticmethod
@@ -339,31 +379,37 @@ class Auto:
         )
 
 
-def lookup_acceptance(engine: Engine, gamma: int) -> float:
-    """The acceptance that prompt lookup would have had at the last places of the text."""
-    n = min(max(64 // len(engine.rows), 2), 16)  # places per row
-    ahead = torch.arange(gamma, device=engine.rows.device)
-    kept = torch.zeros_like(engine.seq_len)
-    for back in range(gamma, gamma + n):
-        length = (engine.seq_len - back).clamp_min(2)
-        actual = engine.tokens.gather(1, length[:, None] + ahead)
-        same = lookup(engine.tokens, length, gamma) == actual
-        kept += same.long().cumprod(dim=1).sum(dim=1)
-    unfinished = ~engine.finished
-    rows = n * max(int(unfinished.sum()), 1)
-    return alpha_of(1 + int((kept * unfinished).sum()) / rows, gamma)
+def lookup_rounds(engine: Engine, gamma: int) -> tuple[int, int]:
+    """The rounds that prompt lookup would have taken for the last tokens, and drafts kept in them.
+
+    All rows of the batch together, without the finished ones.
+    """
+    n = min(max(64 // len(engine.rows), 4), 12)  # tokens per row
+    back = torch.arange(gamma + n - 1, gamma - 1, -1, device=engine.rows.device)
+    length = (engine.seq_len[:, None] - back).clamp_min(2).reshape(-1, 1)  # [B * n, 1]
+    tokens = engine.tokens.repeat_interleave(n, dim=0)
+    actual = tokens.gather(1, length + torch.arange(gamma, device=length.device))
+    same = lookup(tokens, length[:, 0], gamma) == actual
+    kept = same.long().cumprod(dim=1).sum(dim=1).view(-1, n)[~engine.finished]
+    rounds = total = 0
+    for row in kept.tolist():
+        i = 0
+        while i < n:
+            rounds, total, i = rounds + 1, total + row[i], i + row[i] + 1
+    return rounds, total
 
 
 def calibration_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "magicdec.json"
 
 
-def median_seconds(engine: Engine, work: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of the work, after one run of it that may compile."""
-
-    device = engine.rows.device
+def median_seconds(engine: Engine, work: Callable[[], object], repeats: int = 3) -> float:
+    """Median time of the work, after one run of it that may compile; short work is repeated."""
+    device, seconds = engine.rows.device, []
     timed(device, work)
-    return statistics.median(timed(device, work)[0] for _ in range(repeats))
+    while len(seconds) < repeats or (sum(seconds) < 0.03 and len(seconds) < 20):
+        seconds.append(timed(device, work)[0])
+    return statistics.median(seconds)
 
 
 def synchronize(device: torch.device) -> None:

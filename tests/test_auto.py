@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from auto import MARGIN, Auto, Candidate, lookup_acceptance
+from auto import MARGIN, Auto, Candidate, lookup_rounds
 from cost_model import Timing, Workload, alpha_of, omega
 from drafters import Drafting
 from spec_decode import Engine, Sampling, generate
@@ -79,9 +79,25 @@ def test_what_prompt_lookup_would_have_had_accepted():
     engine = Engine(tiny_model(), 3, 100, Drafting(), Sampling())
     engine.prefill([[5, 6, 7] * 20, list(range(60)), [5, 6, 7] * 20], [9] * 3)
     engine.tokens[0, 60], engine.tokens[1, 60], engine.tokens[2, 60] = 5, 90, 5
-    assert lookup_acceptance(engine, 4) == pytest.approx(alpha_of(1 + 4 * 2 / 3, 4))
+    # 12 tokens back: 3 rounds of 4 drafts and one token where all are kept, else 12
+    assert lookup_rounds(engine, 4) == (3 + 12 + 3, 12 + 0 + 12)
     engine.finished[1] = True
-    assert lookup_acceptance(engine, 4) == pytest.approx(1.0)
+    assert lookup_rounds(engine, 4) == (6, 24)
+
+
+def test_what_was_seen_before_counts_for_a_few_rounds_at_most():
+    c = Candidate(Drafting("ngram"))
+    c.saw(10, 0, 3)
+    assert (c.alpha, c.seen) == (pytest.approx(0, abs=1e-9), 10)
+    c.saw(10, 30, 3)
+    assert c.alpha == pytest.approx(alpha_of(1 + 1.5, 3)) and c.seen == 20
+    c.saw(16, 48, 3)  # the 20 before weigh as much as 16
+    assert c.alpha == pytest.approx(alpha_of(1 + (16 * 1.5 + 48) / 32, 3))
+    before = c.alpha
+    c.saw(0, 0, 3)
+    assert c.alpha == before
+    c.saw(5, 5, 1, memory=0)
+    assert c.alpha == pytest.approx(1) and c.seen == 5
 
 
 def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
@@ -90,7 +106,11 @@ def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
     engine = auto.engine
     monkeypatch.setattr(auto, "probe", lambda verify: setattr(bad, "alpha", 0.9))
     seen = iter([0.1])  # at first
-    monkeypatch.setattr("auto.lookup_acceptance", lambda engine, gamma: next(seen, 0.99))
+
+    def look_back(lookup):
+        lookup.alpha = next(seen, 0.99)
+
+    monkeypatch.setattr(auto, "look_back", look_back)
     auto.decode()
     assert auto.chosen is bad and auto.current is auto.candidates[1]
     assert engine.outputs() == [plain_greedy(tiny_model(), p, 120) for p in PROMPTS]
@@ -133,10 +153,12 @@ def test_a_kept_calibration_is_used_while_it_is_true(monkeypatch):
     monkeypatch.setattr(again, "time", clock)
     pretended = 1.05 * true
     again.calibrate()
-    assert timed == [(0, 300)] and again.verify_seconds(99) == first.verify_seconds(99)
+    assert timed == [(0, 300)]
+    assert again.verify_seconds(99) == first.verify_seconds(99)
     pretended = 2 * true  # the machine has changed
     again.calibrate()
-    assert len(timed) == 2 + 9 and again.verify_seconds(300)[0] > 1.5 * true
+    assert len(timed) == 2 + 3 * 9
+    assert again.verify_seconds(300)[0] > 1.5 * true
 
 
 def test_calibration_explains_the_steps_it_saw():
