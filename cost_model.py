@@ -32,6 +32,7 @@ steps of a real model on a real device: that is how `--draft auto` calibrates (`
 import argparse
 import csv
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -357,6 +358,26 @@ def expected_acceptance(draft: Draft, w: Workload, table: Iterable[Acceptance]) 
     return min(alike, key=distance).alpha if alike else None
 
 
+def read_acceptance(path: Path) -> Acceptance:
+    """The acceptance of a run with one fixed draft, from what `generate.py --json` wrote."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        plan, stats = run["plan"], run["speculative"]
+        return Acceptance(
+            plan["strategy"],
+            "draft_model" in run,
+            plan.get("draft_budget", 0),
+            max(row["prompt_length"] for row in run["outputs"]),
+            alpha_of(stats["mean_acceptance_length"], plan["gamma"]),
+            str(path),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(
+            f"{path}: not the JSON of generate.py with a fixed --draft and --speculate_k "
+            f"({type(e).__name__}: {e})"
+        ) from None
+
+
 def memory_bytes(
     target: Dimensions, w: Workload, draft: Draft = PLAIN, new_tokens: int = 0
 ) -> float:
@@ -603,7 +624,7 @@ def table(args, target: Dimensions, hw: Hardware) -> tuple[str, int]:
                 continue
             fitting += 1
             fits = [d for d in drafts if memory_bytes(target, w, d) <= hw.memory]
-            ranked = plan(target, hw, w, [d for d in fits if d.budget < S])
+            ranked = plan(target, hw, w, [d for d in fits if d.budget < S], args.acceptance)
             p, drafting = ranked[0], [p for p in ranked if p.draft != PLAIN]
             even = "" if p.break_even is None or p.draft == PLAIN else f"{p.break_even:.2f}"
             wins = None
@@ -630,7 +651,7 @@ def plot(args, target: Dimensions, hw: Hardware, path: Path) -> None:
     drafts = candidates({}, args.draft_budget, args.gamma)
     for S in args.prefix_len:
         points = [
-            (B, plan(target, hw, Workload(B, S, args.num_gpus), drafts)[0].speedup)
+            (B, plan(target, hw, Workload(B, S, args.num_gpus), drafts, args.acceptance)[0].speedup)
             for B in args.batch_size
         ]
         left.plot(*zip(*points, strict=True), marker="o", label=f"{S:,} tokens")
@@ -670,6 +691,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--draft_budget", type=int, nargs="+", default=[256, 512, 1024, 2048])
     p.add_argument("--gamma", type=int, nargs="+", default=list(range(1, 9)))
     p.add_argument("--draft_model", nargs="+", default=[], help="also consider these as drafts")
+    p.add_argument(
+        "--acceptance",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="take it from these runs of generate.py --json, not from the paper",
+    )
     p.add_argument("--measured", type=Path, metavar="CSV", help="hold the model against these")
     p.add_argument("--plot", type=Path, metavar="FILE", help="write the paper's two figures")
     args = p.parse_args(argv)
@@ -696,6 +724,7 @@ def main(argv: list[str] | None = None) -> int:
             print(compare(read_measured(args.measured)))
             return 0
         hw = known(HARDWARE, args.hardware, "hardware")
+        args.acceptance = [read_acceptance(path) for path in args.acceptance or ()] or ACCEPTANCE
         target = (
             read_dimensions(args.checkpoint_path)
             if args.checkpoint_path

@@ -1,5 +1,6 @@
 """The cost model: properties, hand-computed cases, the paper's measurements, real byte counts."""
 
+import json
 import math
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from cost_model import (
     omega,
     plan,
     predict,
+    read_acceptance,
     read_measured,
     selection,
     step,
@@ -321,3 +323,19 @@ def test_plot_says_what_is_missing_or_writes(tmp_path, capsys):
         assert status == 2 and "pip install matplotlib" in one_line(capsys)
     else:
         assert status == 0 and (tmp_path / "f.png").stat().st_size > 1000
+
+
+def test_acceptance_of_a_measured_run_replaces_the_papers(tmp_path, capsys):
+    run = {"plan": {"strategy": "ngram", "gamma": 4}, "outputs": [{"prompt_length": 7000}],
+           "speculative": {"mean_acceptance_length": 3.0}}  # fmt: skip
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run))
+    a = read_acceptance(path)
+    assert (a.policy, a.own_model, a.budget, a.prefix_len) == ("ngram", False, 0, 7000)
+    assert omega(4, a.alpha) == pytest.approx(3)
+    assert main(["--acceptance", str(path), "--batch_size", "8", "--prefix_len", "8192"]) == 0
+    assert "ngram" in capsys.readouterr().out
+    for broken in ("[]", "{", json.dumps(run | {"speculative": {}}), json.dumps({"plan": {}})):
+        path.write_text(broken)
+        assert main(["--acceptance", str(path)]) == 2
+        assert "not the JSON of generate.py" in capsys.readouterr().err
