@@ -167,7 +167,7 @@ def select(
         tokens = known_to(model, text.tokens.gather(1, pos))
         queries = model.queries(tokens, pos, ReadOnlyCache(full))
     for i, q in zip(range(full.spec.n_layer), queries, strict=False):
-        layer = Layer(full.k[i], full.v[i], n_cached, drafting.n_sink, q)
+        layer = Layer(full.k[i], full.v[i], n_cached, drafting.n_sink, q, full.spec.window)
         sparse.fill(i, full, policy.select(layer, sparse.n_selected), n_cached)
 
 

@@ -77,13 +77,15 @@ class CacheSpec:
     dtype: torch.dtype
     device: torch.device
     flex: bool  # mask the full cache for flex_attention; False: boolean masks
+    window: int | None = None  # newest tokens that the model's attention sees; None: all
 
     @classmethod
     def for_model(cls, model, batch_size: int) -> "CacheSpec":
         """The geometry that `model` (a model.Transformer) wants for `batch_size` rows."""
         c, weight = model.config, model.norm.weight
         heads = (c.n_kv_head, c.head_dim, c.n_group)
-        return cls(c.n_layer, batch_size, *heads, weight.dtype, weight.device, model.flex)
+        device, window = weight.device, c.sliding_window
+        return cls(c.n_layer, batch_size, *heads, weight.dtype, device, model.flex, window)
 
     @property
     def bytes_per_slot(self) -> int:
@@ -114,13 +116,13 @@ def free_memory(device: torch.device) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def check_fits(n_bytes: int, device: torch.device) -> None:
+def check_fits(n_bytes: int, device: torch.device, what: str, remedy: str) -> None:
     """ValueError with both numbers if the device has not that much memory free."""
     free = free_memory(device)
     if free is not None and n_bytes > free:
         raise ValueError(
-            f"the KV caches need {n_bytes / 2**30:.1f} GiB, but {device} has "
-            f"{free / 2**30:.1f} GiB free; use fewer rows (--batch_size) or shorter prompts"
+            f"{what} need {n_bytes / 2**30:.1f} GiB, but {device} has "
+            f"{free / 2**30:.1f} GiB free; use {remedy}"
         )
 
 
@@ -128,6 +130,11 @@ def allocate(spec: CacheSpec, n_slots: int) -> list[Tensor]:
     """One zeroed [B, Hkv, n_slots, D] tensor per layer. Zero, so that unseen slots are finite."""
     shape = (spec.batch_size, spec.n_kv_head, n_slots, spec.head_dim)
     return [torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.n_layer)]
+
+
+def seen(p: Tensor, q: Tensor, window: int | None) -> Tensor:
+    """Whether the model's attention at position q sees the token at position p."""
+    return p <= q if window is None else (p <= q) & (p > q - window)
 
 
 def fold_mask(visible: Tensor, n_group: int) -> Tensor:  # [..., T, S] -> [..., G * T, S]
@@ -196,34 +203,40 @@ class KVCache:
         return options
 
     def dense_mask(self, pos: Tensor) -> Tensor:
-        """[B, 1, G * T, S] bool: slot <= q."""
-        slot = torch.arange(self.capacity, device=pos.device)
-        return fold_mask(slot <= pos[:, None, :, None], self.spec.n_group)
+        """[B, 1, G * T, S] bool: slot <= q, and within the model's window if it has one."""
+        slot, q = torch.arange(self.capacity, device=pos.device), pos[:, None, :, None]
+        return fold_mask(seen(slot, q, self.spec.window), self.spec.n_group)
 
     def block_mask(self, pos: Tensor) -> BlockMask:
         """The same rule for flex_attention: which blocks to visit, and the rule inside them.
+
+        A model with a sliding window visits only the blocks that it touches.
 
         Only partial blocks are listed (`kv_num_blocks`): on CUDA the split-KV kernel then divides
         each row's own blocks among its programs, not the static capacity. A finished row visits no
         block and gets zeros: the last rounds of a batch cost what its last rows cost.
         """
         B, T = pos.shape
-        size, n_query = self.spec.kv_block, self.spec.n_group * T
+        size, n_query, window = self.spec.kv_block, self.spec.n_group * T, self.spec.window
         start = pos[:, 0].clone(memory_format=torch.contiguous_format)  # stride 1, also at B = 1
         block = torch.arange(-(-n_query // Q_BLOCK), device=pos.device)
         if T % Q_BLOCK == 0:  # a block of queries lies within one head: it sees up to its last one
-            last = start[:, None] + block * Q_BLOCK % T + Q_BLOCK - 1
+            first = start[:, None] + block * Q_BLOCK % T
+            last = first + Q_BLOCK - 1
         else:
-            last = (start + T - 1)[:, None].expand(B, len(block))
-        n_blocks = last // size + 1
+            first = start[:, None].expand(B, len(block))
+            last = first + T - 1
+        first = torch.zeros_like(first) if window is None else (first - window + 1).clamp_min(0)
+        n_blocks = last // size - first // size + 1
         if self.finished is not None:
             n_blocks = n_blocks.masked_fill(self.finished[:, None], 0)
         n_blocks = n_blocks.to(torch.int32)[:, None]
-        index = torch.arange(self.capacity // size, dtype=torch.int32, device=pos.device)
-        index = index.expand(B, 1, len(block), -1).contiguous()
+        most = self.capacity // size
+        index = torch.arange(most, device=pos.device) + first[:, None, :, None] // size
+        index = index.clamp_max(most - 1).to(torch.int32)  # [B, 1, query blocks, KV blocks]
 
         def visible(b: Tensor, h: Tensor, q: Tensor, slot: Tensor) -> Tensor:
-            return slot <= start[b] + q % T
+            return seen(slot, start[b] + q % T, window)
 
         return BlockMask.from_kv_blocks(
             n_blocks,
@@ -268,10 +281,11 @@ class SparseKVCache:
 
     def visible(self, pos: Tensor) -> Tensor:
         """[L, B, Hkv, T, slots] bool, by the rule of the module docstring."""
-        q = pos[:, None, :, None]  # [B, 1, T, 1]
-        selected = self.selected_pos[..., None, :] <= q - self.n_recent
+        q, window = pos[:, None, :, None], self.spec.window  # [B, 1, T, 1]
+        p = self.selected_pos[..., None, :]
+        selected = (p <= q - self.n_recent) & seen(p, q, window)
         p = self.ring_pos(pos[:, -1])[:, None, None]  # [B, 1, 1, ring_size]
-        ring = (p > q - self.n_recent) & (p <= q) & (p >= 0)
+        ring = (p > q - self.n_recent) & (p >= 0) & seen(p, q, window)
         return torch.cat((selected, ring.expand(*selected.shape[:-1], -1)), dim=-1)
 
     def fill(self, i: int, full: KVCache, selected_pos: Tensor, n_cached: Tensor) -> None:
@@ -329,6 +343,7 @@ class Layer(NamedTuple):
     n_cached: Tensor  # [B] int64, tokens of each row that are held
     n_sink: int  # how many of the first tokens to keep in any case
     queries: Tensor | None  # [B, W, H, D] of the tokens at `observed`; None if not asked for
+    window: int | None = None  # of the model's attention
 
 
 class Policy(NamedTuple):
@@ -361,6 +376,7 @@ def attention_received(
     k: Tensor,  # [B, Hkv, S, D]
     queries: Tensor,  # [B, W, H, D]
     n_cached: Tensor,  # [B]
+    window: int | None = None,
 ) -> Tensor:  # [B, Hkv, S] float32
     """Mean attention of the observed queries, over the query heads of each KV head, to each slot.
 
@@ -371,7 +387,7 @@ def attention_received(
     slot = torch.arange(S, device=k.device)
     q = queries.view(B, W, Hkv, -1, D).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G * W, D]
     scores = (q * D**-0.5 @ k.transpose(-1, -2)).float()
-    hidden = fold_mask(slot > pos[:, None, :, None], H // Hkv)
+    hidden = fold_mask(~seen(slot, pos[:, None, :, None], window), H // Hkv)
     probs = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
     exists = (pos < n_cached[:, None]).repeat(1, H // Hkv)  # [B, G * W]; others are not asked
     weight = exists / exists.sum(dim=1, keepdim=True).clamp_min(1)
@@ -390,7 +406,7 @@ def select_snapkv(layer: Layer, n_selected: int) -> Tensor:
     W, H = layer.queries.shape[1:3]
     rows = max(SCORE_BYTES // (4 * H * W * layer.k.shape[2]), 1)
     parts = zip(*(t.split(rows) for t in (layer.k, layer.queries, layer.n_cached)), strict=True)
-    scores = torch.cat([attention_received(*part) for part in parts])
+    scores = torch.cat([attention_received(*part, layer.window) for part in parts])
     scores = F.avg_pool1d(scores, POOL, stride=1, padding=POOL // 2)
     slot = torch.arange(scores.shape[-1], device=scores.device)
     start = observed(layer.n_cached, W)[:, None, :1]

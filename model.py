@@ -27,14 +27,17 @@ Blocks are compiled one by one (`compile_blocks`): all layers share one compiled
 block. ``cache=None`` is plain causal attention over the given tokens: training, and tests.
 
 Weights are read from a Hugging Face directory as it is. Positions are rotated in float32 with the
-half-split convention of those checkpoints.
+half-split convention of those checkpoints. What the families differ in are a few fields of
+`ModelConfig`; a new family is a line in `ARCHITECTURES`. What a config asks for and we do not do is
+refused by field and value before a weight is read, and of the weights only safetensors are opened:
+a checkpoint is data from strangers, and a pickle is a program.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -43,19 +46,52 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from kv_cache import Step
+from cost_model import MODELS, known
+from kv_cache import Step, check_fits
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+# What a family's code fixes, or assumes where its config.json is silent.
+ARCHITECTURES = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"use_sliding_window": True, "sliding_window": 4096},
+    "Qwen2ForCausalLM": {"qkv_bias": True},
+    "Qwen3ForCausalLM": {"qk_norm": True, "head_dim": 128},
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors call them
+RANDOM = "random:"  # before the name of a preset: no directory, random weights
 
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Llama-3.1's stretching of the low RoPE frequencies (`rope_type: llama3`)."""
+    """How RoPE is stretched to a context longer than the one it was first trained on."""
 
+    kind: str  # linear, llama3 or yarn
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
     original_max_seq_len: int  # tokens
+    low_freq_factor: float = 1.0  # llama3: turns in the old context, below: stretched,
+    high_freq_factor: float = 4.0  # above: unchanged
+    beta_fast: float = 32.0  # yarn: the same as high_freq_factor,
+    beta_slow: float = 1.0  # and as low_freq_factor
+    attention_factor: float = 1.0  # yarn: of rotated queries and keys
+    truncate: bool = True  # yarn: the boundaries between pairs are whole numbers
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} must be less than high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+
+
+def check_positive(config: object) -> None:
+    """ValueError naming the first number of a dataclass that is not one, or not positive."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and not (type(value) is int and value > 0):
+            raise ValueError(f"{field.name} = {value!r} is not a positive integer")
+        if field.type is float and not (type(value) in (int, float) and value > 0):
+            raise ValueError(f"{field.name} = {value!r} is not a positive number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +110,21 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every head's query and key, before RoPE
+    sliding_window: int | None = None  # newest tokens that attention sees; None: all
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not (type(value) is int and value > 0):
-                raise ValueError(f"{field.name} = {value!r} is not a positive integer")
-            if field.type is float and not (type(value) in (int, float) and value > 0):
-                raise ValueError(f"{field.name} = {value!r} is not a positive number")
+        check_positive(self)
         if self.n_head % self.n_kv_head:
             raise ValueError(
                 f"num_attention_heads {self.n_head} is not a multiple of "
                 f"num_key_value_heads {self.n_kv_head}"
             )
+        window = self.sliding_window
+        if window is not None and not (type(window) is int and window > 0):
+            raise ValueError(f"sliding_window = {window!r} is not a positive integer or null")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
 
@@ -98,9 +136,14 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf: dict, source: str = "config.json") -> "ModelConfig":
         """Read a Hugging Face `config.json`; ValueError names any field that is not supported."""
-        check_supported(hf, source)
         try:
+            hf = check_supported(hf)
             n_head = hf["num_attention_heads"]
+            scaling = rope_scaling(hf)
+            max_seq_len = hf.get("max_position_embeddings", 2048)
+            if scaling and scaling.kind == "yarn":  # Qwen's are edited in without a new maximum
+                max_seq_len = max(max_seq_len, int(scaling.factor * scaling.original_max_seq_len))
+            bias = hf.get("attention_bias", False)
             return cls(
                 dim=hf["hidden_size"],
                 n_layer=hf["num_hidden_layers"],
@@ -109,11 +152,15 @@ class ModelConfig:
                 head_dim=hf.get("head_dim") or hf["hidden_size"] // n_head,
                 ffn_dim=hf["intermediate_size"],
                 vocab_size=hf["vocab_size"],
-                max_seq_len=hf.get("max_position_embeddings", 2048),
+                max_seq_len=max_seq_len,
                 rope_theta=rope_fields(hf).get("rope_theta", 10000.0),
-                rope_scaling=rope_scaling(hf),
+                rope_scaling=scaling,
                 norm_eps=hf.get("rms_norm_eps", 1e-6),
                 tie_embeddings=hf.get("tie_word_embeddings", False),
+                qkv_bias=hf.get("qkv_bias", bias),
+                o_bias=bias,
+                qk_norm=hf.get("qk_norm", False),
+                sliding_window=hf.get("sliding_window") if hf.get("use_sliding_window") else None,
             )
         except KeyError as missing:
             raise ValueError(f"{source} has no field {missing}") from None
@@ -121,54 +168,104 @@ class ModelConfig:
             raise ValueError(f"{source}: {e}") from None
 
 
-def check_supported(hf: dict, source: str) -> None:
-    """Raise ValueError for a field whose value changes the arithmetic in a way we do not do."""
-    architectures = hf.get("architectures") or [f"model_type {hf.get('model_type')}"]
-    if architectures[0] not in ARCHITECTURES:
+def check_supported(hf: dict) -> dict:
+    """The config with its family's defaults.
+
+    Raises ValueError for a field whose value changes the arithmetic in a way we do not do.
+    """
+    architectures = hf.get("architectures") or [f"of model_type {hf.get('model_type')}"]
+    architecture = architectures[0] if isinstance(architectures, list) else architectures
+    if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{source}: architecture {architectures[0]} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
+            f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    only = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
+    family = ARCHITECTURES[architecture]
+    if "use_sliding_window" not in family:  # Qwen's would be of some layers only
+        only["use_sliding_window"] = False
     for field, value in only.items():
-        if hf.get(field, value) != value:
-            raise ValueError(f"{source}: {field} = {hf[field]!r} is not supported, only {value!r}")
+        found = rope_fields(hf).get(field, hf.get(field, value))
+        if found != value:
+            raise ValueError(f"{field} = {found!r} is not supported, only {value!r}")
+    layers = set(hf.get("layer_types") or ()) - {"full_attention"}
+    if layers and "use_sliding_window" not in family:
+        raise ValueError(f"layer_types has {layers.pop()!r}; only 'full_attention' is supported")
+    kind = rope_type(hf)
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     if hf.get("quantization_config"):
-        raise ValueError(f"{source}: quantization_config is not supported; use the bf16 checkpoint")
+        raise ValueError("quantization_config is not supported; use the bf16 checkpoint")
+    return family | hf
 
 
 def rope_fields(hf: dict) -> dict:
     """RoPE settings from either spelling: transformers 5 nests them, 4 keeps theta outside."""
     nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(nested, dict):
+        raise ValueError(f"the RoPE settings {nested!r} are not an object")
     return {k: v for k, v in hf.items() if k == "rope_theta"} | nested
 
 
-def rope_scaling(hf: dict) -> RopeScaling | None:
-    """The RoPE scaling of a config, None where there is none; ValueError for unknown kinds."""
+def rope_type(hf: dict) -> str:
     fields = rope_fields(hf)
-    kind = fields.get("rope_type") or fields.get("type") or "default"
+    return fields.get("rope_type") or fields.get("type") or "default"
+
+
+def rope_scaling(hf: dict) -> RopeScaling | None:
+    """The RoPE scaling of a config, None where there is none."""
+    kind, given = rope_type(hf), rope_fields(hf)
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r} is not supported; supported: default, llama3")
-    return RopeScaling(
-        factor=fields["factor"],
-        low_freq_factor=fields["low_freq_factor"],
-        high_freq_factor=fields["high_freq_factor"],
-        original_max_seq_len=fields["original_max_position_embeddings"],
-    )
+    old = given.get("original_max_position_embeddings") or hf.get("max_position_embeddings", 2048)
+    factor = given["factor"]
+    if not (type(factor) in (int, float) and factor > 0):
+        raise ValueError(f"factor = {factor!r} is not a positive number")
+    names = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()
+    more = {name: given[name] for name in names}
+    if kind == "yarn":
+        for name in ("beta_fast", "beta_slow", "truncate"):
+            if given.get(name) is not None:
+                more[name] = given[name]
+        more["attention_factor"] = yarn_attention(factor, given)
+    return RopeScaling(kind, factor, old, **more)
+
+
+def yarn_attention(factor: float, given: dict) -> float:
+    """What YaRN multiplies rotated queries and keys with (arXiv 2309.00071, section 3.4)."""
+    if given.get("attention_factor") is not None:
+        return given["attention_factor"]
+    scales = given.get("mscale"), given.get("mscale_all_dim")
+    above, below = scales if all(scales) else (1.0, 0.0)
+    log = math.log(max(factor, 1.0))
+    return (0.1 * above * log + 1) / (0.1 * below * log + 1)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each rotated pair, [D/2] float32 (RoFormer, arXiv 2104.09864)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    freq = config.rope_theta**-exponent
-    s = config.rope_scaling
+    """Angle per position of each rotated pair, [D/2] float32 (RoFormer, arXiv 2104.09864).
+
+    A stretched model divides by `factor` what turns slowly and keeps what turns fast: linear
+    divides all, llama3 goes from one to the other linearly in the turns that a pair makes in the
+    old context, yarn linearly in the pair's number.
+    """
+    D, theta, s = config.head_dim, config.rope_theta, config.rope_scaling
+    freq = theta ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
     if s is None:
         return freq
-    turns = s.original_max_seq_len * freq / (2 * math.pi)  # full turns within the old context
-    keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    keep = keep.clamp(0, 1)  # 1: fast pair, unchanged; 0: slow pair, stretched by `factor`
+    keep = torch.zeros_like(freq)  # 1: unchanged; 0: divided by `factor`
+    if s.kind == "llama3":
+        turns = s.original_max_seq_len * freq / (2 * math.pi)
+        keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    elif s.kind == "yarn":
+
+        def pair(turns: float) -> float:  # the number of the pair that makes so many
+            return D * math.log(s.original_max_seq_len / (2 * math.pi * turns), theta) / 2
+
+        first, last = pair(s.beta_fast), pair(s.beta_slow)
+        if s.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, D - 1)
+        keep = 1 - (torch.arange(D // 2) - first) / max(last - first, 0.001)
+    keep = keep.clamp(0, 1)
     return freq * (keep + (1 - keep) / s.factor)
 
 
@@ -216,8 +313,11 @@ class Attention(nn.Module):
         self.config = config
         width = config.n_head * config.head_dim
         kv_width = config.n_kv_head * config.head_dim
-        self.wqkv = nn.Linear(config.dim, width + 2 * kv_width, bias=False)
-        self.wo = nn.Linear(width, config.dim, bias=False)
+        self.wqkv = nn.Linear(config.dim, width + 2 * kv_width, bias=config.qkv_bias)
+        self.wo = nn.Linear(width, config.dim, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(
         self,
@@ -234,6 +334,8 @@ class Attention(nn.Module):
             .view(B, T, -1, c.head_dim)
             .split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
         )
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if step is None:
             return self.wo(attend(q, k.transpose(1, 2), v.transpose(1, 2), step))
@@ -245,9 +347,11 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The rotated queries alone, [B, T, H, D]."""
-        width = self.config.n_head * self.config.head_dim
-        q = F.linear(x, self.wqkv.weight[:width])
-        return rotate(q.unflatten(-1, (-1, self.config.head_dim)), *rope)
+        c = self.config
+        width = c.n_head * c.head_dim
+        bias = self.wqkv.bias[:width] if c.qkv_bias else None
+        q = F.linear(x, self.wqkv.weight[:width], bias).unflatten(-1, (-1, c.head_dim))
+        return rotate(self.q_norm(q) if c.qk_norm else q, *rope)
 
 
 class FeedForward(nn.Module):
@@ -262,10 +366,10 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.dim))
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
         y = x.float()
@@ -278,9 +382,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
     def forward(
@@ -300,7 +404,7 @@ class Transformer(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
@@ -327,7 +431,9 @@ class Transformer(nn.Module):
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor]:  # [B, T] -> cos, sin [B, T, 1, D/2]
         angle = (pos[..., None].float() * self.rope_freq)[:, :, None, :]
-        return angle.cos(), angle.sin()
+        scaling = self.config.rope_scaling
+        factor = scaling.attention_factor if scaling else 1.0
+        return angle.cos() * factor, angle.sin() * factor
 
     def queries(self, tokens: Tensor, pos: Tensor, cache) -> Iterator[Tensor]:
         """Layer by layer the rotated queries [B, T, H, D] of tokens that are in the cache."""
@@ -336,14 +442,15 @@ class Transformer(nn.Module):
             yield layer.attention.queries(layer.attention_norm(x), rope)
             x = layer(x, rope, steps[i], cache.layer(i))
 
-    def prefill(self, tokens: Tensor, length: int, chunk: int, cache) -> Tensor:
+    def prefill(self, tokens: Tensor, length: int, chunk: int, cache, held: int = 0) -> Tensor:
         """Read the first `length` of tokens [1, S] into the cache; hidden state [dim] of the last.
 
-        All chunks have one static shape. The last one is moved back to end with the text (what it
+        The first `held` of them, fewer than `length`, are in the cache already. All chunks have
+        one static shape. The last one is moved back to end with the text (what it
         computes twice, it computes the same); a text shorter than a chunk is followed by tokens
         that do not exist yet, in slots that nobody sees before they are overwritten.
         """
-        for start in range(0, length, chunk):
+        for start in range(held, length, chunk):
             start = max(min(start, length - chunk), 0)
             pos = torch.arange(start, start + chunk, device=tokens.device)[None]
             x = self.hidden(tokens[:, start : start + chunk], pos, cache)
@@ -391,11 +498,16 @@ def hf_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     kv_width = c.n_kv_head * c.head_dim
     yield "model.embed_tokens.weight", model.tok_embeddings.weight.data
     for i, layer in enumerate(model.layers):
-        prefix = f"model.layers.{i}."
-        qkv = layer.attention.wqkv.weight.data.split((c.n_head * c.head_dim, kv_width, kv_width))
-        for name, rows in zip("qkv", qkv, strict=True):
-            yield f"{prefix}self_attn.{name}_proj.weight", rows
-        yield f"{prefix}self_attn.o_proj.weight", layer.attention.wo.weight.data
+        prefix, attention = f"model.layers.{i}.", layer.attention
+        for kind, p in attention.wqkv.named_parameters():  # weight, bias
+            qkv = p.data.split((c.n_head * c.head_dim, kv_width, kv_width))
+            for name, rows in zip("qkv", qkv, strict=True):
+                yield f"{prefix}self_attn.{name}_proj.{kind}", rows
+        for kind, p in attention.wo.named_parameters():
+            yield f"{prefix}self_attn.o_proj.{kind}", p.data
+        if c.qk_norm:
+            yield f"{prefix}self_attn.q_norm.weight", attention.q_norm.weight.data
+            yield f"{prefix}self_attn.k_norm.weight", attention.k_norm.weight.data
         gate, up = layer.feed_forward.w_gate_up.weight.data.chunk(2)
         yield f"{prefix}mlp.gate_proj.weight", gate
         yield f"{prefix}mlp.up_proj.weight", up
@@ -407,30 +519,61 @@ def hf_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         yield "lm_head.weight", model.output.weight.data
 
 
-def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
+def load_model(
+    checkpoint_dir: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,  # bytes of the model
+) -> Transformer:
     """The model of a Hugging Face directory: `config.json` and safetensors, single or sharded.
 
-    One tensor at a time goes from the memory-mapped file to its place, so that there is never a
-    second full copy. Raises FileNotFoundError or ValueError, naming file and tensor.
+    All headers are checked before anything is allocated; then one tensor at a time goes from the
+    memory-mapped file to its place, so that there is never a second full copy. `random:NAME`
+    instead of a directory makes random weights of a preset's geometry. Raises FileNotFoundError
+    or ValueError, naming file and tensor.
     """
     config = load_config(checkpoint_dir)
-    shards = weight_files(checkpoint_dir)
+    shards = [] if is_random(checkpoint_dir) else weight_files(checkpoint_dir)
     with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        model = Transformer(config).to(dtype)
+    if shards:
+        check_shards(shards, dict(hf_weights(model)), config.tie_embeddings)
+    total, done = sum(p.nbytes for p in model.parameters()), 0
+    check_fits(total, device, f"the weights of {checkpoint_dir}", "a smaller --dtype or model")
+    model = model.to_empty(device=device).eval().requires_grad_(False)
     if config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight  # to_empty made them two
     model.rope_freq = rope_frequencies(config).to(device)
+    if not shards:
+        randomize(model)
     places = dict(hf_weights(model))
     for shard in shards:
-        load_shard(shard, places, config.tie_embeddings)
-    if places:
-        raise ValueError(f"{checkpoint_dir}: no shard has {len(places)} tensors: {some(places)}")
+        with safe_open(shard, framework="pt") as file:
+            for name in places.keys() & file.keys():
+                places[name].copy_(file.get_tensor(name))
+                done += places[name].nbytes
+                on_tensor(done, total)
     return model
 
 
+def is_random(checkpoint_dir: Path) -> bool:
+    return str(checkpoint_dir).startswith(RANDOM)
+
+
+def randomize(model: Transformer) -> None:
+    """Weights as at the start of a training: their values mean nothing, their reading costs."""
+    for p in model.parameters():
+        p.fill_(1.0) if p.dim() == 1 else p.normal_(0, 0.02)
+
+
 def load_config(checkpoint_dir: Path) -> ModelConfig:
-    """The dimensions in a directory's `config.json`; ValueError says what is not supported."""
+    """The dimensions in a directory's `config.json`, or of a preset behind `random:`.
+
+    ValueError says what is not supported.
+    """
+    if is_random(checkpoint_dir):
+        preset = known(MODELS, str(checkpoint_dir).removeprefix(RANDOM), "model")
+        return ModelConfig(**asdict(preset))
     path = checkpoint_dir / "config.json"
     return ModelConfig.from_hf(read_json(path), str(path))
 
@@ -463,34 +606,52 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         if Path(name).name != name:
             raise ValueError(f"{index}: shard {name!r} is not a file name in this directory")
         if not (checkpoint_dir / name).is_file():
-            raise FileNotFoundError(
-                f"{checkpoint_dir / name} does not exist; the download is incomplete"
-            )
+            pickles = sorted(path.name for path in checkpoint_dir.glob("*.bin"))
+            hint = "the download is incomplete"
+            if pickles and not index.exists():
+                hint = f"{pickles[0]} is a pickle, which is never opened; convert it to safetensors"
+            raise FileNotFoundError(f"{checkpoint_dir / name} does not exist; {hint}")
     return [checkpoint_dir / name for name in names]
 
 
-def load_shard(path: Path, places: dict[str, Tensor], tied: bool) -> None:
-    """Copy a shard's tensors into their places, in place, and strike them off the list."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
-                    continue  # follows from the config; is the embedding
-                if name not in places:
-                    raise ValueError(f"{path}: unexpected tensor {name} (or it is there twice)")
-                shape = file.get_slice(name).get_shape()
-                place = places.pop(name)
-                if tuple(shape) != place.shape:
-                    raise ValueError(f"{path}: {name} is {shape}, config.json: {[*place.shape]}")
-                place.copy_(file.get_tensor(name))
-    except SafetensorError as e:
-        raise ValueError(f"{path} is corrupt or incomplete ({e}); download it again") from None
+def check_shards(shards: list[Path], places: dict[str, Tensor], tied: bool) -> None:
+    """ValueError unless the shards hold exactly the tensors of these names and shapes.
+
+    Reads headers only; safetensors refuses one that does not fit the size of its file.
+    """
+    found: dict[str, Path] = {}
+    wrong = {"missing": [], "unexpected": [], "misshapen": []}
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                headers = {name: file.get_slice(name) for name in file.keys()}
+                headers = {name: (h.get_shape(), h.get_dtype()) for name, h in headers.items()}
+        except SafetensorError as e:
+            raise ValueError(f"{shard} is corrupt or incomplete ({e}); download it again") from None
+        for name, (shape, dtype) in headers.items():
+            if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+                continue  # follows from the config; is the embedding
+            if name in found:
+                raise ValueError(f"{shard}: tensor {name} is in {found[name].name} already")
+            found[name] = shard
+            if name not in places:
+                wrong["unexpected"].append(name)
+            elif shape != [*places[name].shape]:
+                wrong["misshapen"].append(f"{name} {shape}, should be {[*places[name].shape]}")
+            elif dtype not in DTYPES:
+                raise ValueError(
+                    f"{shard}: {name} has dtype {dtype}; supported: {', '.join(DTYPES)}"
+                )
+    wrong["missing"] = [name for name in places if name not in found]
+    if any(wrong.values()):
+        lists = "; ".join(f"{kind}: {some(names)}" for kind, names in wrong.items() if names)
+        raise ValueError(f"{shards[0].parent}: the tensors are not config.json's; {lists}")
 
 
-def some(names: dict[str, Tensor]) -> str:
+def some(names: list[str]) -> str:
     """The first few of many names."""
-    shown = list(names)[:3]
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 def eos_token_ids(checkpoint_dir: Path) -> tuple[int, ...]:
@@ -509,11 +670,13 @@ def eos_token_ids(checkpoint_dir: Path) -> tuple[int, ...]:
 
 
 def save_model(model: Transformer, checkpoint_dir: Path, n_shards: int = 1, **config) -> None:
-    """Write the model as a Hugging Face directory; `config` replaces or adds `config.json` fields.
+    """Write a Llama as a Hugging Face directory; `config` replaces or adds `config.json` fields.
 
     The index is written last and files are replaced whole, so an interruption leaves no half one.
     """
     c = model.config
+    if c.qk_norm or c.sliding_window or c.qkv_bias != c.o_bias:
+        raise ValueError("save_model writes the Llama family only")
     weights = {name: w.cpu().contiguous() for name, w in hf_weights(model)}
     names = ["model.safetensors"]
     if n_shards > 1:
@@ -549,7 +712,7 @@ def save_model(model: Transformer, checkpoint_dir: Path, n_shards: int = 1, **co
         "rope_theta": c.rope_theta,
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
-        "attention_bias": False,
+        "attention_bias": c.qkv_bias,
         "mlp_bias": False,
         "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
     }

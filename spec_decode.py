@@ -228,7 +228,12 @@ class Engine:
         """ValueError if these do not go together, or do not fit beside `other_bytes` more."""
         check_drafting(drafting, draft_model and draft_model.config, self.max_len)
         n_bytes = draft_cache_bytes(drafting, spec, draft_model, n_slots)
-        check_fits(other_bytes + n_bytes, spec.device)
+        check_fits(
+            other_bytes + n_bytes,
+            spec.device,
+            "the KV caches",
+            "fewer rows (--batch_size) or shorter prompts",
+        )
 
     def use(self, drafting: Drafting, draft_model: Transformer | None = None) -> None:
         """Draft like this from here on, between any two rounds; ValueError if it cannot be."""
@@ -250,16 +255,22 @@ class Engine:
         max_new_tokens: list[int],  # per row, at least 1
         eos_ids: tuple[int, ...] = (),
         on_row: Callable[[int], None] = lambda b: None,  # told of each row that is done
+        reuse: bool = False,
     ) -> None:
-        """Read the prompts into the caches, row by row in chunks, and decide each first token."""
+        """Read the prompts into the caches, row by row in chunks, and decide each first token.
+
+        With reuse, what a prompt has in common with the beginning of its row's text, prompt and
+        continuation of before, is not read again: the next turn of a conversation.
+        """
         self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.rows.device)
         self.generator.manual_seed(self.seed)
         last = []
         for b, prompt in enumerate(prompts):
+            held = self.held(b, prompt) if reuse and self.started else 0
             self.tokens[b, : len(prompt)] = torch.tensor(prompt)
             self.prompt_len[b] = len(prompt)
             self.limit[b] = len(prompt) + max_new_tokens[b]
-            last.append(self.prefill_row(b, len(prompt)))
+            last.append(self.prefill_row(b, len(prompt), held))
             if self.drafter:
                 self.drafter.prefill(b, len(prompt))
             on_row(b)
@@ -272,10 +283,16 @@ class Engine:
         self.started = True
         self.rewind()
 
-    def prefill_row(self, b: int, length: int) -> Tensor:
+    def held(self, b: int, prompt: list[int]) -> int:
+        """How many of the prompt's tokens the row's cache holds, but not its last one."""
+        n = min(len(prompt), int(self.seq_len[b])) - 1
+        same = self.tokens[b, :n].cpu() == torch.tensor(prompt[:n])
+        return int(same.long().cumprod(dim=0).sum())
+
+    def prefill_row(self, b: int, length: int, held: int = 0) -> Tensor:
         """Hidden state [dim] of the row's last prompt token; its K and V are cached on the way."""
         tokens = self.tokens[b : b + 1]
-        return self.model.prefill(tokens, length, self.prefill_chunk, self.full.row(b))
+        return self.model.prefill(tokens, length, self.prefill_chunk, self.full.row(b), held)
 
     def rewind(self) -> None:
         """Back to the end of the prefill: decode (again) from the same first tokens and seed."""

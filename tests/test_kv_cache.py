@@ -207,5 +207,5 @@ def test_a_finished_row_visits_no_block_and_changes_no_other_row():
 
 def test_too_little_memory_is_said_with_both_numbers():
     with pytest.raises(ValueError, match=r"need 1048576.0 GiB, but cpu has [\d.]+ GiB free"):
-        check_fits(2**50, torch.device("cpu"))
-    check_fits(2**20, torch.device("cpu"))
+        check_fits(2**50, torch.device("cpu"), "they", "less")
+    check_fits(2**20, torch.device("cpu"), "they", "less")

@@ -1,6 +1,7 @@
 """The forward against a float64 loop; loading of Hugging Face directories and its errors."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from model import (
 from tests.reference import reference_logits, tiny_model
 
 RATIOS = [(3, 3), (4, 2), (4, 1), (7, 1)]  # H, Hkv: G = 1, 2, 4, 7
-LLAMA3 = RopeScaling(8.0, 1.0, 4.0, original_max_seq_len=64)
+LLAMA3 = RopeScaling("llama3", 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
 def cached_logits(model: Transformer, rows: list[list[int]], chunks: list[int]) -> torch.Tensor:
@@ -73,6 +74,27 @@ def test_compiled_flex_equals_reference(heads):
     expected = torch.stack([reference_logits(model, row) for row in rows])
     got = cached_logits(model, rows, [128, 5, 1]).double()
     assert (got - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_a_sliding_window_is_the_same_compiled():
+    """Eager, it is held against transformers (tests/test_checkpoints.py)."""
+    eager, compiled = (tiny_model(sliding_window=50) for _ in range(2))
+    compile_blocks(compiled)
+    rows, chunks = random_rows(2, 644), [640, 4]
+    expected = cached_logits(eager, rows, chunks)
+    got = cached_logits(compiled, rows, chunks)
+    assert (got - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("window", [1, 50, 300, 444, 445, None])
+def test_a_sliding_window_visits_only_its_blocks(window):
+    spec = CacheSpec.for_model(tiny_model(sliding_window=window), 2)
+    cache = KVCache.empty(replace(spec, flex=True), 700)
+    mask = cache.steps(torch.tensor([[699], [255]]))[0].mask
+    for b, (p, last) in enumerate([(699, 2), (255, 0)]):
+        first = 0 if window is None else max(p - window + 1, 0) // 256
+        assert mask.kv_num_blocks[b, 0, 0] == last - first + 1
+        assert mask.kv_indices[b, 0, 0, : last - first + 1].tolist() == [*range(first, last + 1)]
 
 
 @pytest.mark.parametrize("n_tokens", [1, 4])
@@ -134,8 +156,25 @@ def test_both_spellings_of_rope_settings():
     "changes, words",
     [
         ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
-        ({"attention_bias": True}, ["attention_bias", "True"]),
-        ({"rope_scaling": {"rope_type": "yarn"}}, ["yarn", "llama3"]),
+        ({"architectures": []}, ["config.json", "model_type llama", "Qwen3ForCausalLM"]),
+        ({"hidden_act": "gelu"}, ["config.json", "hidden_act = 'gelu'", "only 'silu'"]),
+        ({"mlp_bias": True}, ["mlp_bias = True", "only False"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor = 0.5", "only 1.0"]),
+        ({"use_sliding_window": True}, ["use_sliding_window = True", "only False"]),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            ["layer_types", "'sliding_attention'", "'full_attention'"],
+        ),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, ["sliding_window = 0"]),
+        ({"attention_bias": True}, ["missing", "self_attn.q_proj.bias"]),
+        ({"architectures": ["Qwen3ForCausalLM"]}, ["missing", "self_attn.q_norm.weight"]),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            ["config.json", "rope_type 'dynamic'", "default, linear, llama3, yarn"],
+        ),
+        ({"rope_scaling": {"rope_type": "yarn"}}, ["config.json", "no field 'factor'"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, ["config.json", "factor"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, ["config.json", "factor"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
         ({"num_attention_heads": "4"}, ["config.json", "4"]),
@@ -145,8 +184,8 @@ def test_both_spellings_of_rope_settings():
         ({"rope_scaling": "linear"}, ["config.json"]),
         ({"max_position_embeddings": None}, ["max_seq_len", "None"]),
         ({"rope_scaling": {"rope_type": "llama3"}}, ["no field", "factor"]),
-        ({"intermediate_size": 57}, ["down_proj", "56", "57"]),
-        ({"num_hidden_layers": 3}, ["model.layers.2.", "no shard"]),
+        ({"intermediate_size": 57}, ["misshapen", "down_proj", "56", "57"]),
+        ({"num_hidden_layers": 3}, ["missing", "model.layers.2.", "more"]),
         ({"num_hidden_layers": 1}, ["unexpected", "model.layers.1."]),
     ],
 )
