@@ -57,6 +57,7 @@ class Dimensions:
     vocab_size: int
     max_seq_len: int
     tie_embeddings: bool = False
+    sliding_window: int | None = None  # newest tokens that attention sees; None: all
 
 
 MODELS = {
@@ -186,6 +187,7 @@ def activation_bytes(m: Dimensions, itemsize: int = 2) -> int:
 def step(m: Dimensions, hw: Hardware, w: Workload, T: int = 1, context: int | None = None):
     """StepTime of T new tokens per row that each see `context` tokens (default: all of them)."""
     S = w.prefix_len if context is None else context
+    S = min(S, m.sliding_window or S)
     rows = w.batch_size * T
     kv_gpus = min(w.num_gpus, m.n_kv_head)  # a KV head is not divided, it is held several times
     kv_bytes = w.batch_size * S * kv_bytes_per_token(m, w.itemsize) / kv_gpus

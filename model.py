@@ -539,13 +539,15 @@ def load_model(
     if shards:
         check_shards(shards, dict(hf_weights(model)), config.tie_embeddings)
     total, done = sum(p.nbytes for p in model.parameters()), 0
-    check_fits(total, device, f"the weights of {checkpoint_dir}", "a smaller --dtype or model")
+    check_fits(total, device, f"the weights of {checkpoint_dir}", "a smaller model or --dtype")
+    on_tensor(0, total)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     if config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight  # to_empty made them two
     model.rope_freq = rope_frequencies(config).to(device)
     if not shards:
         randomize(model)
+        on_tensor(total, total)
     places = dict(hf_weights(model))
     for shard in shards:
         with safe_open(shard, framework="pt") as file:

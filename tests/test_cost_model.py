@@ -339,3 +339,12 @@ def test_acceptance_of_a_measured_run_replaces_the_papers(tmp_path, capsys):
         path.write_text(broken)
         assert main(["--acceptance", str(path)]) == 2
         assert "not the JSON of generate.py" in capsys.readouterr().err
+
+
+def test_a_sliding_window_bounds_what_a_step_reads():
+    windowed = replace(MODELS["mistral-7b"], sliding_window=4096)
+    short, long = Workload(8, 4096), Workload(8, 32768)
+    assert step(windowed, A100, long).kv == step(MODELS["mistral-7b"], A100, short).kv
+    assert step(windowed, A100, Workload(8, 100)) == step(
+        MODELS["mistral-7b"], A100, Workload(8, 100)
+    )

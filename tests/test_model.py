@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from cost_model import MODELS, Dimensions
 from kv_cache import CacheSpec, KVCache
 from model import (
     ModelConfig,
@@ -13,6 +15,7 @@ from model import (
     Transformer,
     compile_blocks,
     eos_token_ids,
+    load_config,
     load_model,
     save_model,
 )
@@ -197,6 +200,84 @@ def test_strange_checkpoints_are_refused_by_name(tmp_path, changes, words):
     assert all(word in message for word in words) and "\n" not in message
 
 
+def one_tensor(offsets: list[int], shape: list[int], n_bytes: int, dtype: str = "F32") -> bytes:
+    """A safetensors file whose header says this of its one tensor, with so many bytes behind."""
+    header = {"model.norm.weight": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(n_bytes)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (one_tensor([0, 4 * 40], [40], 80), "corrupt or incomplete"),  # data cut off
+        (one_tensor([0, 4 * 40], [40], 400), "corrupt or incomplete"),  # more than was said
+        (one_tensor([0, 4 * 40], [80], 160), "corrupt or incomplete"),  # shape against offsets
+        (one_tensor([0, 2**63], [2**61], 16), "corrupt or incomplete"),
+        (one_tensor([0, 16], [2**40, 2**40], 16), "corrupt or incomplete"),  # overflows
+        ((2**62).to_bytes(8, "little") + b"{}", "corrupt or incomplete"),  # endless header
+        (b"", "corrupt or incomplete"),
+        (one_tensor([0, 4 * 41], [41], 164), r"misshapen: model.norm.weight \[41\], .* \[40\]"),
+        (one_tensor([0, 40], [40], 40, "I8"), "dtype I8; supported: F64, F32, F16, BF16"),
+        (one_tensor([0, 160], [40], 160), "missing: model.embed_tokens.weight, .* more"),
+    ],
+)
+def test_headers_are_checked_before_anything_is_allocated(tmp_path, monkeypatch, content, words):
+    save_model(tiny_model(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    monkeypatch.setattr("model.check_fits", lambda *args: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path)
+
+
+def test_a_tensor_may_be_in_one_shard_only(tmp_path):
+    save_model(tiny_model(), tmp_path, n_shards=2)
+    one, two = sorted(tmp_path.glob("*.safetensors"))
+    two.write_bytes(one.read_bytes())
+    with pytest.raises(ValueError, match=r"00002-of-00002.*is in model-00001-of-00002"):
+        load(tmp_path)
+
+
+def test_pickles_are_not_opened(tmp_path):
+    save_model(tiny_model(), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="pytorch_model.bin is a pickle, .* never opened"):
+        load(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_not_loaded(tmp_path, monkeypatch):
+    save_model(tiny_model(), tmp_path)
+    monkeypatch.setattr("kv_cache.free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"weights of .* need 0.0 GiB, .*; use a smaller model"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_read_into_the_dtype_that_was_asked_for(tmp_path, dtype):
+    model = tiny_model()
+    save_model(model, tmp_path)
+    seen = []
+    loaded = load_model(tmp_path, torch.device("cpu"), dtype, lambda *now: seen.append(now))
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert ours.dtype == dtype and torch.equal(ours, theirs.to(dtype))
+    total = sum(p.nbytes for p in loaded.parameters())
+    assert seen[0] == (0, total) and seen[-1] == (total, total) and seen == sorted(seen)
+
+
+def test_random_weights_of_a_presets_geometry(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", Dimensions(32, 2, 4, 2, 8, 48, 99, 500, True))
+    config = load_config(Path("random:tiny"))
+    assert (config.dim, config.n_kv_head, config.max_seq_len) == (32, 2, 500)
+    model = load_model(Path("random:tiny"), torch.device("cpu"), torch.float32)
+    assert model.output.weight is model.tok_embeddings.weight
+    logits = model(torch.tensor([[3, 4]]), torch.tensor([[0, 1]]))
+    assert logits.isfinite().all() and logits.std() > 0
+    with pytest.raises(ValueError, match="model 'tinny' is unknown; known: llama-2-7b"):
+        load_config(Path("random:tinny"))
+    for name in ("llama-3.1-8b", "qwen2.5-7b"):
+        assert load_config(Path(f"random:{name}")).n_layer == MODELS[name].n_layer
+
+
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
         load(tmp_path)
@@ -210,9 +291,10 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="00001-of-00002"):
         load(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
-    with pytest.raises(ValueError, match="not a file name"):
-        load(tmp_path)
+    for name in ("../model.safetensors", "/etc/passwd", "a/b.safetensors", ".."):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises((ValueError, FileNotFoundError), match="not a file name|not exist"):
+            load(tmp_path)
     for content, words in [("{}", "no object weight_map"), ("[]", "not hold a JSON object")]:
         index.write_text(content)
         with pytest.raises(ValueError, match=words):
