@@ -275,6 +275,42 @@ def test_the_drafter_can_be_changed_in_mid_generation(strategy):
         assert decode(same).draft_acceptance_rate > 0.999
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_next_turn_of_a_conversation_reads_only_what_is_new(strategy, monkeypatch):
+    """Prompt, answer, more prompt: the output is that of reading everything anew."""
+    policy, settings, context = STRATEGIES[strategy]
+    model, draft = tiny_model(), draft_model(context) if context else None
+    drafting = Drafting(policy, 3, n_sink=3, **settings)
+    engine = Engine(model, 4, 300, drafting, GREEDY, draft_model=draft)
+    text, read = PROMPTS, []
+    prefill = Transformer.prefill
+
+    def counted(self, tokens, length, chunk, cache, held=0):
+        if self is model:
+            read.append(length - held)
+        return prefill(self, tokens, length, chunk, cache, held)
+
+    monkeypatch.setattr(Transformer, "prefill", counted)
+    engine.prefill_chunk = 16
+    for turn, n_new in enumerate([5, 40, 1, 17]):
+        text = [t + prompts_of([n_new], seed=turn)[0] for t in text] if turn else text
+        read.clear()
+        engine.prefill(text, [20] * 4, reuse=turn > 0)
+        decode(engine)
+        answers = engine.outputs()
+        assert answers == [plain_greedy(model, t, 20) for t in text]
+        # an answer's last token was never fed to the model
+        assert read == ([n_new + 1] * 4 if turn else [len(t) for t in text])
+        text = [t + answer for t, answer in zip(text, answers, strict=True)]
+    changed = [t[: len(p)] + [(t[len(p)] + 1) % 97] + t[len(p) + 1 :]
+               for t, p in zip(text, PROMPTS, strict=True)]  # fmt: skip
+    read.clear()
+    engine.prefill(changed, [20] * 4, reuse=True)
+    decode(engine)
+    assert engine.outputs() == [plain_greedy(model, t, 20) for t in changed]
+    assert read == [len(t) - len(p) for t, p in zip(text, PROMPTS, strict=True)]
+
+
 def test_lookup_against_a_loop():
     rng = random.Random(3)
     for _ in range(200):
