@@ -195,7 +195,7 @@ class Auto:
         engine = self.engine
         engine.seq_len.fill_(length)
         drafts = engine.tokens[:, :gamma]
-        seconds = median_seconds(engine, lambda: engine.verify(drafts))
+        seconds = median_seconds(engine, engine.capture(lambda: engine.verify(drafts)))
         w = Workload(len(engine.rows), length, itemsize=engine.full.spec.dtype.itemsize)
         return Timing(w, gamma + 1, length, seconds)
 
@@ -235,13 +235,14 @@ class Auto:
         c.t_select = median_seconds(engine, drafter.select, 1)
         for gamma in self.gammas:
             engine.verify(engine.draft(gamma).tokens)
-        c.t_draft = median_seconds(engine, lambda: engine.draft(max(self.gammas)))
+        draft = engine.capture(lambda: engine.draft(max(self.gammas)))
+        c.t_draft = median_seconds(engine, draft)
         c.t_draft /= max(self.gammas)
         c.select_every = drafter.select_every
 
     def decode(self, on_round: Callable[[], None] = lambda: None) -> Stats:
         """Run rounds until every row is finished: probe, choose, follow."""
-        self.rounds, self.on_round = 0, on_round
+        self.on_round = on_round
         verify = self.verify_now()
         self.probe(verify)
         for c in self.candidates:
@@ -251,7 +252,7 @@ class Auto:
         self.chosen, self.gamma, self.predicted_speedup = self.pick(verify)
         self.install(self.chosen)
         self.follow()
-        return self.engine.stats(self.rounds)
+        return self.engine.stats()
 
     def verify_now(self) -> dict[int, float]:
         return self.verify_seconds(int(self.engine.seq_len.float().mean()))
@@ -260,13 +261,7 @@ class Auto:
         """Up to n rounds; how often a row was drafted for in them, and drafts accepted."""
         engine = self.engine
         accepted, drafted = engine.accepted.clone(), engine.drafted.clone()
-        for _ in range(n):
-            if engine.finished.all():
-                break
-            engine.round(gamma)
-            self.rounds += 1
-            engine.reselect(gamma, self.rounds)
-            self.on_round()
+        engine.run(gamma, n, self.on_round)
         kept = (engine.accepted - accepted).tolist()
         n_rows = int((engine.drafted - drafted)[gamma]) if gamma else 0
         return n_rows, sum(i * n for i, n in enumerate(kept)) if gamma else 0

@@ -26,8 +26,15 @@ argument (uniforms), so that a test can enumerate every outcome.
 
 Nothing is decided before `commit`: `draft` and `verify` can be repeated at will, which is how
 they are warmed up and timed. Timing itself is the caller's business; `Stats` counts.
+
+**On a GPU a round is one CUDA graph** (`Engine.capture`). Launching the hundreds of kernels of a
+round from Python takes longer than running them; a graph launches them all at once. That is
+possible because a round reads and writes static tensors only and never looks at a value. Plain
+decoding is captured in the same way, so no speedup comes from that. The host learns that all rows
+are finished from a flag in pinned memory that is LAG rounds old, so the device never waits for it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,6 +46,10 @@ from torch import Tensor
 from drafters import MAX_GAMMA, Drafting, Text, check_drafting, draft_cache_bytes, make_drafter
 from kv_cache import CacheSpec, KVCache, check_fits
 from model import Transformer
+
+MAX_EOS = 16  # tokens that may end a text
+LAG = 2  # rounds that the host may be ahead of the device
+WARM_UP = 3  # times that work runs before it is captured: compiling, autotuning, workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,13 +226,17 @@ class Engine:
         self.limit = torch.ones(batch_size, **integers)  # most tokens a row may reach
         self.finished = torch.zeros(batch_size, dtype=torch.bool, device=spec.device)
         self.full.finished = self.finished  # such rows read no KV any more
-        self.eos = torch.zeros(0, **integers)
+        self.eos = torch.full((MAX_EOS,), -1, **integers)  # -1: none
+        self.n_rounds = torch.zeros((), **integers)  # in which a row was not finished yet
         self.accepted = torch.zeros(MAX_GAMMA + 1, **integers)  # histograms, see Stats
         self.drafted = torch.zeros(MAX_GAMMA + 1, **integers)
         self.rows = torch.arange(batch_size, device=spec.device)[:, None]
         self.seed = seed
         self.generator = torch.Generator(spec.device)
         self.started = False  # nothing was prefilled yet
+        self.graphs = model.compiled and spec.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # all graphs' memory
+        self.rounds: dict[int, Callable[[], object]] = {}  # by gamma, captured
         self.use(drafting, draft_model)
 
     def check(self, spec, drafting, draft_model, n_slots: int, other_bytes: int) -> None:
@@ -237,7 +252,8 @@ class Engine:
 
     def use(self, drafting: Drafting, draft_model: Transformer | None = None) -> None:
         """Draft like this from here on, between any two rounds; ValueError if it cannot be."""
-        self.drafter = None  # its memory is free for the next
+        self.drafter = None  # its memory is free for the next,
+        self.rounds = {gamma: work for gamma, work in self.rounds.items() if gamma == 0}  # so too
         self.check(self.full.spec, drafting, draft_model, self.full.capacity, 0)
         self.drafting = drafting
         self.gamma = drafting.gamma if drafting.enabled else 0  # most drafts a round can have
@@ -262,7 +278,10 @@ class Engine:
         With reuse, what a prompt has in common with the beginning of its row's text, prompt and
         continuation of before, is not read again: the next turn of a conversation.
         """
-        self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.rows.device)
+        if len(eos_ids) > MAX_EOS:
+            raise ValueError(f"{len(eos_ids)} tokens end a text; at most {MAX_EOS} are possible")
+        self.eos.fill_(-1)
+        self.eos[: len(eos_ids)] = torch.tensor(eos_ids, dtype=torch.int64)
         self.generator.manual_seed(self.seed)
         last = []
         for b, prompt in enumerate(prompts):
@@ -300,8 +319,9 @@ class Engine:
         first = self.tokens.gather(1, self.prompt_len[:, None])
         self.seq_len.copy_(self.prompt_len + 1)
         self.finished.copy_((first == self.eos).any(dim=1) | (self.seq_len >= self.limit))
-        self.accepted.zero_()
-        self.drafted.zero_()
+        for count in (self.accepted, self.drafted, self.n_rounds):
+            count.zero_()
+        self.host_rounds = 0  # rounds since, as the host counts them
         if self.drafter:
             self.drafter.select()
 
@@ -365,25 +385,80 @@ class Engine:
         self.tokens[self.rows, self.seq_len[:, None] + i] = block
         self.accepted[: gamma + 1] += ((i == n) & ~self.finished[:, None]).sum(dim=0)
         self.drafted[gamma] += (~self.finished).sum()
+        self.n_rounds += (~self.finished).any()
         self.seq_len += n_new
         self.finished |= (ends & (i < n_new[:, None])).any(dim=1) | (self.seq_len >= self.limit)
 
     def round(self, gamma: int) -> None:
         """Decide 1 to gamma + 1 more tokens of every unfinished row. gamma 0 is plain decoding."""
+        if not self.graphs:
+            self.eager_round(gamma)
+            return
+        if gamma not in self.rounds:
+            self.rounds[gamma] = self.capture(lambda: self.eager_round(gamma))
+        self.rounds[gamma]()
+
+    def eager_round(self, gamma: int) -> None:
         draft = self.draft(gamma)
         logits = self.verify(draft.tokens)
         n_accepted, next_token = self.accept(draft, logits)
         self.commit(draft.tokens, n_accepted, next_token)
 
-    def reselect(self, gamma: int, rounds: int) -> None:
-        """After so many rounds, the last with this gamma: let the drafter select if it is due."""
-        every = self.drafter.select_every if gamma else 0
-        if every and rounds % every == 0:
-            self.drafter.select()
+    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
+        """The work as one CUDA graph; the work itself on a CPU, or where nothing is compiled.
 
-    def stats(self, rounds: int) -> Stats:
+        It must read and write static tensors only. Before it is captured it runs a few times from
+        the same state, which is put back: nothing can be compiled during a capture. A replay
+        returns the tensors of the capture, written anew.
+        """
+        if not self.graphs:
+            return work
+        state = (self.seq_len, self.finished, self.accepted, self.drafted, self.n_rounds)
+        before, random_state = [t.clone() for t in state], self.generator.get_state()
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                work()
+                for t, value in zip(state, before, strict=True):
+                    t.copy_(value)
+        here.wait_stream(aside)
+        self.generator.set_state(random_state)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with (
+            torch.compiler.set_stance("fail_on_recompile"),
+            torch.cuda.graph(graph, pool=self.pool),
+        ):
+            result = work()
+
+        def replay() -> object:
+            graph.replay()
+            return result
+
+        return replay
+
+    def run(
+        self,
+        gamma: int,
+        most: float = math.inf,
+        on_round: Callable[[], None] = lambda: None,  # called after every round
+    ) -> None:
+        """Rounds until every row is finished, at most so many; reselects when it is due."""
+        done = LaggingFlag(self.finished) if self.graphs else self.finished.all
+        every = self.drafter.select_every if gamma else 0
+        while most > 0 and not done():
+            self.round(gamma)
+            self.host_rounds += 1
+            if every and self.host_rounds % every == 0:
+                self.drafter.select()
+            on_round()
+            most -= 1
+
+    def stats(self) -> Stats:
         """The counts since the last rewind. Copies to the host."""
         decoded = (self.seq_len - self.prompt_len - 1).sum().item()
+        rounds = self.n_rounds.item()
         most = int(self.drafted.nonzero().max()) if rounds else 0
         counts = (h[: most + 1].tolist() for h in (self.accepted, self.drafted))
         return Stats(rounds, decoded, *counts)
@@ -405,13 +480,33 @@ def decode(
     gamma = engine.gamma if gamma is None else gamma
     if gamma > engine.gamma:
         raise ValueError(f"gamma {gamma} is more than the {engine.gamma} this engine was built for")
-    rounds = 0
-    while not engine.finished.all():
-        engine.round(gamma)
-        rounds += 1
-        engine.reselect(gamma, rounds)
-        on_round()
-    return engine.stats(rounds)
+    engine.run(gamma, on_round=on_round)
+    return engine.stats()
+
+
+class LaggingFlag:
+    """Whether all of some flags on the device are set, as it was LAG calls ago.
+
+    The answer of each call is copied to pinned memory behind what the device has to do, and read
+    LAG calls later: the host waits for work of then, while that of the calls since is queued.
+    """
+
+    def __init__(self, flags: Tensor) -> None:  # [B] bool
+        self.flags = flags
+        self.copies = torch.zeros(LAG + 1, dtype=torch.bool, pin_memory=True)
+        self.events = [torch.cuda.Event() for _ in range(LAG + 1)]
+        self.calls = 0
+
+    def __call__(self) -> bool:
+        i = self.calls % (LAG + 1)
+        self.copies[i].copy_(self.flags.all(), non_blocking=True)
+        self.events[i].record()
+        self.calls += 1
+        oldest = self.calls % (LAG + 1)
+        if self.calls <= LAG:
+            return False
+        self.events[oldest].synchronize()
+        return bool(self.copies[oldest])
 
 
 def generate(

@@ -2,6 +2,7 @@
 
 import math
 import random
+import weakref
 from itertools import product
 
 import pytest
@@ -155,6 +156,22 @@ def test_an_engine_can_be_rewound_and_used_again(compiled):
             engine.rewind()
             decode(engine, gamma)
             assert engine.outputs() == expected
+
+
+@pytest.mark.parametrize("drafting", [Drafting(), streaming(2)])
+def test_an_engine_that_is_dropped_frees_its_caches_at_once(drafting):
+    """No reference cycle: the next engine may need the memory before garbage is collected."""
+    engine = Engine(tiny_model(), 2, 50, drafting, GREEDY)
+    generate(engine, PROMPTS[:2], 3)
+    cache = weakref.ref(engine.full)
+    del engine
+    assert cache() is None
+
+
+def test_more_ends_than_there_is_room_for_are_refused():
+    engine = Engine(tiny_model(), 1, 50, Drafting(), GREEDY)
+    with pytest.raises(ValueError, match="17 tokens end a text; at most 16"):
+        engine.prefill([[1]], [3], tuple(range(17)))
 
 
 def test_drafting_and_verifying_decide_nothing():
