@@ -5,120 +5,59 @@
 
 A run loads the model, reads the prompts, compiles, prefills, and decodes: once with the chosen
 draft, and with `--compare` once more plainly, in the same process with the same caches and compiled
-blocks, from the same prefill. It ends with a table. Timing lives here: the engine has none.
-
-* compile and prefill are never part of decode tokens/s; a row's first token belongs to the prefill.
-* `T_T`, `T_D`, `T_V` are medians of repeated single steps from the state after the prefill.
-* acceptance figures have vLLM's definitions (`spec_decode.Stats`).
+blocks, from the same prefill. It ends with a table (`report.py`). Timing lives here: the engine has
+none.
 
 What a user can get wrong ends in one line on standard error and exit status 2.
 """
 
 import argparse
-import importlib.util
 import io
 import json
-import platform
-import resource
 import statistics
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
 import torch
 
 from auto import GAMMAS, Auto, Candidate, timed
+from chat import Chat, load_chat
 from cost_model import Parser
-from drafters import NGRAM, Drafting, ModelDrafter, check_drafting
+from drafters import NGRAM, Drafting, check_drafting
 from kv_cache import POLICIES
 from model import (
     ModelConfig,
+    Transformer,
     compile_blocks,
     compiler_runs,
     eos_token_ids,
+    is_random,
     load_config,
     load_model,
     write_json,
 )
+from prompts import read_prompts
+from report import Report, Run, table, to_json, verdict
 from spec_decode import Engine, Sampling, Stats, decode
-from tokenizer import TextStream, Tokenizer, continuation, load_tokenizer
+from tokenizer import NumberTokenizer, TextStream, Tokenizer, continuation, load_tokenizer
 
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "demo"
-DEMO_MODULES = (  # standard modules that the demo checkpoint was not trained on
-    "shutil", "argparse", "ast", "configparser", "dataclasses", "difflib", "doctest", "enum",
-    "inspect", "ipaddress", "logging", "optparse", "pdb", "pickle", "statistics", "subprocess",
-    "tarfile", "threading", "typing", "zipfile",
-)  # fmt: skip
 AUTO_POLICIES = ("ngram", "streaming", "snapkv")  # what --draft auto chooses from
-DEMO_ROWS, DEMO_SHORTEST, DEMO_LONGEST = 16, 3000, 3840  # rows, tokens
+LARGE = 10**9  # bytes of weights from which loading is worth a line
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(slots=True)
-class Run:
-    """One timed decoding of the batch."""
-
-    stats: Stats
-    outputs: list[list[int]]
-    seconds: float  # decoding alone
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.stats.decoded_tokens / self.seconds
-
-    @property
-    def ms_per_token(self) -> float:
-        """Milliseconds from a token to the next one of its row, while the row runs."""
-        ms_per_round = 1e3 * self.seconds / max(self.stats.rounds, 1)
-        return ms_per_round * self.stats.row_rounds / max(self.stats.decoded_tokens, 1)
-
-
-@dataclass(slots=True)
-class Report:
-    """Everything that the table and the JSON show."""
-
-    engine: Engine
-    prompts: list[list[int]]
-    compile_seconds: float
-    prefill_seconds: float
-    step_ms: dict[str, float]  # target_step_ms, and when drafting draft_step_ms, verify_ms
-    main: Run
-    baseline: Run | None  # plain decoding, with --compare
-    auto: Auto | None  # what decided, if anything did
-
-    @property
-    def speedup(self) -> float | None:
-        """Over the baseline; None without one, or when the prefill already decided everything."""
-        if self.baseline is None or not self.main.stats.decoded_tokens:
-            return None
-        return self.main.tokens_per_second / self.baseline.tokens_per_second
-
-    @property
-    def gamma(self) -> int:
-        """Draft tokens per round, where it was chosen the first choice; 0: none."""
-        return self.auto.gamma if self.auto else self.engine.gamma
-
-    @property
-    def synthetic(self) -> float | None:
-        return self.engine.drafting.synthetic_acceptance
-
-    @property
-    def identical(self) -> list[bool] | None:
-        """Per row: the same tokens as the baseline; None where they need not be the same."""
-        if self.baseline is None or not self.engine.sampling.greedy or self.synthetic is not None:
-            return None
-        pairs = zip(self.main.outputs, self.baseline.outputs, strict=True)
-        return [ours == theirs for ours, theirs in pairs]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument(
-        "--checkpoint_path", type=Path, default=DEMO_CHECKPOINT, help="Hugging Face directory"
+        "--checkpoint_path",
+        type=Path,
+        default=DEMO_CHECKPOINT,
+        help="Hugging Face directory; random:llama-3.1-8b: random weights of that geometry",
     )
     p.add_argument(
         "--draft_checkpoint_path", type=Path, help="draft with this smaller model of its own"
@@ -163,7 +102,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--profile", type=Path, metavar="FILE", help="write a Chrome trace of the decoding"
     )
-    p.add_argument("--interactive", action="store_true", help="read prompts from standard input")
+    p.add_argument(
+        "--chat", action="store_true", help="put prompts into the checkpoint's chat template"
+    )
+    p.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    p.add_argument("--interactive", action="store_true",
+                   help="prompts from standard input; with --chat, a conversation")  # fmt: skip
     p.add_argument(
         "--json", metavar="FILE", help="write the numbers and outputs; -: standard output"
     )
@@ -199,6 +143,10 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.check_lossless and not args.compare:
         raise ValueError("--check_lossless needs the plain run that --no-compare leaves out")
+    if args.chat and not given:
+        raise ValueError("--chat needs a --prompt, --prompt_file, --prompts or --interactive")
+    if args.system is not None and not args.chat:
+        raise ValueError("--system needs --chat: without a template there is no place for it")
     for path in (args.json if args.json != "-" else None, args.profile):
         if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise ValueError(f"cannot write {path}: its directory must exist, and it be a file")
@@ -221,94 +169,6 @@ def check_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
     return device
-
-
-def module_source(name: str) -> str:
-    """Source text of a top-level standard module, found without importing it."""
-    return Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8")
-
-
-def demo_lengths(n_rows: int, longest: int = DEMO_LONGEST) -> list[int]:
-    """Different prompt lengths of at most `longest` tokens.
-
-    Long and short rows alternate: threads share the rows of a batch in contiguous parts.
-    """
-    shortest = longest * DEMO_SHORTEST // DEMO_LONGEST
-    ranks = [n_rows - 1 - row // 2 if row % 2 else row // 2 for row in range(n_rows)]
-    lengths = [shortest + (longest - shortest) * rank // max(n_rows - 1, 1) for rank in ranks]
-    return [max(length, 1) for length in lengths]
-
-
-def demo_prompts(tokenizer: Tokenizer, n_rows: int, longest: int) -> list[list[int]]:
-    """Beginnings of standard modules, cut to the demo's lengths."""
-    names = [DEMO_MODULES[row % len(DEMO_MODULES)] for row in range(n_rows)]
-    lengths = demo_lengths(n_rows, longest)
-    return [
-        tokenizer.encode(module_source(name))[:length]
-        for name, length in zip(names, lengths, strict=True)
-    ]
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); convert it first") from None
-
-
-def read_jsonl(path: Path) -> list[str]:
-    """The prompts of a file with a JSON object per line; ValueError names a line that is not."""
-    texts = []
-    for number, line in enumerate(read_text(path).rstrip().split("\n"), start=1):
-        try:
-            texts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
-            texts.append(None)
-        if not isinstance(texts[-1], str):
-            raise ValueError(f'{path}, line {number}: not an object with a text "prompt"')
-    return texts
-
-
-def encode_prompt(text: str, args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a prompt; a --prompt that is an integer N stands for N random tokens."""
-    if not args.prompt or not text.isdecimal():
-        return tokenizer.encode(text) if text else []
-    n = int(text) if len(text) < 10 else 10**9
-    if n > 10**7:
-        raise ValueError(f"--prompt {text}: a synthetic prompt of so many tokens fits no model")
-    generator = torch.Generator().manual_seed(args.seed)
-    return torch.randint(tokenizer.vocab_size, (n,), generator=generator).tolist()
-
-
-def read_prompts(
-    args: argparse.Namespace, tokenizer: Tokenizer, max_context: int
-) -> list[list[int]]:
-    """Token ids of every row of the batch; with --interactive, which has none yet, empty ones."""
-    longest = max_context - args.max_new_tokens  # prompt tokens that leave room for the answer
-    if longest < 1:
-        raise ValueError(
-            f"--max_new_tokens {args.max_new_tokens} does not fit into the model's "
-            f"context of {max_context} tokens"
-        )
-    if args.interactive:
-        return [[]] * (args.batch_size or 1)
-    if not (args.prompt or args.prompt_file or args.prompts):
-        return demo_prompts(tokenizer, args.batch_size or DEMO_ROWS, min(DEMO_LONGEST, longest))
-    texts = read_jsonl(args.prompts) if args.prompts else args.prompt
-    texts = texts + [read_text(path) for path in args.prompt_file]
-    prompts = [encode_prompt(text, args, tokenizer) for text in texts]
-    for number, ids in enumerate(prompts):
-        if not ids:
-            raise ValueError(f"prompt {number} is empty; nothing can follow from it")
-        if len(ids) > longest:
-            raise ValueError(
-                f"prompt {number} has {len(ids)} tokens; the model's context of {max_context} "
-                f"leaves room for {longest} with --max_new_tokens {args.max_new_tokens}"
-            )
-    n_rows = args.batch_size or len(prompts)
-    if n_rows < len(prompts):
-        raise ValueError(f"--batch_size {n_rows} is less than the {len(prompts)} prompts given")
-    return [prompts[row % len(prompts)] for row in range(n_rows)]
 
 
 def decoder(engine: Engine, auto: Auto | None) -> Callable[[Callable[[], None]], Stats]:
@@ -338,10 +198,11 @@ def step_times(
     """
     gamma, nothing = engine.gamma if gamma is None else gamma, engine.draft(0).tokens
     tokens = engine.draft(gamma).tokens
-    work = more | {"target_step_ms": lambda: engine.verify(nothing).argmax(dim=-1)}
+    work = {"target_step_ms": lambda: engine.verify(nothing).argmax(dim=-1)}
     if gamma:
         work["draft_step_ms"] = lambda: engine.draft(gamma)
         work["verify_ms"] = lambda: engine.verify(tokens).argmax(dim=-1)
+    work = more | {name: engine.capture(step) for name, step in work.items()}
     times = {name: [] for name in work}
     for _ in range(repeats):
         for name, step in work.items():
@@ -380,19 +241,52 @@ class RowPrinter:
 
     def __call__(self) -> None:
         end = self.engine.seq_len[0].item()
-        self.out.write(self.text.feed(self.engine.tokens[0, self.done : end].tolist()))
+        ids, eos = self.engine.tokens[0, self.done : end].tolist(), self.engine.eos.tolist()
+        self.out.write(self.text.feed([i for i in ids if i not in eos]))
         self.out.flush()
         self.done = end
 
 
+class Progress:
+    """Says how far something is whenever another quarter of it is done."""
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        self.say, self.quarters = say, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if 4 * done // total > self.quarters:
+            self.quarters = 4 * done // total
+            self.say(f"{25 * self.quarters}%", end=" ")
+
+
+def load(path: Path, args: argparse.Namespace) -> Transformer:
+    """The model; of a large one, standard error tells how far it is."""
+
+    def say(text: str, end: str = "\n") -> None:
+        print(text, end=end, file=sys.stderr, flush=True)
+
+    progress = Progress(say)
+
+    def on_tensor(done: int, total: int) -> None:
+        if total >= LARGE:
+            if not done:
+                say(f"loading {path}: {total / 1e9:.1f} GB", end=" ... ")
+            progress(done, total)
+            if done == total:
+                say("")
+
+    return load_model(path, args.device, DTYPES[args.dtype], on_tensor)
+
+
 def prepare(
     args: argparse.Namespace,
-) -> tuple[Engine, Auto | None, Tokenizer, list[list[int]]]:
+) -> tuple[Engine, Auto | None, Tokenizer, Chat | None, list[list[int]]]:
     """Everything that bad input can break, the cheap things first: the weights come last."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     config, tokenizer = load_text_side(args.checkpoint_path)
     args.eos_ids = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
-    prompts = read_prompts(args, tokenizer, config.max_seq_len)
+    chat = load_chat(args.checkpoint_path, tokenizer) if args.chat else None
+    prompts = read_prompts(args, tokenizer, chat, config.max_seq_len)
     longest = config.max_seq_len
     if not args.interactive:
         longest = max(map(len, prompts)) + args.max_new_tokens
@@ -410,8 +304,7 @@ def prepare(
             file=sys.stderr,
         )
     model, draft_model = (
-        path and load_model(path, args.device, DTYPES[args.dtype])
-        for path in (args.checkpoint_path, args.draft_checkpoint_path)
+        path and load(path, args) for path in (args.checkpoint_path, args.draft_checkpoint_path)
     )
     for m in filter(None, (model, draft_model)) if compiling else ():
         compile_blocks(m)
@@ -419,13 +312,13 @@ def prepare(
         engine = Engine(
             model, len(prompts), longest, draftings[0], sampling, args.seed, draft_model
         )
-        return engine, None, tokenizer, prompts
+        return engine, None, tokenizer, chat, prompts
     engine = Engine(model, len(prompts), longest, Drafting(), sampling, args.seed)
     found = [Candidate(d) for d in draftings if not draft_model or args.draft == "auto"]
     if draft_model:
         named = "streaming" if args.draft == "auto" else args.draft
         found += [Candidate(d, draft_model) for d in draftings if d.policy == named]
-    return engine, Auto(engine, found, gammas(args)), tokenizer, prompts
+    return engine, Auto(engine, found, gammas(args)), tokenizer, chat, prompts
 
 
 def automatic(args: argparse.Namespace) -> bool:
@@ -465,10 +358,13 @@ def gammas(args: argparse.Namespace) -> tuple[int, ...]:
 
 def load_text_side(checkpoint_dir: Path) -> tuple[ModelConfig, Tokenizer]:
     """Config and tokenizer of a directory; ValueError if they do not belong together."""
-    config, tokenizer = load_config(checkpoint_dir), load_tokenizer(checkpoint_dir)
+    config = load_config(checkpoint_dir)
+    if is_random(checkpoint_dir):
+        return config, NumberTokenizer(config.vocab_size)
+    tokenizer = load_tokenizer(checkpoint_dir)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{checkpoint_dir}: tokenizer.model has {tokenizer.vocab_size} tokens, the model "
+            f"{checkpoint_dir}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
             f"only {config.vocab_size}: they do not belong together"
         )
     return config, tokenizer
@@ -494,16 +390,14 @@ def measure(args, engine: Engine, auto: Auto | None, prompts, shows, say) -> Rep
     say("compiling" if engine.model.compiled else "warming up", end=" ... ")
     compile_seconds, _ = timed(device, lambda: warm_up(engine, auto))
     say(f"{compile_seconds:.1f} s")
-    n_rows = len(prompts)
-
-    def progress(row: int) -> None:
-        if 4 * (row + 1) // n_rows > 4 * row // n_rows:
-            say(f"{100 * (row + 1) // n_rows}%", end=" ")
-
+    progress = Progress(say)
     say(f"prefilling {sum(map(len, prompts)):,} tokens", end=" ... ")
-    limits = [args.max_new_tokens] * n_rows
+    limits = [args.max_new_tokens] * len(prompts)
     prefill_seconds, _ = timed(
-        device, lambda: engine.prefill(prompts, limits, args.eos_ids, progress)
+        device,
+        lambda: engine.prefill(
+            prompts, limits, args.eos_ids, lambda b: progress(b + 1, len(prompts))
+        ),
     )
     say(f"{prefill_seconds:.1f} s")
     baseline = None
@@ -522,169 +416,6 @@ def measure(args, engine: Engine, auto: Auto | None, prompts, shows, say) -> Rep
     return Report(
         engine, prompts, compile_seconds, prefill_seconds, step_ms, main_run, baseline, auto
     )
-
-
-def table(report: Report) -> str:
-    """The numbers of both runs, side by side."""
-    engine, stats, ms = report.engine, report.main.stats, report.step_ms
-    synthetic = "" if report.synthetic is None else f" (synthetic {report.synthetic})"
-    name = engine.drafting.policy + synthetic if report.gamma else "plain"
-    if report.auto:
-        name = f"auto: {report.auto.chosen or 'no draft'}"
-    runs = {"plain": report.baseline} if report.baseline else {}
-    runs[name] = report.main
-    lines = [f"{'':24}" + "".join(f"{head:>28}" for head in runs)]
-    for label, value in {
-        "decode tokens/s": lambda r: f"{r.tokens_per_second:.1f}",
-        "ms per token": lambda r: f"{r.ms_per_token:.2f}",
-        "rounds": lambda r: f"{r.stats.rounds}",
-        "mean acceptance length": lambda r: f"{r.stats.mean_acceptance_length:.2f}",
-    }.items():
-        lines.append(f"{label:24}" + "".join(f"{value(r):>28}" for r in runs.values()))
-    if stats.drafts:
-        rates = " ".join(f"{rate:.3f}" for rate in stats.acceptance_rate_per_position)
-        lines.append(
-            f"acceptance rate {stats.draft_acceptance_rate:.3f}, by position {rates}{synthetic}"
-        )
-    steps = f"T_T {ms['target_step_ms']:.1f} ms"
-    if report.gamma:
-        ratio = ms["verify_ms"] / ms["target_step_ms"]
-        steps += f", T_D {ms['draft_step_ms']:.1f} ms"
-        steps += f", T_V({report.gamma}) {ms['verify_ms']:.1f} ms = {ratio:.2f} T_T"
-    bandwidth = step_bytes(engine, report.prompts) / ms["target_step_ms"] / 1e6
-    memory = peak_memory_bytes(engine.tokens.device) / 2**30
-    lines.append(f"{steps}; T_T reads {bandwidth:.1f} GB/s; peak memory {memory:.1f} GiB")
-    return "\n".join(lines)
-
-
-def step_bytes(engine: Engine, prompts: list[list[int]]) -> int:
-    """Bytes that a plain step after the prefill must read: K and V of the prompts, the weights."""
-    spec = engine.full.spec
-    kv_bytes = sum(map(len, prompts)) * spec.bytes_per_slot // spec.batch_size
-    return kv_bytes + sum(p.nbytes for p in engine.model.parameters())  # tied weights count once
-
-
-def top2_margin(engine: Engine, ids: list[int]) -> float:
-    """Difference of the two largest logits after the tokens `ids`. Overwrites row 0."""
-    engine.tokens[0, : len(ids)] = torch.tensor(ids)
-    logits = engine.model.logits(engine.prefill_row(0, len(ids)))
-    first, second = logits.float().topk(2).values.tolist()
-    return first - second
-
-
-def verdict(report: Report) -> str:
-    """Speedup, and whether the outputs are the same; if not, where they part and how closely."""
-    if report.speedup is None:
-        return "nothing was left to decode after the first tokens"
-    line = f"speedup {report.speedup:.2f}x over plain decoding"
-    if report.synthetic is not None:
-        return f"{line} (synthetic acceptance {report.synthetic}: the outputs mean nothing)"
-    if report.identical is None:
-        return line
-    lines = [f"{line}, {sum(report.identical)} of {len(report.prompts)} outputs identical"]
-    rows = zip(report.prompts, report.main.outputs, report.baseline.outputs, strict=True)
-    for row, (prompt, ours, theirs) in enumerate(rows):
-        if ours != theirs:
-            same = [a == b for a, b in zip(ours, theirs, strict=False)]
-            at = (same + [False]).index(False)
-            margin = top2_margin(report.engine, prompt + theirs[:at])
-            lines.append(f"row {row} differs from new token {at}; top-2 logit margin {margin:.2g}")
-    return "\n".join(lines)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} CPUs" if names else platform.machine()
-
-
-def environment(engine: Engine) -> dict:
-    device = engine.tokens.device
-    return {
-        "device": device.type,
-        "device_name": device_name(device),
-        "dtype": str(engine.full.spec.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "compiled": engine.model.compiled,
-    }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def run_json(report: Report, r: Run) -> dict:
-    """One run's figures; the speculative keys only if it drafted."""
-    stats = r.stats
-    result = {
-        "decode_tokens_per_second": r.tokens_per_second,
-        "ms_per_token": r.ms_per_token,
-        "decode_seconds": r.seconds,
-        "prefill_seconds": report.prefill_seconds,
-        "compile_seconds": report.compile_seconds,
-        "generated_tokens": sum(map(len, r.outputs)),
-        "peak_memory_bytes": peak_memory_bytes(report.engine.tokens.device),
-        "target_step_ms": report.step_ms["target_step_ms"],
-    }
-    if stats.drafts:
-        result |= {
-            "mean_acceptance_length": stats.mean_acceptance_length,
-            "draft_acceptance_rate": stats.draft_acceptance_rate,
-            "acceptance_rate_per_position": stats.acceptance_rate_per_position,
-            "accepted_histogram": stats.accepted_histogram,
-            **report.step_ms,
-        }
-    return result
-
-
-def to_json(report: Report, tokenizer: Tokenizer) -> dict:
-    """The object that `--json` writes; keys that do not apply are absent."""
-    engine, drafting = report.engine, report.engine.drafting
-    plan = {"strategy": "none", "gamma": 0}
-    if report.gamma:
-        plan = {"strategy": drafting.policy, "gamma": engine.gamma}
-        if drafting.policy not in ("full", "ngram"):
-            plan["draft_budget"] = drafting.budget
-        if engine.drafter.select_every:
-            plan["select_every"] = engine.drafter.select_every
-    if report.auto:
-        plan |= report.auto.decision() | {"gamma": report.auto.gamma}
-    if report.synthetic is not None:
-        plan["synthetic_acceptance"] = report.synthetic
-    eos = set(engine.eos.tolist())
-    result = {
-        "environment": environment(engine),
-        "model": asdict(engine.model.config),
-        "plan": plan,
-        "outputs": [
-            {
-                "prompt_length": len(prompt),
-                "token_ids": ids,
-                "text": continuation(tokenizer, prompt, ids),
-                "finish_reason": "eos" if ids[-1] in eos else "length",
-            }
-            for prompt, ids in zip(report.prompts, report.main.outputs, strict=True)
-        ],
-    }
-    if isinstance(engine.drafter, ModelDrafter):
-        result["draft_model"] = asdict(engine.drafter.model.config)
-    name = "speculative" if report.gamma or report.auto else "baseline"
-    result[name] = run_json(report, report.main)
-    if report.baseline:
-        result["baseline"] = run_json(report, report.baseline)
-    if report.speedup is not None:
-        result["speedup"] = report.speedup
-    if report.identical is not None:
-        result["identical"] = all(report.identical)
-    return result
 
 
 def describe(args: argparse.Namespace, engine: Engine, auto: Auto | None, prompts) -> str:
@@ -745,28 +476,53 @@ def batch(args, engine: Engine, auto: Auto | None, tokenizer: Tokenizer, prompts
     return 1 if args.check_lossless and not all(report.identical) else 0
 
 
-def converse(args, engine: Engine, auto: Auto | None, tokenizer: Tokenizer) -> int:
-    """Continue one prompt after another from standard input, until it ends."""
+def converse(
+    args, engine: Engine, auto: Auto | None, tokenizer: Tokenizer, chat: Chat | None
+) -> int:
+    """Answer one prompt after another from standard input, until it ends.
+
+    With a chat template it is one conversation: its K and V stay in the cache, and of every turn
+    only what is new is read. Otherwise every prompt stands for itself.
+    """
     rows, longest = len(engine.rows), engine.model.config.max_seq_len - args.max_new_tokens
     warm_up(engine, auto)
+    so_far: list[int] = []  # the conversation
     while True:
         try:
             text = input("\nprompt> " if sys.stdin.isatty() else "")
         except EOFError:
             return 0
-        prompt = tokenizer.encode(text) if text else []
+        if not text:
+            prompt = []
+        elif not chat:
+            prompt = tokenizer.encode(text)
+        elif so_far:
+            prompt = so_far + chat.reply(text)
+        else:
+            prompt = chat.start(text, args.system)
+        if so_far and len(prompt) > longest:
+            print(f"the conversation would have {len(prompt)} tokens, of at most {longest}; "
+                  "it begins anew with what you say next")  # fmt: skip
+            so_far = []
+            continue
         if not 1 <= len(prompt) <= longest:
             print(f"a prompt needs 1 to {longest} tokens; this one has {len(prompt)}")
             continue
-        engine.prefill([prompt] * rows, [args.max_new_tokens] * rows, args.eos_ids)
+        held = engine.held(0, prompt) if so_far else 0
+        limits = [args.max_new_tokens] * rows
+        engine.prefill([prompt] * rows, limits, args.eos_ids, reuse=bool(so_far))
         show = RowPrinter(engine, tokenizer, prompt, sys.stdout)
         result = run(engine, decoder(engine, auto), show)
         print(show.text.close())
         print(
             f"[{result.tokens_per_second:.1f} tokens/s, mean acceptance length "
-            f"{result.stats.mean_acceptance_length:.2f}]",
+            f"{result.stats.mean_acceptance_length:.2f}; of {len(prompt)} tokens of prompt "
+            f"{held} were in the cache]",
             file=sys.stderr,
         )
+        if chat:
+            answer = result.outputs[0]
+            so_far = prompt + (answer[:-1] if answer[-1] in args.eos_ids else answer)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -774,9 +530,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with torch.inference_mode():
             args = parse_args(argv)
-            engine, auto, tokenizer, prompts = prepare(args)
+            engine, auto, tokenizer, chat, prompts = prepare(args)
             if args.interactive:
-                return converse(args, engine, auto, tokenizer)
+                return converse(args, engine, auto, tokenizer, chat)
             return batch(args, engine, auto, tokenizer, prompts)
     except (ValueError, OSError, torch.OutOfMemoryError) as e:
         print("generate.py:", " ".join(str(e).split()), file=sys.stderr)

@@ -584,7 +584,7 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; a checkpoint directory is one of Hugging Face, "
-            f"with config.json, model.safetensors and tokenizer.model"
+            f"with config.json, *.safetensors and a tokenizer"
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

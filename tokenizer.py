@@ -1,17 +1,35 @@
-"""Text to token ids and back, for the two kinds of `tokenizer.model` that Llama directories hold.
+"""Text to token ids and back, from the files that model directories hold.
 
-Llama 2, TinyLlama, Mistral and this project's demo ship a sentencepiece model (binary protobuf).
-Llama 3 ships a tiktoken vocabulary (one base64 token and its rank per line) of the same name, in
-`original/`; its pre-tokenisation pattern and special tokens are not in the file and are written
-down here. The kind is told by content, not by guessing from names.
+Three kinds of file, told by content, not by guessing from names:
 
-Both kinds are behind one small interface: `encode`, `decode`, `bos_id`, `vocab_size`. Text is
-always text: "<|eot_id|>" in a prompt is encoded as its characters, not as the special token.
+* sentencepiece `tokenizer.model` (binary protobuf): Llama 2, TinyLlama, Mistral, Yi, the demo;
+* tiktoken `tokenizer.model` (a line per token: base64, rank): Llama 3 as Meta ships it, where the
+  pre-tokenisation pattern and the special tokens are not in the file and are written down here;
+* Hugging Face `tokenizer.json` of the byte-level BPE kind: Llama 3, Qwen2, Qwen3, GPT-2.
+
+The last two are the same thing. A pattern cuts the text into pieces, the bytes of a piece are
+joined pair by pair, and the pair whose joined token is the oldest goes first; tiktoken does this:
+
+    "low lower" -> "low", " lower" -> l o w, _ l o w e r -> low, _low er
+
+tokenizer.json lists the joins in order ("merges"). A token's first merge is its rank for tiktoken,
+and a table leads from ranks to ids, so ids may have any order. tiktoken joins by the joined bytes,
+tokenizer.json by the pair; for merges as trainers write them, each made of earlier tokens, this is
+the same, and so it is for Llama 3's, which list every pair of a token (`ignore_merges`). Other
+orders are refused, and so is all that would change ids unnoticed; the message names the field.
+
+Text is always text: "<|eot_id|>" in a prompt is encoded as its characters, unless `specials` asks
+for the token. Added tokens that are not special (Qwen3's "<think>") are always matched.
 """
 
 import base64
+import json
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import sentencepiece
 import tiktoken
@@ -20,55 +38,251 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )  # from the Llama 3 release, github.com/meta-llama/llama3, llama/tokenizer.py
+GPT2_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+"
+    r"| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)  # ByteLevel's own; from the GPT-2 release, github.com/openai/gpt-2, src/encoder.py
 LLAMA3_SPECIALS = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
     "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(2, 247)),
 )  # fmt: skip
+SENTENCEPIECE_PARTS = ("Unigram", "Metaspace", "Prepend", "Replace")  # in a tokenizer.json
+CONTEXT = 8  # tokens that TextStream keeps, so that the next ones are decoded as they follow
+KINDS = "sentencepiece, tiktoken (Llama 3) and byte-level BPE (tokenizer.json of Llama 3, Qwen)"
 
 
-class Tokenizer(Protocol):
-    bos_id: int | None  # put before every text; None where the model has none
-    vocab_size: int
+@dataclass(frozen=True, slots=True)
+class Json:
+    """A part of a JSON file that knows its place, so that a complaint names file and field."""
 
-    def encode(self, text: str, bos: bool = True) -> list[int]: ...
+    path: Path
+    name: str  # as "model.merges[3]"; "" is the whole file
+    value: object  # None where the file has no such field
 
-    def decode(self, ids: list[int]) -> str: ...
+    def __getitem__(self, key: str | int) -> "Json":
+        if isinstance(key, int):
+            return Json(self.path, f"{self.name}[{key}]", self.of(list)[key])
+        name = f"{self.name}.{ascii(key)[1:-1]}".lstrip(".")
+        return Json(self.path, name, self.of(dict).get(key))
 
+    def __iter__(self) -> Iterator["Json"]:
+        return (self[i] for i in range(len(self.of(list))))
 
-class SentencePieceTokenizer:
-    def __init__(self, path: Path) -> None:
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
-        self.vocab_size = self.model.vocab_size()
+    def of(self, kind: type):
+        """The value, which must be of this type."""
+        if type(self.value) is not kind:
+            raise self.refused(f"of type {kind.__name__}")
+        return self.value
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        start = [self.bos_id] if bos and self.bos_id is not None else []
-        return start + self.model.encode(text)
+    def only(self, *supported: object) -> None:
+        """ValueError unless the value is one of these."""
+        if self.value not in supported:
+            raise self.refused(" or ".join(map(json.dumps, supported)))
 
-    def decode(self, ids: list[int]) -> str:
-        """Ids outside the vocabulary (padding rows of the model) decode to nothing."""
-        return self.model.decode([i for i in ids if i < self.vocab_size])
-
-
-class TiktokenTokenizer:
-    """Llama 3's vocabulary: mergeable ranks from the file, 256 special tokens after them."""
-
-    def __init__(self, path: Path) -> None:
-        ranks = read_ranks(path)
-        specials = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIALS)}
-        self.model = tiktoken.Encoding(
-            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+    def refused(self, supported: str) -> ValueError:
+        shown = ascii(self.value)
+        shown = shown if len(shown) <= 60 else shown[:60] + "..."
+        sentencepiece_like = self.name.endswith("byte_fallback") or any(
+            self.value == part for part in SENTENCEPIECE_PARTS
         )
-        self.bos_id = specials["<|begin_of_text|>"]
-        self.vocab_size = len(ranks) + len(specials)
+        hint = "; this is a sentencepiece model, its tokenizer.model is needed"
+        return ValueError(
+            f"{self.path}: {self.name or 'the file'} is {shown}, supported is only {supported}"
+            + hint * sentencepiece_like
+        )
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        return [self.bos_id] * bos + self.model.encode_ordinary(text)
+
+def open_json(path: Path) -> Json:
+    """The object in a JSON file. Raises ValueError if there is none in it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON: {type(e).__name__}") from None
+    file = Json(path, "", value)
+    file.of(dict)
+    return file
+
+
+def tokenizer_config(checkpoint_dir: Path) -> Json:
+    """The directory's tokenizer_config.json; without one, an empty object."""
+    path = checkpoint_dir / "tokenizer_config.json"
+    return open_json(path) if path.is_file() else Json(path, "", {})
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A token that is looked for in the text before anything else happens to it."""
+
+    id: int
+    special: bool  # a control token: is text unless the caller wants specials
+    normalized: bool  # looked for after the normaliser, not before it
+
+
+class Tokenizer(ABC):
+    bos_id: int | None  # put before every text; None where the model has none
+    vocab_size: int  # the largest id + 1
+    added: dict[str, Added]
+
+    def encode(self, text: str, bos: bool = True, specials: bool = False) -> list[int]:
+        """Ids of the text; `specials`: "<|eot_id|>" in it is that token, not its characters."""
+        ids: list[int] = []
+        for part in self.split(text, specials, normalized=False):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            for piece in self.split(self.normalize(part), specials, normalized=True):
+                ids += [piece] if isinstance(piece, int) else self.encode_text(piece)
+        return ([self.bos_id] if bos and self.bos_id is not None else []) + ids
+
+    def split(self, text: str, specials: bool, normalized: bool) -> list[str | int]:
+        """Text and ids of added tokens in turn; of two tokens at one place the longer counts."""
+        tokens = {
+            self.normalize(token) if normalized else token: added.id
+            for token, added in self.added.items()
+            if added.normalized == normalized and (specials or not added.special)
+        }
+        if not tokens:
+            return [text]
+        longest_first = sorted(tokens, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        return [tokens[part] if i % 2 else part for i, part in enumerate(parts)]
+
+    def normalize(self, text: str) -> str:
+        return text
+
+    def special(self, text: str) -> int | None:
+        """The id of a control or added token by its text; None if there is none."""
+        return self.added[text].id if text in self.added else None
+
+    @abstractmethod
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of text in which no added token is looked for."""
+
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """The text; ids outside the vocabulary (padding rows of the model) decode to nothing."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model, and the tokens that tokenizer_config.json adds to it."""
+
+    def __init__(self, path: Path, config: Json) -> None:
+        self.model = model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        bos = model.bos_id() >= 0 and config["add_bos_token"].value is not False
+        self.bos_id = model.bos_id() if bos else None
+        control = [i for i in range(model.vocab_size()) if model.is_control(i)]
+        self.added = {model.id_to_piece(i): Added(i, True, False) for i in control}
+        self.more: dict[int, str] = {}  # behind the model's vocabulary
+        listed = config["added_tokens_decoder"]
+        for number in listed.of(dict) if listed.value is not None else ():
+            if not re.fullmatch("[0-9]{1,9}", number):
+                raise listed[number].refused("under the id of the token")
+            text, added = read_added(listed[number], int(number))
+            self.added[text] = Added(added.id, added.special, False)
+            if added.id >= model.vocab_size():
+                self.more[added.id] = text
+        self.vocab_size = max([model.vocab_size(), *(i + 1 for i in self.more)])
+        specials = [text for text, added in self.added.items() if added.special]
+        self.found = [text for text in specials if self.added[text].id in model.encode(text)]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Special tokens that sentencepiece finds by itself are spelled out: text is text."""
+        if not self.found:
+            return self.model.encode(text)
+        parts = re.split(f"({'|'.join(map(re.escape, self.found))})", text)
+        ids = [
+            self.spell(part) if n % 2 else self.model.encode(part) for n, part in enumerate(parts)
+        ]
+        return sum(ids, [])
+
+    def spell(self, text: str) -> list[int]:
+        """Ids of single characters, or of their bytes where the model has no such character."""
+        ids: list[int] = []
+        for char in text:
+            i = self.model.piece_to_id(char)
+            by_bytes = [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in char.encode()]
+            ids += by_bytes if self.model.is_unknown(i) else [i]
+        return ids
+
+    def special(self, text: str) -> int | None:
+        found = super().special(text)
+        if found is None:  # user-defined pieces: sentencepiece itself looks for them in texts
+            i = self.model.piece_to_id(text)
+            score = str(self.model.get_score(i))  # theirs is 0.0; the first merge's is -0.0
+            named = score == "0.0" and self.model.id_to_piece(i) == text
+            found = i if named and not self.model.is_byte(i) else None
+        return found
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode([i for i in ids if i < self.vocab_size])
+        """Control tokens decode to nothing too, as sentencepiece has it."""
+        text, run = "", []
+        for i in ids:
+            if i in self.more:
+                text, run = text + self.model.decode(run) + self.more[i], []
+            elif i < self.model.vocab_size():
+                run.append(i)
+        return text + self.model.decode(run)
+
+
+class BytePairTokenizer(Tokenizer):
+    """Byte-level BPE by tiktoken. Raises ValueError if the pattern is no regular expression."""
+
+    def __init__(
+        self,
+        ranks: dict[bytes, int],  # token bytes -> merge priority 0, 1, ...; with every single byte
+        ids: list[int],  # priority -> id
+        pattern: str,
+        added: dict[str, Added],
+        bos_id: int | None,
+        nfc: bool = False,
+    ) -> None:
+        # tiktoken drops what a pattern leaves out; `tokenizers` keeps it as a piece, and so do we.
+        whole = f"(?:{pattern})|(?:(?!{pattern})[\\s\\S])+"
+        self.model = tiktoken.Encoding("", pat_str=whole, mergeable_ranks=ranks, special_tokens={})
+        self.ids, self.added, self.bos_id, self.nfc = ids, added, bos_id, nfc
+        self.tokens = {ids[rank]: token for token, rank in ranks.items()}
+        self.tokens |= {token.id: text.encode() for text, token in added.items()}
+        self.vocab_size = max(self.tokens) + 1
+
+    def normalize(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def encode_text(self, text: str) -> list[int]:
+        try:
+            return [self.ids[rank] for rank in self.model.encode_ordinary(text)]
+        except BaseException as e:  # what a panic of tiktoken is derived from
+            if type(e).__name__ != "PanicException":
+                raise
+        raise ValueError("the tokenizer's pattern needs too many steps on this text")
+
+    def decode(self, ids: list[int]) -> str:
+        """Special tokens decode to their names."""
+        return b"".join(self.tokens.get(i, b"") for i in ids).decode(errors="replace")
+
+
+class NumberTokenizer(Tokenizer):
+    """For random weights, which know no language: ids are shown as numbers."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.bos_id, self.added = vocab_size, None, {}
+
+    def encode_text(self, text: str) -> list[int]:
+        """Raises ValueError: there is nothing to encode with."""
+        raise ValueError("random weights have no tokenizer; give --prompt N for N random tokens")
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f" {i}" for i in ids)
+
+
+def read_tiktoken(path: Path) -> BytePairTokenizer:
+    """Llama 3's `tokenizer.model`: ranks from the file, 256 special tokens after them."""
+    ranks = read_ranks(path)
+    ids = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIALS)}
+    added = {token: Added(i, True, False) for token, i in ids.items()}
+    bos_id = ids["<|begin_of_text|>"]
+    return BytePairTokenizer(ranks, list(range(len(ranks))), LLAMA3_PATTERN, added, bos_id)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -78,49 +292,210 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     if any(bytes([i]) not in ranks for i in range(256)):
         raise ValueError(f"{path} does not hold every single byte")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path} does not number its tokens 0, 1, 2 and so on")
     return ranks
+
+
+def read_tokenizer_json(path: Path) -> BytePairTokenizer:
+    """A Hugging Face `tokenizer.json` of the byte-level BPE kind.
+
+    Raises ValueError with file and field for every other kind and for what is malformed.
+    """
+    file = open_json(path)
+    pattern, normalizer = read_pattern(file), file["normalizer"]
+    if normalizer.value is not None:
+        normalizer["type"].only("NFC")
+    added = dict(
+        read_added(token, token["id"].of(int))
+        for token in (file["added_tokens"] if file["added_tokens"].value is not None else ())
+    )
+    vocab = read_vocabulary(file["model"]["vocab"], added)
+    order = read_merges(file["model"], vocab)
+    bytes_of = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
+    ranks = {token.translate(bytes_of).encode("latin-1"): n for token, n in order.items()}
+    ids = [vocab[token] for token in order]
+    bos_id = read_bos(file["post_processor"], added)
+    try:
+        return BytePairTokenizer(ranks, ids, pattern, added, bos_id, normalizer.value is not None)
+    except ValueError as e:
+        raise ValueError(f"{path}: pre_tokenizer: tiktoken cannot use this pattern: {e}") from None
+
+
+def read_pattern(file: Json) -> str:
+    """The pattern that cuts a text into pieces; checks all that else would change the pieces."""
+    model, pre = file["model"], file["pre_tokenizer"]
+    model["type"].only("BPE", None)
+    model["byte_fallback"].only(False, None)
+    model["dropout"].only(None, 0)
+    model["continuing_subword_prefix"].only(None, "")
+    model["end_of_word_suffix"].only(None, "")
+    steps = list(pre["pretokenizers"]) if pre["type"].value == "Sequence" else [pre]
+    if len(steps) not in (1, 2):
+        raise pre.refused("Split and ByteLevel, or ByteLevel alone")
+    for step, kind in zip(steps, ("Split", "ByteLevel")[-len(steps) :], strict=True):
+        step["type"].only(kind)
+    steps[-1]["add_prefix_space"].only(False)
+    if len(steps) == 1:
+        steps[0]["use_regex"].only(True, None)
+        return GPT2_PATTERN
+    steps[-1]["use_regex"].only(False)
+    steps[0]["behavior"].only("Isolated")
+    steps[0]["invert"].only(False, None)
+    return steps[0]["pattern"]["Regex"].of(str)
+
+
+def read_added(token: Json, i: int) -> tuple[str, Added]:
+    """Text and properties of an added token."""
+    for field in ("single_word", "lstrip", "rstrip"):
+        token[field].only(False, None)
+    text = token["content"].of(str)
+    if not text or not is_unicode(text):
+        raise token["content"].refused("text")
+    if not 0 <= i < 2**31:
+        raise token["id"].refused("a number from 0 to 2147483647")
+    return text, Added(i, token["special"].value is True, token["normalized"].value is True)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text has no half of a surrogate pair, which JSON can spell."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def byte_letters() -> list[str]:
+    """GPT-2's letters for the bytes 0 to 255.
+
+    Bytes that print stand for themselves; the n-th one that does not is written chr(256 + n).
+    """
+    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printing]
+    return [chr(256 + hidden.index(b) if b in hidden else b) for b in range(256)]
+
+
+def read_vocabulary(vocab: Json, added: dict[str, Added]) -> dict[str, int]:
+    """Token in byte letters -> id; no id may stand for two tokens, added ones included."""
+    taken = {token.id: text for text, token in added.items()}
+    if len(taken) != len(added):
+        raise ValueError(f"{vocab.path}: added_tokens gives an id to two tokens")
+    letters = set(byte_letters())
+    for text, i in vocab.of(dict).items():
+        if type(i) is not int or not 0 <= i < 2**31 or taken.setdefault(i, text) != text:
+            raise vocab[text].refused("an id of its own")
+        if text in added and added[text].id != i:
+            raise vocab[text].refused(f"{added[text].id} as in added_tokens")
+        if text not in added and not letters.issuperset(text):
+            raise vocab[text].refused("a token in the byte-level alphabet")
+    missing = [byte for byte, letter in enumerate(byte_letters()) if letter not in vocab.value]
+    if missing:
+        raise ValueError(f"{vocab.path}: {vocab.name} lacks byte {missing[0]:#04x}; all are needed")
+    return {text: i for text, i in vocab.value.items() if letters.issuperset(text)}
+
+
+def read_merges(model: Json, vocab: dict[str, int]) -> dict[str, int]:
+    """Token in byte letters -> priority: single bytes, then joined tokens by their first merge."""
+    whole = model["ignore_merges"].value is True  # a piece that is a token needs no merges
+    ranks = {letter: byte for byte, letter in enumerate(byte_letters())}
+    known = vocab if whole else ranks
+    for n, merge in enumerate(model["merges"].of(list)):
+        try:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            fits = left in known and right in known and left + right in vocab
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            where = "the vocabulary" if whole else "the vocabulary, made by earlier merges,"
+            raise model["merges"][n].refused(f"two tokens of {where} that join to a third")
+        ranks.setdefault(left + right, len(ranks))
+    for token in vocab if whole else ():
+        ranks.setdefault(token, len(ranks))
+    return ranks
+
+
+def read_bos(post: Json, added: dict[str, Added]) -> int | None:
+    """The id that the post-processor puts before a text, if it does."""
+    if post.value is None:
+        return None
+    for step in post["processors"] if post["type"].value == "Sequence" else (post,):
+        step["type"].only("ByteLevel", "TemplateProcessing")
+        if step["type"].value == "TemplateProcessing":
+            single = list(step["single"])
+            if len(single) not in (1, 2):
+                raise step["single"].refused("the text with at most one token before it")
+            single[-1]["Sequence"]["id"].only("A")
+            if len(single) == 2:
+                name = single[0]["SpecialToken"]["id"]
+                if name.of(str) not in added:
+                    raise name.refused("one of added_tokens")
+                step["special_tokens"][name.value]["ids"].only([added[name.value].id])
+                return added[name.value].id
+    return None
 
 
 def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     """The tokenizer of a checkpoint directory.
 
-    Raises FileNotFoundError if there is no `tokenizer.model`, ValueError if it is of neither kind.
+    Raises FileNotFoundError if it has none of the files, ValueError if the file is of no kind.
     """
-    path = checkpoint_dir / "tokenizer.model"
-    if not path.is_file():  # where Hugging Face's Llama 3 directories keep it
-        path = checkpoint_dir / "original" / "tokenizer.model"
-    if not path.is_file():
+    config = tokenizer_config(checkpoint_dir)
+    names = ("tokenizer.model", "tokenizer.json", "original/tokenizer.model")
+    found = [checkpoint_dir / name for name in names if (checkpoint_dir / name).is_file()]
+    if not found:
         raise FileNotFoundError(
-            f"{checkpoint_dir / 'tokenizer.model'} does not exist, nor original/tokenizer.model; "
-            f"supported are the sentencepiece (Llama 2) and tiktoken (Llama 3) kinds"
+            f"{checkpoint_dir / names[0]} does not exist, nor {names[1]} or {names[2]}; "
+            f"supported are {KINDS}"
         )
-    for kind in (TiktokenTokenizer, SentencePieceTokenizer):
-        try:
-            return kind(path)
-        except (ValueError, RuntimeError):
-            continue
-    raise ValueError(f"{path} is neither a sentencepiece model nor a tiktoken vocabulary")
+    if found[0].suffix == ".json":
+        return read_tokenizer_json(found[0])
+    try:
+        return read_tiktoken(found[0])
+    except ValueError:
+        pass
+    try:
+        return SentencePieceTokenizer(found[0], config)
+    except RuntimeError:
+        raise ValueError(
+            f"{found[0]} is neither a sentencepiece model nor a tiktoken vocabulary; "
+            f"supported are {KINDS}"
+        ) from None
 
 
 class TextStream:
-    """Turns a growing list of tokens into text, never giving out half a character."""
+    """Turns tokens that keep coming into text, never giving out half a character.
+
+    The text of a token may depend on its neighbours, so the newest ones are decoded together; the
+    ones before, whose text is out, are forgotten.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         self.tokenizer = tokenizer
-        self.ids = prompt[-8:]  # some context: sentencepiece drops a space at the very start
-        self.shown = len(tokenizer.decode(self.ids))
+        self.ids = prompt[-CONTEXT:]  # sentencepiece drops a space at the very start
+        self.shown = len(whole_characters(tokenizer.decode(self.ids)))
 
     def feed(self, new_ids: list[int]) -> str:
         """The text that these tokens complete; an unfinished character waits for the next call."""
         self.ids = self.ids + new_ids
-        text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
+        decoded = self.tokenizer.decode(self.ids)
+        text = whole_characters(decoded)
         fresh = text[self.shown :]
         self.shown = max(self.shown, len(text))
+        if len(self.ids) > 4 * CONTEXT and text == decoded:
+            self.forget()
         return fresh
+
+    def forget(self) -> None:
+        """Keep some context, if the text that follows is the same behind it."""
+        kept = self.tokenizer.decode(self.ids[-CONTEXT:])
+        if kept and kept == whole_characters(kept):
+            self.ids, self.shown = self.ids[-CONTEXT:], len(kept)
 
     def close(self) -> str:
         """What is left, unfinished characters included."""
         return self.tokenizer.decode(self.ids)[self.shown :]
+
+
+def whole_characters(text: str) -> str:
+    """The text without what may be the beginning of a character: at most three broken bytes."""
+    return text[: max(len(text) - 3, len(text.rstrip("\ufffd")))]
 
 
 def continuation(tokenizer: Tokenizer, prompt: list[int], new_ids: list[int]) -> str:

@@ -20,20 +20,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from auto import GAMMAS, Auto, Candidate
+from auto import GAMMAS, Auto, Candidate, timed
 from cost_model import Draft, Workload, draft_step, step
 from drafters import Drafting
-from generate import (
-    AUTO_POLICIES,
-    DEMO_CHECKPOINT,
-    DTYPES,
-    demo_prompts,
-    environment,
-    step_times,
-    timed,
-    warm_up,
-)
+from generate import AUTO_POLICIES, DEMO_CHECKPOINT, DTYPES, step_times, warm_up
 from model import compile_blocks, load_model, write_json
+from prompts import demo_prompts
+from report import environment
 from spec_decode import Engine, Sampling, decode
 from tokenizer import load_tokenizer
 

@@ -20,17 +20,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from auto import timed
 from drafters import Drafting
-from generate import (
-    DEMO_CHECKPOINT,
-    DTYPES,
-    demo_lengths,
-    environment,
-    step_bytes,
-    step_times,
-    timed,
-)
+from generate import DEMO_CHECKPOINT, DTYPES, step_times
 from model import compile_blocks, load_model, write_json
+from prompts import demo_lengths
+from report import environment, step_bytes
 from spec_decode import Engine, Sampling, decode
 
 NEW_TOKENS = 128

@@ -33,21 +33,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from auto import timed
 from drafters import Drafting
-from generate import (
-    DEMO_CHECKPOINT,
-    DEMO_LONGEST,
-    DEMO_MODULES,
-    DTYPES,
-    demo_prompts,
-    environment,
-    module_source,
-    step_times,
-    timed,
-    warm_up,
-)
+from generate import DEMO_CHECKPOINT, DTYPES, step_times, warm_up
 from kv_cache import POLICIES
 from model import Transformer, compile_blocks, load_model, write_json
+from prompts import DEMO_LONGEST, DEMO_MODULES, demo_prompts, module_source
+from report import environment
 from spec_decode import Engine, Sampling, decode
 from tokenizer import Tokenizer, load_tokenizer
 

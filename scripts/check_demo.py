@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from generate import DEMO_CHECKPOINT, demo_prompts
+from generate import DEMO_CHECKPOINT
 from model import load_model
+from prompts import demo_prompts
 from spec_decode import Drafting, Engine, Sampling, generate
 from tokenizer import load_tokenizer
 

@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generate import DEMO_MODULES, module_source
 from model import (
     ModelConfig,
     Transformer,
@@ -44,6 +43,7 @@ from model import (
     save_model,
     write_json,
 )
+from prompts import DEMO_MODULES, module_source
 
 SKIPPED = {
     "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__",

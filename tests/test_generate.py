@@ -12,9 +12,12 @@ import pytest
 import sentencepiece
 import torch
 
+import cost_model
 import generate
-from generate import DEMO_CHECKPOINT, demo_prompts, main
+from chat import load_chat
+from generate import DEMO_CHECKPOINT, main
 from model import load_model, save_model
+from prompts import demo_prompts
 from tests.reference import plain_greedy, tiny_model
 from tokenizer import continuation, load_tokenizer
 
@@ -227,6 +230,71 @@ def test_interactive_streams_one_answer_per_line(checkpoint, monkeypatch, capsys
     assert "a prompt needs 1 to" in out
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+)
+
+
+@pytest.fixture
+def chat_checkpoint(tmp_path) -> Path:
+    """A tiny random model with a ChatML template and the tokenizer of the fixtures."""
+    path = tmp_path / "chat"
+    shutil.copytree(ROOT / "tests/fixtures/tokenizers/qwen3", path)
+    tokenizer = load_tokenizer(path)
+    end = tokenizer.special("<|im_end|>")
+    save_model(tiny_model(vocab_size=tokenizer.vocab_size), path, max_position_embeddings=300,
+               eos_token_id=end)  # fmt: skip
+    (path / "chat_template.jinja").write_text(CHATML + "<|im_start|>assistant\n")
+    return path
+
+
+@pytest.mark.parametrize("draft", [["--draft", "none"], FIXED])
+def test_a_chat_is_one_conversation_whose_cache_is_kept(
+    chat_checkpoint, monkeypatch, capsys, draft
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello <|im_end|>\nAnd then?\n\n" + "x" * 500))
+    flags = ["--checkpoint_path", str(chat_checkpoint), "--no-compile", "--max_new_tokens", "40",
+             "--chat", "--interactive", "--system", "Be brief."]  # fmt: skip
+    assert main([*flags, *draft]) == 0
+    model = load_model(chat_checkpoint, torch.device("cpu"), torch.float32)
+    tokenizer = load_tokenizer(chat_checkpoint)
+    chat = load_chat(chat_checkpoint, tokenizer)
+    captured = capsys.readouterr()
+    end = tokenizer.special("<|im_end|>")
+    text, held = chat.start("Hello <|im_end|>", "Be brief."), 0
+    assert text.count(end) == 2  # of the system and of the user; what was typed is text
+    for _ in range(2):
+        answer = plain_greedy(model, text, 40)
+        answer = answer[: answer.index(end)] if end in answer else answer
+        assert continuation(tokenizer, text, answer) in captured.out
+        assert f"of {len(text)} tokens of prompt {held} were in the cache" in captured.err
+        held = len(text + answer) - (len(answer) == 40)  # the last of 40 was not fed to the model
+        text = text + answer + chat.reply("And then?")
+    assert captured.err.count("were in the cache") == 2
+    assert "a prompt needs 1 to" in captured.out and "it begins anew" in captured.out
+
+
+def test_chat_wraps_the_prompts_of_a_batch(chat_checkpoint):
+    chat = load_chat(chat_checkpoint, load_tokenizer(chat_checkpoint))
+    _, result = run(chat_checkpoint, "--chat", "--prompt", "Hello", "--max_new_tokens", "4")
+    assert result["outputs"][0]["prompt_length"] == len(chat.start("Hello"))
+
+
+def test_random_weights_need_no_directory(monkeypatch, capsys):
+    monkeypatch.setitem(
+        cost_model.MODELS, "tiny", cost_model.Dimensions(32, 2, 4, 2, 8, 48, 99, 500)
+    )
+    monkeypatch.setattr(generate, "LARGE", 1)
+    flags = ["--checkpoint_path", "random:tiny", "--no-compile", "--max_new_tokens", "6"]
+    assert main([*flags, "--prompt", "50", *FIXED, "--check_lossless"]) == 0
+    captured = capsys.readouterr()
+    assert "1 of 1 outputs identical" in captured.out
+    assert "loading random:tiny: 0.0 GB ... 100%" in captured.err
+    assert main([*flags, "--prompt", "text"]) == 2
+    assert "give --prompt N" in capsys.readouterr().err
+    assert main([*flags, "--prompt", "50", "--chat"]) == 2
+
+
 def test_a_difference_is_reported_with_its_place_and_margin(checkpoint, monkeypatch, capsys):
     """Break the acceptance rule: the last draft always stays."""
     import spec_decode
@@ -305,6 +373,9 @@ BAD_FLAGS = [
     (["--prompt", ""], "empty"),
     (["--prompt", "word " * 400], "leaves room for"),
     (["--prompt", "a", "--interactive"], "one of"),
+    (["--chat"], "--chat needs a --prompt"),
+    (["--system", "a"], "--system needs --chat"),
+    (["--chat", "--prompt", "a"], "no chat_template"),
     (["--check_lossless", "--temperature", "1"], "greedy"),
     (["--check_lossless", "--no-compare"], "--no-compare"),
     (["--synthetic_acceptance", "0.5", "--draft", "none"], "needs a draft"),

@@ -1,0 +1,207 @@
+"""Chat templates without a template engine.
+
+A directory's chat template is a Jinja program. The families that this project runs use five
+formats, known by a line that is in each template of theirs; the format is written down here, as a
+layout, and what varies within a family (default system prompt, dates, BOS) is read from the
+template. A layout is text with control tokens in it:
+
+    <|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n
+
+What looks like a control token and is one of this tokenizer's becomes its id. All else is text, and
+text that touches is joined before it is encoded, as in the whole text that Jinja would give. What
+somebody says is always text: "<|im_end|>" typed by a user ends nothing.
+
+A conversation is `start`, the model's answer, `reply`, its answer, `reply`: each time only what is
+new, behind what already is in the KV cache. So answers stay as the model gave them, where rendering
+all of it again would trim them or drop what Qwen3 thought, and Mistral's system prompt stays in the
+first turn, where the templates since v0.3 move it into the last one.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+from tokenizer import Json, SentencePieceTokenizer, Tokenizer, tokenizer_config
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    name: str
+    known_by: tuple[str, ...]  # all are in the template without blanks and quotes; ¶: newline
+    system: str  # what the model is told before the first turn
+    turn: str  # what a user says, up to the model's answer
+    end: str  # the token that ends the answer
+    after: str = ""  # between the answer's end and the next turn
+    inside: bool = False  # the system prompt is part of what the user says first
+    strip: bool = False  # blanks around what is said are dropped
+
+
+FORMATS = (
+    Format(
+        "Llama 3",
+        ("<|start_header_id|>+message[role]+<|end_header_id|>¶¶+message[content]|trim+<|eot_id|>",),
+        system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+        turn="<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+        strip=True,
+    ),
+    Format(
+        "ChatML (Qwen)",
+        ("<|im_start|>+message[role]+¶+", "<|im_start|>assistant¶"),
+        system="<|im_start|>system\n{system}<|im_end|>\n",
+        turn="<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
+        end="<|im_end|>",
+        after="\n",
+    ),
+    Format(
+        "Llama 2",
+        ("bos_token+[INST]+content", "<<SYS>>"),
+        system="<<SYS>>\n{system}\n<</SYS>>\n\n",
+        turn="[INST] {user} [/INST]",
+        end="{eos}",
+        after="{bos}",
+        inside=True,
+        strip=True,
+    ),
+    Format(
+        "Mistral",
+        ("[INST]+message[content]+[/INST]",),
+        system="{system}\n\n",
+        turn="[INST] {user} [/INST]",
+        end="{eos}",
+        inside=True,
+    ),
+    Format(
+        "Zephyr (TinyLlama)",
+        ("<|user|>¶+message[content]+eos_token}}¶",),
+        system="<|system|>\n{system}{eos}\n",
+        turn="<|user|>\n{user}{eos}\n<|assistant|>\n",
+        end="{eos}",
+        after="\n",
+    ),
+)
+OTHERS = ("<|im_sep|>", "[SYSTEM_PROMPT]", "eliftrue==true")  # of formats that only look alike
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    tokenizer: Tokenizer
+    format: Format
+    ids: dict[str, int | None]  # of "{bos}" and "{eos}"; None: there is none
+    system: str | None  # what the model is told where nobody says anything else
+    preamble: str  # what it is always told before that
+
+    def start(self, user: str, system: str | None = None) -> list[int]:
+        """Ids of a conversation up to the model's first answer."""
+        layout, system = self.format.turn, self.system if system is None else system
+        if self.format.inside and system is not None:
+            user = self.format.system.replace("{system}", system) + user
+        elif system is not None or self.preamble:
+            layout = self.format.system + layout
+        return self.encode("{bos}" + layout, user, system or "")
+
+    def reply(self, user: str, ended: bool = False) -> list[int]:
+        """Ids that follow the model's answer up to its next one.
+
+        `ended`: the answer has its end token; an answer cut short, or without it, gets one here.
+        """
+        end = "" if ended else self.format.end
+        return self.encode(end + self.format.after + self.format.turn, user)
+
+    def encode(self, layout: str, user: str, system: str = "") -> list[int]:
+        """Ids of a layout: control tokens as such, the rest as text, joined where it touches."""
+        if self.format.strip:
+            user, system = user.strip(), system.strip()
+        words = {"{user}": user, "{system}": self.preamble + system}
+        ids: list[int] = []
+        text = ""
+        for part in re.split(r"(\{\w+\}|<\|\w+\|>|\[/?INST\])", layout):
+            token = self.ids[part] if part in self.ids else self.tokenizer.special(part)
+            if token is not None:
+                ids += [*self.tokenizer.encode(text, bos=False), token]
+                text = ""
+            elif part not in self.ids:
+                text += words.get(part, part)
+        return ids + self.tokenizer.encode(text, bos=False)
+
+
+def load_chat(checkpoint_dir: Path, tokenizer: Tokenizer, today: date | None = None) -> Chat:
+    """The chat format of a checkpoint directory; `today` is what Llama 3.2 is told the date is.
+
+    Raises ValueError if the directory has no chat template, or one of no known format.
+    """
+    path, template = read_template(checkpoint_dir)
+    form = recognise(path, template)
+    if form.name == "Mistral" and tokenizer.special("[INST]") is not None:  # since v0.3
+        spaced = "[INST] " in template and not isinstance(tokenizer, SentencePieceTokenizer)
+        turn = "[INST]" + " " * spaced + "{user}[/INST]"  # sentencepiece puts the space itself
+        form = replace(form, turn=turn)
+    if re.search(r"<\|im_start\|>assistant(\\n|\n)<think>", template):
+        form = replace(form, turn=form.turn + "<think>\n")
+    config = tokenizer_config(checkpoint_dir)
+    ids = {"{bos}": named(config, "bos_token", tokenizer), "{eos}": None}
+    if "bos_token" not in template:
+        ids["{bos}"] = None
+    if "eos_token" in template:
+        ids["{eos}"] = named(config, "eos_token", tokenizer)
+    if ids.get(form.end, tokenizer.special(form.end)) is None:
+        end = form.end.replace("{eos}", "eos_token of tokenizer_config.json")
+        raise ValueError(f"{path}: {form.name} chats end with {end}, which is no token here")
+    return Chat(tokenizer, form, ids, default_system(template), preamble(template, today))
+
+
+def named(config: Json, field: str, tokenizer: Tokenizer) -> int | None:
+    """The id of the token that tokenizer_config.json names, as text or as an object."""
+    token = config[field]
+    token = token["content"] if isinstance(token.value, dict) else token
+    return tokenizer.special(token.of(str)) if token.value is not None else None
+
+
+def read_template(checkpoint_dir: Path) -> tuple[Path, str]:
+    """File and text of the chat template; chat_template.jinja goes first, as in transformers."""
+    path = checkpoint_dir / "chat_template.jinja"
+    if path.is_file():
+        return path, path.read_text(encoding="utf-8", errors="replace")
+    template = tokenizer_config(checkpoint_dir)["chat_template"]
+    if isinstance(template.value, list):
+        several = {t["name"].of(str): t["template"] for t in template}
+        template = several.get("default", replace(template, value=None))
+    if template.value is None:
+        raise ValueError(
+            f"{template.path} has no chat_template, and there is no {path.name}: "
+            "this model is not made for chats, or its template is missing"
+        )
+    return template.path, template.of(str)
+
+
+def recognise(path: Path, template: str) -> Format:
+    """The format whose marks the template has."""
+    compact = re.sub(r"[ \t'\"]", "", re.sub(r"\\n|\r?\n", "¶", template))
+    compact = re.sub(r"message\.(role|content)", r"message[\1]", compact)
+    for form in FORMATS:
+        if all(mark in compact for mark in form.known_by) and not any(o in compact for o in OTHERS):
+            return form
+    raise ValueError(
+        f"{path}: this chat template is of no known format; supported are "
+        + ", ".join(form.name for form in FORMATS)
+    )
+
+
+def default_system(template: str) -> str | None:
+    """ChatML's default system prompt, where it is a part of a literal: '...system\\nYou are...'."""
+    begin, end = r"<\|im_start\|>system(?:\\n|\n)", r"<\|im_end\|>"
+    found = re.search(begin + r"((?:[^'\"\\]|\\.)*?)" + end, template)
+    return found and re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), found[1])
+
+
+def preamble(template: str, today: date | None) -> str:
+    """What Llama 3.1 and later are told about dates."""
+    if "Cutting Knowledge Date" not in template:
+        return ""
+    fixed = re.search(r'date_string = "([^"]+)"', template)
+    day = (today or date.today()).strftime("%d %b %Y")
+    if "strftime_now" not in template and fixed:
+        day = fixed[1]
+    return f"Cutting Knowledge Date: December 2023\nToday Date: {day}\n\n"
