@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import load_memory
+from cost_model import MODELS, Dimensions, total_params
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,3 +31,13 @@ def test_smoke(tmp_path, name, keys):
     if name == "strategies":
         for workload in result["grid"].values():
             assert all(r["identical"] == r["rows"] == 2 for r in workload["results"])
+
+
+def test_load_memory_measures_a_sharded_checkpoint(monkeypatch):
+    """Too small to say anything about memory; that is what the benchmark itself is for."""
+    monkeypatch.setitem(MODELS, "tiny", Dimensions(256, 2, 4, 2, 64, 700, 9999, 500))
+    r = load_memory.measure("tiny", 3, "bfloat16", "float32")
+    assert r["n_shards"] == 3 and r["seconds"] > 0
+    assert r["model_bytes"] == 4 * total_params(MODELS["tiny"])
+    assert r["largest_shard_bytes"] < r["model_bytes"] / 2
+    assert r["peak_growth_bytes"] > 0.9 * r["model_bytes"]
