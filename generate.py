@@ -185,6 +185,8 @@ def warm_up(engine: Engine, auto: Auto | None = None) -> None:
             engine.drafter.select()
         for gamma in {0, engine.gamma}:
             engine.verify(engine.draft(gamma).tokens)
+    for gamma in {0, engine.gamma}:
+        engine.prepare(gamma)
     if auto:
         auto.prepare()
 

@@ -116,13 +116,18 @@ def free_memory(device: torch.device) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def check_fits(n_bytes: int, device: torch.device, what: str, remedy: str) -> None:
-    """ValueError with both numbers if the device has not that much memory free."""
+def check_fits(
+    n_bytes: int,
+    device: torch.device,
+    what: str,
+    remedy: Callable[[float], str],  # is told which share of what is needed would fit
+) -> None:
+    """ValueError with both numbers and the remedy if the device has not that much memory free."""
     free = free_memory(device)
     if free is not None and n_bytes > free:
         raise ValueError(
             f"{what} need {n_bytes / 2**30:.1f} GiB, but {device} has "
-            f"{free / 2**30:.1f} GiB free; use {remedy}"
+            f"{free / 2**30:.1f} GiB free; use {remedy(free / n_bytes)}"
         )
 
 

@@ -539,7 +539,8 @@ def load_model(
     if shards:
         check_shards(shards, dict(hf_weights(model)), config.tie_embeddings)
     total, done = sum(p.nbytes for p in model.parameters()), 0
-    check_fits(total, device, f"the weights of {checkpoint_dir}", "a smaller model or --dtype")
+    what = f"the weights of {checkpoint_dir}"
+    check_fits(total, device, what, lambda share: "a smaller model or --dtype")
     on_tensor(0, total)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     if config.tie_embeddings:

@@ -243,12 +243,13 @@ class Engine:
         """ValueError if these do not go together, or do not fit beside `other_bytes` more."""
         check_drafting(drafting, draft_model and draft_model.config, self.max_len)
         n_bytes = draft_cache_bytes(drafting, spec, draft_model, n_slots)
-        check_fits(
-            other_bytes + n_bytes,
-            spec.device,
-            "the KV caches",
-            "fewer rows (--batch_size) or shorter prompts",
-        )
+
+        def remedy(share: float) -> str:
+            rows = int(share * spec.batch_size)
+            fewer = f"--batch_size {rows} (the most that fits) or " if rows else ""
+            return fewer + "shorter prompts"
+
+        check_fits(other_bytes + n_bytes, spec.device, "the KV caches", remedy)
 
     def use(self, drafting: Drafting, draft_model: Transformer | None = None) -> None:
         """Draft like this from here on, between any two rounds; ValueError if it cannot be."""
@@ -391,12 +392,16 @@ class Engine:
 
     def round(self, gamma: int) -> None:
         """Decide 1 to gamma + 1 more tokens of every unfinished row. gamma 0 is plain decoding."""
-        if not self.graphs:
+        if self.graphs:
+            self.prepare(gamma)
+            self.rounds[gamma]()
+        else:
             self.eager_round(gamma)
-            return
-        if gamma not in self.rounds:
+
+    def prepare(self, gamma: int) -> None:
+        """Capture the round now, where rounds are captured, and not when it is first needed."""
+        if self.graphs and gamma not in self.rounds:
             self.rounds[gamma] = self.capture(lambda: self.eager_round(gamma))
-        self.rounds[gamma]()
 
     def eager_round(self, gamma: int) -> None:
         draft = self.draft(gamma)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import load_memory
 from cost_model import MODELS, Dimensions, total_params
@@ -41,3 +42,23 @@ def test_load_memory_measures_a_sharded_checkpoint(monkeypatch):
     assert r["model_bytes"] == 4 * total_params(MODELS["tiny"])
     assert r["largest_shard_bytes"] < r["model_bytes"] / 2
     assert r["peak_growth_bytes"] > 0.9 * r["model_bytes"]
+
+
+def test_gpu_benchmark_runs_at_toy_sizes_on_the_cpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "benchmarks/gpu.py", "--smoke", "--out", str(out)]
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert "skipped" in result["checks"]["last_line"] and result["demo"]["identical"]
+    assert [(p["batch_size"], p["prefix_len"]) for p in result["points"]] == [(2, 300), (1, 100)]
+    for p in result["points"]:
+        assert {"T_T", "T_V(1)", "T_V(2)", "T_D(16)", "T_D(32)"} <= p["steps"].keys()
+        assert all(r["tokens_per_s"] > 0 for r in p["rounds"]["runs"])
+        assert p["baselines"]["gpt_fast_style_ms"] > 0
+    assert out.with_suffix(".md").read_text().count("\n") == 4
+    if not torch.cuda.is_available():
+        command = [sys.executable, "benchmarks/gpu.py"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "torch sees no GPU here" in done.stderr

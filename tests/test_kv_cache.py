@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+import kv_cache
+from drafters import Drafting
 from kv_cache import (
     NEVER,
     CacheSpec,
@@ -18,6 +20,7 @@ from kv_cache import (
     select_streaming,
 )
 from model import Transformer, compile_blocks
+from spec_decode import Engine, Sampling
 from tests.reference import reference_logits, ring_after, sinks_and_window, tiny_model
 
 
@@ -207,5 +210,20 @@ def test_a_finished_row_visits_no_block_and_changes_no_other_row():
 
 def test_too_little_memory_is_said_with_both_numbers():
     with pytest.raises(ValueError, match=r"need 1048576.0 GiB, but cpu has [\d.]+ GiB free"):
-        check_fits(2**50, torch.device("cpu"), "they", "less")
-    check_fits(2**20, torch.device("cpu"), "they", "less")
+        check_fits(2**50, torch.device("cpu"), "they", lambda share: "less")
+    check_fits(2**20, torch.device("cpu"), "they", lambda share: "less")
+
+
+def test_the_largest_batch_that_fits_is_computed(monkeypatch):
+    """And it does fit, to the byte; one byte less and it does not."""
+    model, drafting = tiny_model(), Drafting("streaming", 3, 24)
+    per_row = Engine(model, 1, 500, drafting, Sampling())
+    caches = per_row.full.k + per_row.full.v + per_row.drafter.sparse.k + per_row.drafter.sparse.v
+    n_bytes = sum(buffer.nbytes for buffer in caches)
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 5 * n_bytes)
+    with pytest.raises(ValueError, match=r"use --batch_size 5 \(the most that fits\) or shorter"):
+        Engine(model, 9, 500, drafting, Sampling())
+    Engine(model, 5, 500, drafting, Sampling())
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: n_bytes - 1)
+    with pytest.raises(ValueError, match="free; use shorter prompts"):
+        Engine(model, 1, 500, drafting, Sampling())

@@ -1,0 +1,412 @@
+"""One GPU: every step against its memory floor, whole rounds, baselines, the cost model's fit.
+
+    python benchmarks/gpu.py                          # under 10 minutes; checks, then measures
+    python benchmarks/gpu.py --points 8,32768 64,8192 --skip checks demo
+    python benchmarks/gpu.py --smoke                  # all of it at toy sizes on the CPU
+
+Nothing is downloaded: weights are random, of Llama-3.1-8B's geometry, made on the device; K and V
+are random too. For whole rounds all work is real, and how many drafts stay is drawn at the paper's
+rates (`ACCEPTED`; the tables say "synthetic"). Real acceptance comes from the demo checkpoint,
+which runs first. Times are medians of CUDA graph replays by device events (on a CPU: of calls by
+clock). A floor is the bytes that must be read, over the bandwidth measured at the start.
+
+The points are ordered by what they are needed for; the first two are measured in detail. When
+`--minutes` are over, those left are skipped and named. Results are written after every point: JSON,
+and a Markdown table beside it.
+"""
+
+import argparse
+import gc
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from auto import timed
+from cost_model import HARDWARE, Timing, Workload, fit, step
+from drafters import Drafting
+from generate import DTYPES
+from generate import main as generate_main
+from kv_cache import KVCache
+from model import (
+    ModelConfig,
+    Transformer,
+    compile_blocks,
+    load_model,
+    randomize,
+    read_json,
+    write_json,
+)
+from report import environment
+from spec_decode import Engine, Sampling, decode
+
+NEW_TOKENS = 64  # per row, where whole rounds are measured
+ACCEPTED = (  # policy, budget, acceptance of each draft: arXiv 2408.11049, at 32k
+    ("streaming", 512, 0.81),
+    ("snapkv", 2048, 0.895),
+)
+POLICY_GAMMA = 5  # draft caches are made for it and serve all smaller ones
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str | None  # a preset; None: TOY
+    dtype: str
+    points: tuple[tuple[int, int], ...]  # (B, S)
+    budgets: tuple[int, ...]  # of T_D, at detailed points
+    gammas: tuple[int, ...]  # of T_V, at detailed points
+    round_gammas: tuple[int, ...]  # of whole rounds
+    repeats: int
+
+
+FULL = Settings(
+    "random:llama-3.1-8b", "bfloat16",
+    ((24, 32768), (16, 32768), (1, 32768), (8, 32768), (32, 16384), (64, 8192), (128, 4096)),
+    (256, 512, 1024, 2048), (1, 2, 3, 4, 5, 6, 7, 8), (3, 5), 20,
+)  # fmt: skip
+SMOKE = Settings(None, "float32", ((2, 300), (1, 100)), (16, 32), (1, 2), (2,), 2)
+TOY = ModelConfig(64, 2, 4, 2, 32, 96, 500, max_seq_len=2048)
+DETAILED = 2  # of the points have every gamma and budget, both baselines, and a profile
+
+
+def milliseconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of the work on the device, after one run of it."""
+    work()
+    if device.type != "cuda":
+        return 1e3 * statistics.median(timed(device, work)[0] for _ in range(repeats))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+              for _ in range(repeats)]  # fmt: skip
+    for start, end in events:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize(device)
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def bandwidth(device: torch.device, n_bytes: int) -> dict[str, float]:
+    """Bytes/s of a copy (read and written) and of a sum (read), of a buffer beyond any cache."""
+    a = torch.randn(n_bytes // 4, device=device)
+    b = torch.empty_like(a)
+    copy = 2 * a.nbytes / (1e-3 * milliseconds(lambda: b.copy_(a), device, 10))
+    read = a.nbytes / (1e-3 * milliseconds(lambda: a.sum(), device, 10))
+    return {"copy_bytes_per_s": copy, "read_bytes_per_s": read, "bytes_per_s": max(copy, read)}
+
+
+def kernel_milliseconds(work: Callable[[], object], device: torch.device) -> float | None:
+    """What the kernels of the work take together, by the profiler; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    n = 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(n):
+            work()
+        torch.cuda.synchronize(device)
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.time_range.elapsed_us() for e in kernels) / n / 1e3
+
+
+def pretend_prefill(engine: Engine, S: int) -> None:
+    """Random tokens, K and V, as if every row's prompt had S of them."""
+    for buffer in engine.full.k + engine.full.v:
+        buffer.normal_()
+    engine.tokens.random_(engine.model.config.vocab_size)
+    engine.prompt_len.fill_(S)
+    engine.limit.fill_(S + NEW_TOKENS)
+    engine.started = True
+    engine.rewind()
+
+
+class Point:
+    """One batch size and context: an engine with a full cache, and what is measured on it."""
+
+    def __init__(self, model: Transformer, B: int, S: int, per_second: float, settings: Settings):
+        self.model, self.B, self.S, self.settings = model, B, S, settings
+        self.per_second = per_second
+        device = model.norm.weight.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.engine = Engine(model, B, S + NEW_TOKENS, Drafting(), Sampling())
+        pretend_prefill(self.engine, S)
+        self.device = device
+        self.weight_bytes = sum(p.nbytes for p in model.parameters())
+        if not model.config.tie_embeddings:
+            self.weight_bytes -= model.tok_embeddings.weight.nbytes  # of which B rows are read
+        self.slot_bytes = self.engine.full.spec.bytes_per_slot
+
+    def against_floor(self, ms: float, n_slots: int) -> dict:
+        """With the least time in which the weights and so many tokens of KV per row are read."""
+        floor = 1e3 * (self.weight_bytes + n_slots * self.slot_bytes) / self.per_second
+        return {"ms": ms, "floor_ms": floor, "over_floor": ms / floor}
+
+    def time(self, work: Callable[[], object]) -> float:
+        return milliseconds(work, self.device, self.settings.repeats)
+
+    def steps(self, detailed: bool) -> dict:
+        """T_T, T_V and T_D."""
+        engine, found = self.engine, {}
+        engine.use(Drafting())
+        nothing = engine.draft(0).tokens
+        seconds, plain = timed(self.device, lambda: engine.capture(lambda: self.decide(nothing)))
+        found["compile_and_capture_seconds"] = seconds
+        found["T_T"] = self.against_floor(self.time(plain), self.S)
+        if self.device.type == "cuda":
+            beyond = torch.cuda.max_memory_allocated(self.device)
+            beyond -= self.engine.full.capacity * self.slot_bytes
+            beyond -= sum(p.nbytes for p in self.model.parameters())
+            found["plain_beyond_weights_and_kv_bytes"] = beyond
+        if detailed:
+            kernels = kernel_milliseconds(plain, self.device)
+            found["T_T"]["kernels_ms"] = kernels
+            found["T_T"]["replay_over_kernels"] = kernels and found["T_T"]["ms"] / kernels
+        for gamma in self.settings.gammas if detailed else ():
+            drafts = engine.tokens[:, :gamma].contiguous()
+            work = engine.capture(lambda drafts=drafts: self.decide(drafts))
+            found[f"T_V({gamma})"] = self.against_floor(self.time(work), self.S)
+        for budget in self.settings.budgets if detailed else ():
+            found[f"T_D({budget})"] = self.draft_step(Drafting("streaming", POLICY_GAMMA, budget))
+        return found
+
+    def draft_step(self, drafting: Drafting) -> dict:
+        """T_D; the engine drafts like this from here on."""
+        self.engine.use(drafting)
+        work = self.engine.capture(lambda: self.engine.draft(drafting.gamma))
+        return self.against_floor(self.time(work) / drafting.gamma, min(drafting.budget, self.S))
+
+    def decide(self, drafts: torch.Tensor) -> torch.Tensor:
+        """A forward of the target alone, reading the full cache and writing only that."""
+        token, pos = self.engine.newest()
+        pos = pos + torch.arange(drafts.shape[1] + 1, device=pos.device)
+        tokens = torch.cat((token, drafts), dim=1)
+        return self.model(tokens, pos, self.engine.full).argmax(dim=-1)
+
+    def tokens_per_second(self, gamma: int) -> float:
+        """Of decoding NEW_TOKENS more in every row, whole rounds, the host's part included."""
+        speeds = []
+        for _ in range(3):
+            self.engine.rewind()
+            seconds, stats = timed(self.device, lambda: decode(self.engine, gamma))
+            speeds.append(stats.decoded_tokens / seconds)
+        return statistics.median(speeds[1:])  # the first one compiles and captures
+
+    def rounds(self) -> dict:
+        """Plain decoding, and every policy and gamma at its synthetic acceptance."""
+        self.engine.use(Drafting())
+        found = {"plain_tokens_per_s": self.tokens_per_second(0), "runs": []}
+        for policy, budget, rate in ACCEPTED:
+            budget = min(budget, max(self.settings.budgets))
+            drafting = Drafting(policy, POLICY_GAMMA, budget, synthetic_acceptance=rate)
+            t_draft = self.draft_step(drafting)
+            for gamma in self.settings.round_gammas:
+                speed = self.tokens_per_second(gamma)
+                found["runs"].append({
+                    "policy": policy, "budget": budget, "gamma": gamma,
+                    "synthetic_acceptance": rate, "tokens_per_s": speed,
+                    "speedup": speed / found["plain_tokens_per_s"], "T_D": t_draft,
+                })  # fmt: skip
+        return found
+
+    def baselines(self) -> dict:
+        """The same plain step with SDPA, and as gpt-fast compiles it; ms."""
+        engine, found = self.engine, {}
+        engine.use(Drafting())
+        token, pos = engine.newest()
+        cache = KVCache(replace(engine.full.spec, flex=False), engine.full.k, engine.full.v)
+        other = same_weights(self.model)
+        if self.model.compiled:
+            compile_blocks(other)
+        found["sdpa_ms"] = self.time(
+            engine.capture(lambda: other(token, pos, cache).argmax(dim=-1))
+        )
+        for buffer in cache.k + cache.v:
+            torch._dynamo.mark_static_address(buffer)
+        whole = same_weights(self.model)
+        gpt_fast = torch.compile(
+            lambda token, pos: whole(token, pos, cache).argmax(dim=-1),
+            mode="reduce-overhead", fullgraph=True, dynamic=False,
+        )  # fmt: skip
+        for _ in range(3):  # compile, record, replay
+            gpt_fast(token, pos)
+        found["gpt_fast_style_ms"] = self.time(lambda: gpt_fast(token, pos))
+        return found
+
+    def prefill(self) -> dict:
+        """One row's prompt: tokens/s, and FLOP/s of its matrices and attention."""
+        seconds = 1e-3 * milliseconds(lambda: self.engine.prefill_row(0, self.S), self.device, 1)
+        c = self.model.config
+        flops = 2 * self.weight_bytes / self.engine.full.spec.dtype.itemsize * self.S
+        flops += 4 * c.n_layer * c.n_head * c.head_dim * self.S**2 / 2
+        return {"tokens_per_s": self.S / seconds, "flops_per_s": flops / seconds}
+
+
+def same_weights(model: Transformer) -> Transformer:
+    """Another module around the same parameters, with nothing compiled."""
+    with torch.device("meta"):
+        other = Transformer(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.rope_freq = model.rope_freq
+    return other.eval().requires_grad_(False)
+
+
+def cost_model_fit(config: ModelConfig, points: list[dict], kind: str) -> dict:
+    """The cost model's constants from all plain and verifying steps, and how well they explain."""
+    timings = []
+    for p in points:
+        w = Workload(p["batch_size"], p["prefix_len"], itemsize=p["itemsize"])
+        for name, found in p["steps"].items():
+            if name == "T_T" or name.startswith("T_V"):
+                T = 1 if name == "T_T" else int(name[4:-1]) + 1
+                timings.append(Timing(w, T, w.prefix_len, 1e-3 * found["ms"]))
+    hw, error = fit(config, HARDWARE[kind], timings)
+    before = [abs(step(config, HARDWARE[kind], t.workload, t.T).total / t.seconds - 1)
+              for t in timings]  # fmt: skip
+    return {"hardware": asdict(hw), "median_error": error,
+            "median_error_of_the_preset": statistics.median(before)}  # fmt: skip
+
+
+def markdown(result: dict) -> str:
+    """The table of the README, a line per point."""
+    head = ("B", "S", "T_T ms", "x floor", "T_V(4)/T_T", "T_D x floor", "plain tokens/s",
+            *(f"{policy} {budget}, synthetic {rate}" for policy, budget, rate in ACCEPTED), "SDPA",
+            "gpt-fast style")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+
+    def ratio(a: dict | None, b: float) -> str:
+        return f"{a['ms'] / b:.2f}" if a else ""
+
+    for p in result["points"]:
+        s, runs = p["steps"], p["rounds"]["runs"]
+        t = s["T_T"]["ms"]
+        best = [max((r for r in runs if r["policy"] == policy), key=lambda r: r["speedup"])
+                for policy, _, _ in ACCEPTED]  # fmt: skip
+        base = p.get("baselines", {})
+        cells = (
+            p["batch_size"], p["prefix_len"], f"{t:.2f}", f"{s['T_T']['over_floor']:.2f}",
+            ratio(s.get("T_V(4)"), t),
+            f"{runs[0]['T_D']['over_floor']:.2f}",
+            f"{p['rounds']['plain_tokens_per_s']:.0f}",
+            *(f"{r['speedup']:.2f} (gamma {r['gamma']})" for r in best),
+            *(f"{base[k] / t:.2f} T_T" if k in base else ""
+              for k in ("sdpa_ms", "gpt_fast_style_ms")),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def checks() -> dict:
+    """The tests that need a GPU, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    last = (done.stdout.strip() or done.stderr.strip()).split("\n")[-1]
+    print(f"checks: {last}", flush=True)
+    return {"command": " ".join(command[1:]), "status": done.returncode, "last_line": last,
+            "output": done.stdout[-4000:] if done.returncode else ""}  # fmt: skip
+
+
+def demo(device: str, out: Path, smoke: bool) -> dict:
+    """The demo's own run: real acceptance. What `generate.py --json` writes, without its texts."""
+    file = out.with_suffix(".demo.json")
+    flags = ["--device", device, "--dtype", "float32", "--json", str(file), "--check_lossless"]
+    if smoke:
+        flags += ["--batch_size", "2", "--max_new_tokens", "8", "--no-compile"]
+    status = generate_main([*flags, "--draft", "streaming", "--speculate_k", "5"])
+    result = {"flags": flags, "status": status}
+    if file.exists():
+        result |= {k: v for k, v in read_json(file).items() if k not in ("outputs", "model")}
+        file.unlink()
+    return result
+
+
+def load(settings: Settings, device: torch.device) -> Transformer:
+    """Random weights of the geometry."""
+    if settings.model:
+        return load_model(Path(settings.model), device, DTYPES[settings.dtype])
+    model = Transformer(TOY).to(device).eval().requires_grad_(False)
+    randomize(model)
+    return model
+
+
+def batch_and_length(text: str) -> tuple[int, int]:
+    B, S = map(int, text.split(","))
+    return B, S
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin no point after so many")
+    parser.add_argument("--points", nargs="+", type=batch_and_length, metavar="B,S")
+    parser.add_argument("--skip", nargs="*", default=[], choices=("checks", "demo"))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    start = time.monotonic()
+    if not args.smoke and not torch.cuda.is_available():
+        sys.exit("gpu.py: torch sees no GPU here; --smoke runs everything at toy sizes on the CPU")
+    device = torch.device("cpu" if args.smoke else "cuda")
+    settings = SMOKE if args.smoke else FULL
+    date = time.strftime("%Y-%m-%d")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    default = f"gpu_{name.replace(' ', '_').lower()}_{date}.json"
+    out = args.out or ROOT / "benchmarks" / "results" / default
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = {"command": " ".join(["python", *sys.argv]), "date": date,
+              "settings": asdict(settings), "points": [], "skipped": []}  # fmt: skip
+
+    def save() -> None:
+        result["seconds"] = time.monotonic() - start
+        write_json(result, out)
+        out.with_suffix(".md").write_text(markdown(result))
+
+    if "checks" not in args.skip:
+        result["checks"] = checks()
+    if "demo" not in args.skip:
+        result["demo"] = demo(device.type, out, args.smoke)
+    with torch.inference_mode():
+        result["bandwidth"] = bandwidth(device, 2**24 if args.smoke else 2**33)
+        print({k: f"{v / 1e9:.0f} GB/s" for k, v in result["bandwidth"].items()}, flush=True)
+        model = load(settings, device)
+        if not args.smoke:
+            compile_blocks(model)
+        result["environment"] = environment(Engine(model, 1, 1, Drafting(), Sampling()))
+        for i, (B, S) in enumerate(args.points or settings.points):
+            if time.monotonic() - start > 60 * args.minutes:
+                result["skipped"].append([B, S])
+                continue
+            detailed = i < DETAILED
+            torch._dynamo.reset()  # shapes of the point before
+            point = Point(model, B, S, result["bandwidth"]["bytes_per_s"], settings)
+            found = {"batch_size": B, "prefix_len": S,
+                     "itemsize": DTYPES[settings.dtype].itemsize}  # fmt: skip
+            found["steps"] = point.steps(detailed)
+            found["rounds"] = point.rounds()
+            if detailed:
+                found["baselines"] = point.baselines()
+            found["prefill"] = point.prefill()
+            if device.type == "cuda":
+                found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+            result["points"].append(found)
+            del point
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            save()
+            print(f"B {B} S {S}: T_T {found['steps']['T_T']['ms']:.2f} ms, "
+                  f"{found['steps']['T_T']['over_floor']:.2f} x floor", flush=True)  # fmt: skip
+        kind = "cpu" if args.smoke else "h200"
+        result["cost_model"] = cost_model_fit(model.config, result["points"], kind)
+    save()
+    print(f"cost model fitted: median error {result['cost_model']['median_error']:.1%}")
+    if result["skipped"]:
+        print(f"no time was left for {result['skipped']}")
+    print(markdown(result) + f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

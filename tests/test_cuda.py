@@ -1,0 +1,178 @@
+"""On a GPU: the CPU's results, through CUDA graphs and the split-KV kernel. Skipped without one."""
+
+import pytest
+import torch
+
+from drafters import Drafting
+from generate import main
+from kv_cache import CacheSpec, KVCache
+from model import Transformer, compile_blocks, load_model
+from scripts.make_model_fixtures import FAMILIES, LENGTHS
+from spec_decode import LAG, Engine, Sampling, decode, generate
+from tests.reference import plain_greedy, tiny_model
+from tests.test_checkpoints import FIXTURES, load
+from tests.test_drafters import STRATEGIES, draft_model
+from tests.test_spec_decode import PROMPTS, exact_distribution
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+GREEDY = Sampling()
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def on_gpu(model: Transformer, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model on the GPU, compiled; RoPE stays in float32."""
+    frequencies = model.rope_freq
+    model = model.to("cuda", dtype)
+    model.rope_freq = frequencies.to("cuda")
+    compile_blocks(model)
+    return model
+
+
+def engine_for(model, strategy: str | None, gamma: int = 3, n: int = 45, rows=4, **options):
+    """An engine that drafts by a name in STRATEGIES."""
+    if strategy is None:
+        return Engine(model, rows, 80 + n, Drafting(), GREEDY, **options)
+    policy, settings, context = STRATEGIES[strategy]
+    draft = on_gpu(draft_model(context)) if context else None
+    drafting = Drafting(policy, gamma, n_sink=3, **settings)
+    return Engine(model, rows, 80 + n, drafting, GREEDY, draft_model=draft, **options)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (4, 2), (7, 1)])
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+def test_greedy_output_is_the_models_own(strategy, heads):
+    expected = [plain_greedy(tiny_model(*heads), p, 45) for p in PROMPTS]
+    engine = engine_for(on_gpu(tiny_model(*heads)), strategy)
+    assert engine.graphs
+    outputs, stats = generate(engine, PROMPTS, 45)
+    assert outputs == expected
+    assert engine.rounds, "nothing was captured"
+    for _ in range(2):  # again, from the graphs that are there
+        engine.rewind()
+        assert decode(engine) == stats and engine.outputs() == expected
+
+
+@pytest.mark.parametrize("strategy", [None, "streaming", "snapkv", "ngram"])
+def test_replays_equal_eager_rounds(strategy):
+    """State by state, for 200 rounds; the host's counts too, though it learns of the end late."""
+    model = on_gpu(tiny_model())
+    graphs, eager = (engine_for(model, strategy, n=900, rows=4) for _ in range(2))
+    eager.graphs = False
+    gamma = graphs.gamma
+    for engine in (graphs, eager):
+        engine.prefill(PROMPTS, [900] * 4)
+    for n in range(200):
+        for engine in (graphs, eager):
+            engine.run(gamma, 1)
+        if n % 20 == 0 or n == 199:
+            for name in ("seq_len", "finished", "accepted", "drafted", "n_rounds"):
+                assert torch.equal(getattr(graphs, name), getattr(eager, name)), name
+            assert graphs.outputs() == eager.outputs()
+    assert int(graphs.n_rounds) > 50
+
+
+def test_the_host_is_at_most_a_few_rounds_late():
+    engine = engine_for(on_gpu(tiny_model()), None)
+    generate(engine, PROMPTS, 45)
+    assert int(engine.n_rounds) == 44
+    assert 44 <= engine.host_rounds <= 44 + LAG
+
+
+def test_two_engines_and_changing_drafts_in_one_process():
+    model = on_gpu(tiny_model())
+    expected = [plain_greedy(tiny_model(), p, 45) for p in PROMPTS]
+    one, two = engine_for(model, "streaming", 3), engine_for(model, "snapkv", 2)
+    for engine in (one, two):
+        engine.prefill(PROMPTS, [45] * 4)
+    while not (one.finished.all() and two.finished.all()):
+        for engine in (one, two):
+            engine.run(engine.gamma, 2)
+    assert one.outputs() == two.outputs() == expected
+    for drafting in (Drafting("ngram", 4), Drafting(), Drafting("streaming", 2, 20)):
+        one.use(drafting)
+        one.rewind()
+        decode(one)
+        assert one.outputs() == expected
+
+
+def test_sampling_from_a_graph_is_new_every_round_and_fixed_by_the_seed():
+    model, prompt, rows = tiny_model(vocab_size=5), [1, 4, 2, 0, 3], 3000
+    sampling = Sampling(1.0)
+    exact = exact_distribution(model, prompt, 3, sampling)
+    engine = Engine(on_gpu(tiny_model(vocab_size=5)), rows, 20, Drafting("streaming", 2, 1, 0),
+                    sampling, seed=3)  # fmt: skip
+    outputs, _ = generate(engine, [prompt] * rows, 3)
+    counts = dict.fromkeys(exact, 0)
+    for output in outputs:
+        counts[tuple(output)] += 1
+    statistic = sum((counts[s] - p * rows) ** 2 / (p * rows) for s, p in exact.items())
+    assert statistic < len(exact) + 5 * (2 * len(exact)) ** 0.5
+    again, _ = generate(engine, [prompt] * rows, 3)
+    assert again == outputs
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_the_logits_of_transformers(name):
+    """Eager: their head dimensions are too odd for flex_attention."""
+    _, expected = load(FIXTURES / name)
+    model = load_model(FIXTURES / name, torch.device("cuda"), torch.float32)
+    for n in LENGTHS:
+        cache = KVCache.empty(CacheSpec.for_model(model, 1), n)
+        tokens = expected["prompt"][None, :n].cuda()
+        logits = model(tokens, torch.arange(n, device="cuda")[None], cache)[0].cpu()
+        difference = logits[expected[f"positions_{n}"]] - expected[f"logits_{n}"]
+        assert difference.abs().max() < 1e-3 * expected[f"std_{n}"]
+
+
+def test_bfloat16_is_near_float32():
+    """Tolerance: 3% of the logits' norm, over prefill and decode shapes."""
+    model = on_gpu(tiny_model(), torch.bfloat16)
+    reference = tiny_model()
+    tokens = torch.randint(97, (2, 300), generator=torch.Generator().manual_seed(1))
+    expected = reference(tokens, torch.arange(300).expand(2, 300))
+    cache = KVCache.empty(CacheSpec.for_model(model, 2), 300)
+    pieces, start = [], 0
+    for n in (256, 38, 5, 1):
+        pos = torch.arange(start, start + n, device="cuda").expand(2, n)
+        pieces.append(model(tokens[:, start : start + n].cuda(), pos, cache).float().cpu())
+        start += n
+    error = (torch.cat(pieces, dim=1) - expected).norm() / expected.norm()
+    assert error < 0.03
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1)])
+def test_decoding_is_the_split_kv_kernel(monkeypatch, heads):
+    """TRITON_DECODE makes flex_attention fail where it would take another kernel."""
+    options = KVCache.kernel_options
+
+    def decode_only(self, B, T):
+        found = options(self, B, T)
+        return found and found | {"BACKEND": "TRITON_DECODE"}
+
+    monkeypatch.setattr(KVCache, "kernel_options", decode_only)
+    torch._dynamo.reset()
+    outputs, _ = generate(engine_for(on_gpu(tiny_model(*heads)), "streaming"), PROMPTS, 45)
+    assert outputs == [plain_greedy(tiny_model(*heads), p, 45) for p in PROMPTS]
+
+
+def test_the_demo_is_lossless_on_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = [
+        "--device",
+        "cuda",
+        "--dtype",
+        "float32",
+        "--batch_size",
+        "4",
+        "--max_new_tokens",
+        "48",
+    ]
+    assert main([*flags, "--draft", "streaming", "--speculate_k", "5", "--check_lossless"]) == 0
+    assert main([*flags, "--draft", "auto", "--check_lossless"]) == 0
