@@ -113,6 +113,7 @@ class Auto:
         self.residual: dict[int, float] = {}  # gamma -> measured / predicted
         self.current: Candidate | None = None  # whom the engine drafts with,
         self.drafter: Drafter | None = None  # and what that made of it
+        self.verifications: dict[int, Callable[[], object]] = {}  # by gamma, captured
         self.dropped: list[str] = []  # who was not considered any further, and why
         self.chosen: Candidate | None = None
         self.gamma = 0
@@ -194,8 +195,10 @@ class Auto:
         """A verification of gamma drafts, all rows of this length."""
         engine = self.engine
         engine.seq_len.fill_(length)
-        drafts = engine.tokens[:, :gamma]
-        seconds = median_seconds(engine, engine.capture(lambda: engine.verify(drafts)))
+        if gamma not in self.verifications:
+            drafts = engine.tokens[:, :gamma]
+            self.verifications[gamma] = engine.capture(lambda: engine.verify(drafts))
+        seconds = median_seconds(engine, self.verifications[gamma])
         w = Workload(len(engine.rows), length, itemsize=engine.full.spec.dtype.itemsize)
         return Timing(w, gamma + 1, length, seconds)
 

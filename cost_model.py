@@ -365,6 +365,9 @@ def read_acceptance(path: Path) -> Acceptance:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         plan, stats = run["plan"], run["speculative"]
+        for field in ("predicted_speedup", "synthetic_acceptance"):
+            if field in plan:
+                raise ValueError(f"its plan has {field}")
         return Acceptance(
             plan["strategy"],
             "draft_model" in run,

@@ -71,6 +71,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--prompts", type=Path, help='.jsonl, an object with "prompt" per line')
     p.add_argument("--batch_size", type=int, help="rows; prompts are repeated to fill them")
     p.add_argument("--max_new_tokens", type=int, default=256)
+    p.add_argument("--max_context", type=int, metavar="N",
+                   help="most tokens of prompt and answer; default: the model's own")  # fmt: skip
     p.add_argument("--temperature", type=float, default=Sampling().temperature, help="0: greedy")
     p.add_argument("--top_k", type=int)
     p.add_argument("--top_p", type=float)
@@ -133,7 +135,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.compare is None:
         args.compare = args.check_lossless or (drafts and not given)
     for flag in ("compare", "check_lossless", "synthetic_acceptance"):
-        if getattr(args, flag) not in (None, False) and not drafts:
+        value = getattr(args, flag)
+        if value is not None and value is not False and not drafts:
             raise ValueError(f"--{flag} needs a draft: not --draft none, not --speculate_k 0")
     if args.interactive and (args.compare or args.json or args.profile):
         raise ValueError("--interactive has no --compare, --check_lossless, --json or --profile")
@@ -143,6 +146,12 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.check_lossless and not args.compare:
         raise ValueError("--check_lossless needs the plain run that --no-compare leaves out")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed} must be in 0..2**63 - 1")
+    if args.max_context is not None and args.max_context < 2:
+        raise ValueError(f"--max_context {args.max_context} must be at least 2")
+    if args.interactive and is_random(args.checkpoint_path):
+        raise ValueError("--interactive needs a tokenizer, which random weights do not have")
     if args.chat and not given:
         raise ValueError("--chat needs a --prompt, --prompt_file, --prompts or --interactive")
     if args.system is not None and not args.chat:
@@ -166,8 +175,10 @@ def check_device(name: str) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name} is not supported; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(device)  # streams and graphs are of the current device
     return device
 
 
@@ -234,7 +245,7 @@ def run(
 
 
 class RowPrinter:
-    """Prints the first row's text as it is decided."""
+    """Prints the first row's text as it is decided, for which it waits for every round."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, prompt: list[int], out) -> None:
         self.engine, self.out = engine, out
@@ -288,8 +299,8 @@ def prepare(
     config, tokenizer = load_text_side(args.checkpoint_path)
     args.eos_ids = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
     chat = load_chat(args.checkpoint_path, tokenizer) if args.chat else None
-    prompts = read_prompts(args, tokenizer, chat, config.max_seq_len)
-    longest = config.max_seq_len
+    longest = min(config.max_seq_len, args.max_context or config.max_seq_len)
+    prompts = read_prompts(args, tokenizer, chat, longest)
     if not args.interactive:
         longest = max(map(len, prompts)) + args.max_new_tokens
     draftings, draft_config = read_drafting(args), None
@@ -486,7 +497,7 @@ def converse(
     With a chat template it is one conversation: its K and V stay in the cache, and of every turn
     only what is new is read. Otherwise every prompt stands for itself.
     """
-    rows, longest = len(engine.rows), engine.model.config.max_seq_len - args.max_new_tokens
+    rows, longest = len(engine.rows), engine.max_len - args.max_new_tokens
     warm_up(engine, auto)
     so_far: list[int] = []  # the conversation
     while True:

@@ -86,8 +86,8 @@ def read_prompts(
     longest = max_context - args.max_new_tokens  # prompt tokens that leave room for the answer
     if longest < 1:
         raise ValueError(
-            f"--max_new_tokens {args.max_new_tokens} does not fit into the model's "
-            f"context of {max_context} tokens"
+            f"--max_new_tokens {args.max_new_tokens} does not fit into the context of "
+            f"{max_context} tokens"
         )
     if args.interactive:
         return [[]] * (args.batch_size or 1)
@@ -101,7 +101,7 @@ def read_prompts(
             raise ValueError(f"prompt {number} is empty; nothing can follow from it")
         if len(ids) > longest:
             raise ValueError(
-                f"prompt {number} has {len(ids)} tokens; the model's context of {max_context} "
+                f"prompt {number} has {len(ids)} tokens; the context of {max_context} "
                 f"leaves room for {longest} with --max_new_tokens {args.max_new_tokens}"
             )
     n_rows = args.batch_size or len(prompts)

@@ -235,7 +235,9 @@ class Engine:
         self.generator = torch.Generator(spec.device)
         self.started = False  # nothing was prefilled yet
         self.graphs = model.compiled and spec.device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # all graphs' memory
+        if self.graphs:  # they share memory, which lives as long as one of them does
+            self.pool, self.newest_graph = torch.cuda.graph_pool_handle(), None
+            self.stream = torch.cuda.Stream()
         self.rounds: dict[int, Callable[[], object]] = {}  # by gamma, captured
         self.use(drafting, draft_model)
 
@@ -247,7 +249,7 @@ class Engine:
         def remedy(share: float) -> str:
             rows = int(share * spec.batch_size)
             fewer = f"--batch_size {rows} (the most that fits) or " if rows else ""
-            return fewer + "shorter prompts"
+            return fewer + "a smaller --max_context"
 
         check_fits(other_bytes + n_bytes, spec.device, "the KV caches", remedy)
 
@@ -420,22 +422,23 @@ class Engine:
             return work
         state = (self.seq_len, self.finished, self.accepted, self.drafted, self.n_rounds)
         before, random_state = [t.clone() for t in state], self.generator.get_state()
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
             for _ in range(WARM_UP):
                 work()
                 for t, value in zip(state, before, strict=True):
                     t.copy_(value)
-        here.wait_stream(aside)
+        here.wait_stream(self.stream)
         self.generator.set_state(random_state)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         with (
             torch.compiler.set_stance("fail_on_recompile"),
-            torch.cuda.graph(graph, pool=self.pool),
+            torch.cuda.graph(graph, pool=self.pool, stream=self.stream),
         ):
             result = work()
+        self.newest_graph = graph
 
         def replay() -> object:
             graph.replay()

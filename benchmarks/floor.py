@@ -31,13 +31,14 @@ from spec_decode import Engine, Sampling, decode
 NEW_TOKENS = 128
 
 
-def pretend_prefill(engine: Engine, lengths: list[int]) -> None:
+def pretend_prefill(engine: Engine, lengths: list[int], new_tokens: int) -> None:
     """Random K, V and tokens of the given lengths, as if these prompts had been prefilled."""
     for buffer in engine.full.k + engine.full.v:
         buffer.normal_()
     engine.tokens.random_(engine.model.config.vocab_size)
     engine.prompt_len.copy_(torch.tensor(lengths))
-    engine.limit.copy_(engine.prompt_len + NEW_TOKENS)
+    engine.limit.copy_(engine.prompt_len + new_tokens)
+    engine.started = True
     engine.rewind()
 
 
@@ -51,7 +52,7 @@ def measure(model, lengths: list[int], drafting: Drafting, repeats: int) -> dict
     """Step times and their floor at these lengths, and plain against speculative decoding."""
     engine = Engine(model, len(lengths), max(lengths) + NEW_TOKENS, drafting, Sampling())
     gamma, n_bytes = drafting.gamma, step_bytes(engine, [range(n) for n in lengths])
-    pretend_prefill(engine, lengths)
+    pretend_prefill(engine, lengths, NEW_TOKENS)
     device = engine.tokens.device
     cache_bytes = sum(buffer.nbytes for buffer in engine.full.k + engine.full.v)
     step_times(engine, repeats=2)  # compile

@@ -1,18 +1,20 @@
 """One GPU: every step against its memory floor, whole rounds, baselines, the cost model's fit.
 
-    python benchmarks/gpu.py                          # under 10 minutes; checks, then measures
-    python benchmarks/gpu.py --points 8,32768 64,8192 --skip checks demo
+    python benchmarks/gpu.py                          # checks, then measures
+    python benchmarks/gpu.py --points 8,32768 64,8192 --skip checks demo --out FILE.json
     python benchmarks/gpu.py --smoke                  # all of it at toy sizes on the CPU
 
 Nothing is downloaded: weights are random, of Llama-3.1-8B's geometry, made on the device; K and V
 are random too. For whole rounds all work is real, and how many drafts stay is drawn at the paper's
-rates (`ACCEPTED`; the tables say "synthetic"). Real acceptance comes from the demo checkpoint,
-which runs first. Times are medians of CUDA graph replays by device events (on a CPU: of calls by
-clock). A floor is the bytes that must be read, over the bandwidth measured at the start.
+rates (`ACCEPTED`; the tables say "synthetic"): tokens/s are those of a batch of which no row is
+finished, Omega tokens a round. Real acceptance comes from the demo checkpoint, which runs first.
+Times are medians of CUDA graph replays by device events (on a CPU: of calls by clock). A floor is
+the bytes that must be read, over the bandwidth measured at the start.
 
-The points are ordered by what they are needed for; the first two are measured in detail. When
-`--minutes` are over, those left are skipped and named. Results are written after every point: JSON,
-and a Markdown table beside it.
+The points are ordered by what they are needed for; the first two are measured in detail. Results
+are written after every part, JSON and a Markdown table beside it; a part that fails is recorded and
+the others go on. When `--minutes` are over, points left are skipped and named: keep them well below
+the limit of the machine, because a point that has begun is finished.
 """
 
 import argparse
@@ -29,8 +31,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from floor import pretend_prefill
+
 from auto import timed
-from cost_model import HARDWARE, Timing, Workload, fit, step
+from cost_model import HARDWARE, Timing, Workload, fit, layer_params, omega, step
 from drafters import Drafting
 from generate import DTYPES
 from generate import main as generate_main
@@ -45,14 +49,16 @@ from model import (
     write_json,
 )
 from report import environment
-from spec_decode import Engine, Sampling, decode
+from spec_decode import Engine, Sampling
 
-NEW_TOKENS = 64  # per row, where whole rounds are measured
+CHECK_SECONDS = 200  # that the tests may take
 ACCEPTED = (  # policy, budget, acceptance of each draft: arXiv 2408.11049, at 32k
     ("streaming", 512, 0.81),
     ("snapkv", 2048, 0.895),
 )
 POLICY_GAMMA = 5  # draft caches are made for it and serve all smaller ones
+ROUNDS = 16  # that are timed together; a policy selects again every 16
+NEW_TOKENS = ROUNDS * (POLICY_GAMMA + 1) + 2  # per row: none is finished meanwhile
 
 
 @dataclass(frozen=True)
@@ -113,17 +119,6 @@ def kernel_milliseconds(work: Callable[[], object], device: torch.device) -> flo
     return sum(e.time_range.elapsed_us() for e in kernels) / n / 1e3
 
 
-def pretend_prefill(engine: Engine, S: int) -> None:
-    """Random tokens, K and V, as if every row's prompt had S of them."""
-    for buffer in engine.full.k + engine.full.v:
-        buffer.normal_()
-    engine.tokens.random_(engine.model.config.vocab_size)
-    engine.prompt_len.fill_(S)
-    engine.limit.fill_(S + NEW_TOKENS)
-    engine.started = True
-    engine.rewind()
-
-
 class Point:
     """One batch size and context: an engine with a full cache, and what is measured on it."""
 
@@ -134,7 +129,7 @@ class Point:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self.engine = Engine(model, B, S + NEW_TOKENS, Drafting(), Sampling())
-        pretend_prefill(self.engine, S)
+        pretend_prefill(self.engine, [S] * B, NEW_TOKENS)
         self.device = device
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
         if not model.config.tie_embeddings:
@@ -187,14 +182,13 @@ class Point:
         tokens = torch.cat((token, drafts), dim=1)
         return self.model(tokens, pos, self.engine.full).argmax(dim=-1)
 
-    def tokens_per_second(self, gamma: int) -> float:
-        """Of decoding NEW_TOKENS more in every row, whole rounds, the host's part included."""
-        speeds = []
-        for _ in range(3):
+    def tokens_per_second(self, gamma: int, rate: float = 0.0) -> float:
+        """Of whole rounds, selections and the host's part included, while no row is finished."""
+        seconds = []
+        for _ in range(4):  # the first one compiles and captures
             self.engine.rewind()
-            seconds, stats = timed(self.device, lambda: decode(self.engine, gamma))
-            speeds.append(stats.decoded_tokens / seconds)
-        return statistics.median(speeds[1:])  # the first one compiles and captures
+            seconds.append(timed(self.device, lambda: self.engine.run(gamma, ROUNDS))[0])
+        return self.B * omega(gamma, rate) * ROUNDS / statistics.median(seconds[1:])
 
     def rounds(self) -> dict:
         """Plain decoding, and every policy and gamma at its synthetic acceptance."""
@@ -205,7 +199,7 @@ class Point:
             drafting = Drafting(policy, POLICY_GAMMA, budget, synthetic_acceptance=rate)
             t_draft = self.draft_step(drafting)
             for gamma in self.settings.round_gammas:
-                speed = self.tokens_per_second(gamma)
+                speed = self.tokens_per_second(gamma, rate)
                 found["runs"].append({
                     "policy": policy, "budget": budget, "gamma": gamma,
                     "synthetic_acceptance": rate, "tokens_per_s": speed,
@@ -241,7 +235,8 @@ class Point:
         """One row's prompt: tokens/s, and FLOP/s of its matrices and attention."""
         seconds = 1e-3 * milliseconds(lambda: self.engine.prefill_row(0, self.S), self.device, 1)
         c = self.model.config
-        flops = 2 * self.weight_bytes / self.engine.full.spec.dtype.itemsize * self.S
+        matrices = c.n_layer * layer_params(c)  # no logits but the last
+        flops = 2 * matrices * self.S
         flops += 4 * c.n_layer * c.n_head * c.head_dim * self.S**2 / 2
         return {"tokens_per_s": self.S / seconds, "flops_per_s": flops / seconds}
 
@@ -260,7 +255,7 @@ def cost_model_fit(config: ModelConfig, points: list[dict], kind: str) -> dict:
     timings = []
     for p in points:
         w = Workload(p["batch_size"], p["prefix_len"], itemsize=p["itemsize"])
-        for name, found in p["steps"].items():
+        for name, found in p.get("steps", {}).items():
             if name == "T_T" or name.startswith("T_V"):
                 T = 1 if name == "T_T" else int(name[4:-1]) + 1
                 timings.append(Timing(w, T, w.prefix_len, 1e-3 * found["ms"]))
@@ -282,6 +277,8 @@ def markdown(result: dict) -> str:
         return f"{a['ms'] / b:.2f}" if a else ""
 
     for p in result["points"]:
+        if "rounds" not in p or "steps" not in p:  # failed
+            continue
         s, runs = p["steps"], p["rounds"]["runs"]
         t = s["T_T"]["ms"]
         best = [max((r for r in runs if r["policy"] == policy), key=lambda r: r["speedup"])
@@ -303,7 +300,9 @@ def markdown(result: dict) -> str:
 def checks() -> dict:
     """The tests that need a GPU, in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=CHECK_SECONDS
+    )
     last = (done.stdout.strip() or done.stderr.strip()).split("\n")[-1]
     print(f"checks: {last}", flush=True)
     return {"command": " ".join(command[1:]), "status": done.returncode, "last_line": last,
@@ -341,7 +340,7 @@ def batch_and_length(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin no point after so many")
+    parser.add_argument("--minutes", type=float, default=6.0, help="begin no point after so many")
     parser.add_argument("--points", nargs="+", type=batch_and_length, metavar="B,S")
     parser.add_argument("--skip", nargs="*", default=[], choices=("checks", "demo"))
     parser.add_argument("--out", type=Path)
@@ -359,18 +358,27 @@ def main() -> None:
     result = {"command": " ".join(["python", *sys.argv]), "date": date,
               "settings": asdict(settings), "points": [], "skipped": []}  # fmt: skip
 
-    def save() -> None:
+    def part(where: dict, name: str, work: Callable[[], object]) -> None:
+        """Do one part and save what is there; on the GPU a failure does not end the others."""
+        try:
+            where[name] = work()
+        except Exception as e:
+            if args.smoke:
+                raise
+            where.setdefault("failed", {})[name] = f"{type(e).__name__}: {e}"
+            print(f"{name} failed: {type(e).__name__}: {e}", flush=True)
         result["seconds"] = time.monotonic() - start
         write_json(result, out)
         out.with_suffix(".md").write_text(markdown(result))
 
     if "checks" not in args.skip:
-        result["checks"] = checks()
+        part(result, "checks", checks)
     if "demo" not in args.skip:
-        result["demo"] = demo(device.type, out, args.smoke)
+        part(result, "demo", lambda: demo(device.type, out, args.smoke))
     with torch.inference_mode():
-        result["bandwidth"] = bandwidth(device, 2**24 if args.smoke else 2**33)
-        print({k: f"{v / 1e9:.0f} GB/s" for k, v in result["bandwidth"].items()}, flush=True)
+        part(result, "bandwidth", lambda: bandwidth(device, 2**24 if args.smoke else 2**33))
+        per_second = result["bandwidth"]["bytes_per_s"]
+        print(f"{per_second / 1e9:.0f} GB/s", flush=True)
         model = load(settings, device)
         if not args.smoke:
             compile_blocks(model)
@@ -379,33 +387,44 @@ def main() -> None:
             if time.monotonic() - start > 60 * args.minutes:
                 result["skipped"].append([B, S])
                 continue
-            detailed = i < DETAILED
             torch._dynamo.reset()  # shapes of the point before
-            point = Point(model, B, S, result["bandwidth"]["bytes_per_s"], settings)
             found = {"batch_size": B, "prefix_len": S,
                      "itemsize": DTYPES[settings.dtype].itemsize}  # fmt: skip
-            found["steps"] = point.steps(detailed)
-            found["rounds"] = point.rounds()
-            if detailed:
-                found["baselines"] = point.baselines()
-            found["prefill"] = point.prefill()
-            if device.type == "cuda":
-                found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
             result["points"].append(found)
-            del point
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            save()
-            print(f"B {B} S {S}: T_T {found['steps']['T_T']['ms']:.2f} ms, "
-                  f"{found['steps']['T_T']['over_floor']:.2f} x floor", flush=True)  # fmt: skip
-        kind = "cpu" if args.smoke else "h200"
-        result["cost_model"] = cost_model_fit(model.config, result["points"], kind)
-    save()
-    print(f"cost model fitted: median error {result['cost_model']['median_error']:.1%}")
+            measure(model, found, i < DETAILED, per_second, settings, part)
+            free(device)
+        if any("steps" in p for p in result["points"]):
+            kind = "cpu" if args.smoke else "h200"
+            part(result, "cost_model",
+                 lambda: cost_model_fit(model.config, result["points"], kind))  # fmt: skip
+    if "cost_model" in result:
+        print(f"cost model fitted: median error {result['cost_model']['median_error']:.1%}")
     if result["skipped"]:
         print(f"no time was left for {result['skipped']}")
     print(markdown(result) + f"wrote {out}")
+
+
+def measure(model, found: dict, detailed: bool, per_second: float, settings: Settings, part):
+    """All parts of one point, into `found`."""
+    B, S = found["batch_size"], found["prefix_len"]
+    point = Point(model, B, S, per_second, settings)
+    part(found, "steps", lambda: point.steps(detailed))
+    part(found, "rounds", point.rounds)
+    part(found, "prefill", point.prefill)
+    if point.device.type == "cuda":
+        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(point.device)
+    if detailed:
+        part(found, "baselines", point.baselines)
+    if "steps" in found:
+        t = found["steps"]["T_T"]
+        print(f"B {B} S {S}: T_T {t['ms']:.2f} ms, {t['over_floor']:.2f} x floor", flush=True)
+
+
+def free(device: torch.device) -> None:
+    """Give the memory of the point that ended back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

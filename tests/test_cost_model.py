@@ -335,8 +335,9 @@ def test_acceptance_of_a_measured_run_replaces_the_papers(tmp_path, capsys):
     assert omega(4, a.alpha) == pytest.approx(3)
     assert main(["--acceptance", str(path), "--batch_size", "8", "--prefix_len", "8192"]) == 0
     assert "ngram" in capsys.readouterr().out
-    for broken in ("[]", "{", json.dumps(run | {"speculative": {}}), json.dumps({"plan": {}})):
-        path.write_text(broken)
+    automatic = {"plan": run["plan"] | {"predicted_speedup": 1.5}}
+    for broken in ([], {"plan": {}}, run | {"speculative": {}}, run | automatic):
+        path.write_text(json.dumps(broken))
         assert main(["--acceptance", str(path)]) == 2
         assert "not the JSON of generate.py" in capsys.readouterr().err
 

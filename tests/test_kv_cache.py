@@ -221,9 +221,9 @@ def test_the_largest_batch_that_fits_is_computed(monkeypatch):
     caches = per_row.full.k + per_row.full.v + per_row.drafter.sparse.k + per_row.drafter.sparse.v
     n_bytes = sum(buffer.nbytes for buffer in caches)
     monkeypatch.setattr(kv_cache, "free_memory", lambda device: 5 * n_bytes)
-    with pytest.raises(ValueError, match=r"use --batch_size 5 \(the most that fits\) or shorter"):
+    with pytest.raises(ValueError, match=r"use --batch_size 5 \(the most that fits\) or a smaller"):
         Engine(model, 9, 500, drafting, Sampling())
     Engine(model, 5, 500, drafting, Sampling())
     monkeypatch.setattr(kv_cache, "free_memory", lambda device: n_bytes - 1)
-    with pytest.raises(ValueError, match="free; use shorter prompts"):
+    with pytest.raises(ValueError, match="free; use a smaller --max_context"):
         Engine(model, 1, 500, drafting, Sampling())
