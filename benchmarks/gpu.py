@@ -11,7 +11,7 @@ finished, Omega tokens a round. Real acceptance comes from the demo checkpoint, 
 Times are medians of CUDA graph replays by device events (on a CPU: of calls by clock). A floor is
 the bytes that must be read, over the bandwidth measured at the start.
 
-The points are ordered by what they are needed for; the first two are measured in detail. Results
+The points are ordered by what they are needed for; the first `--detailed` ones have all. Results
 are written after every part, JSON and a Markdown table beside it; a part that fails is recorded and
 the others go on. When `--minutes` are over, points left are skipped and named: keep them well below
 the limit of the machine, because a point that has begun is finished.
@@ -79,7 +79,6 @@ FULL = Settings(
 )  # fmt: skip
 SMOKE = Settings(None, "float32", ((2, 300), (1, 100)), (16, 32), (1, 2), (2,), 2)
 TOY = ModelConfig(64, 2, 4, 2, 32, 96, 500, max_seq_len=2048)
-DETAILED = 2  # of the points have every gamma and budget, both baselines, and a profile
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -342,6 +341,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--minutes", type=float, default=6.0, help="begin no point after so many")
     parser.add_argument("--points", nargs="+", type=batch_and_length, metavar="B,S")
+    parser.add_argument("--detailed", type=int, default=2, metavar="N",
+                        help="points with all gammas and budgets, profile, baselines")  # fmt: skip
     parser.add_argument("--skip", nargs="*", default=[], choices=("checks", "demo"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -391,7 +392,7 @@ def main() -> None:
             found = {"batch_size": B, "prefix_len": S,
                      "itemsize": DTYPES[settings.dtype].itemsize}  # fmt: skip
             result["points"].append(found)
-            measure(model, found, i < DETAILED, per_second, settings, part)
+            measure(model, found, i < args.detailed, per_second, settings, part)
             free(device)
         if any("steps" in p for p in result["points"]):
             kind = "cpu" if args.smoke else "h200"
