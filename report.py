@@ -81,7 +81,7 @@ def table(report: Report) -> str:
     synthetic = "" if report.synthetic is None else f" (synthetic {report.synthetic})"
     name = engine.drafting.policy + synthetic if report.gamma else "plain"
     if report.auto:
-        name = f"auto: {report.auto.chosen or 'no draft'}"
+        name = "auto"
     runs = {"plain": report.baseline} if report.baseline else {}
     runs[name] = report.main
     lines = [f"{'':24}" + "".join(f"{head:>28}" for head in runs)]
