@@ -122,19 +122,22 @@ class Auto:
 
     def prepare(self) -> None:
         """Calibrate and time, compiling what could win. Writes into the empty caches."""
-        engine, everyone = self.engine, self.candidates
-        self.calibrate()
-        self.candidates = []
-        for c in everyone:
+        possible = []
+        for c in self.candidates:
             try:
                 self.measure(c)
+                possible.append(c)
             except ValueError as e:  # does not fit, or does not go with this length
                 self.dropped.append(f"{c}: {e}")
-                continue
-            if c.best(self.verify_seconds(engine.max_len))[1]:
-                self.candidates.append(c)
-            else:
-                self.dropped.append(f"{c}: T_D {1e3 * c.t_draft:.1f} ms, could not win")
+        self.candidates = possible
+        self.calibrate()
+        verify = self.verify_seconds(self.engine.max_len)
+        self.candidates = [c for c in possible if c.best(verify)[1]]
+        self.dropped += [
+            f"{c}: T_D {1e3 * c.t_draft:.1f} ms, could not win"
+            for c in possible
+            if c not in self.candidates
+        ]
         self.install(self.candidates[0] if len(self.candidates) == 1 else None)
 
     def install(self, c: Candidate | None) -> None:
@@ -148,10 +151,10 @@ class Auto:
     def calibrate(self) -> None:
         """Fit the cost model to forwards of this batch.
 
-        They are plain steps and verifications at three lengths, and the draft step of the first
-        candidate that drafts with the model's own weights. The fit is kept in a file, by device,
-        model, dtype, versions and batch. It is taken from there if a plain step still takes as
-        long as it says: shared machines change.
+        They are plain steps and verifications at three lengths, and the draft steps of candidates
+        that draft with the model's own weights. The fit is kept in a file, by device, model, dtype,
+        versions and batch. It is taken from there if a plain step still takes as long as it says:
+        shared machines change.
         """
         engine, path = self.engine, calibration_file()
         engine.use(Drafting("ngram", max(self.gammas)))  # verifies with the full cache alone
@@ -170,12 +173,11 @@ class Auto:
             replace(same[0], seconds=statistics.median(t.seconds for t in same))
             for same in zip(*sweeps, strict=True)
         ]
-        own = [c for c in self.candidates if c.draft_model is None and not c.is_lookup]
-        with suppress(ValueError):  # does not fit: `prepare` will say so
-            for c in own[:1]:
-                self.measure(c)
+        w = timings[-1].workload
+        for c in self.candidates:
+            if c.t_draft and c.draft_model is None and not c.is_lookup:
                 context = min(c.drafting.budget, engine.max_len)
-                timings.append(Timing(timings[-1].workload, 1, context, c.t_draft))
+                timings.append(Timing(w, 1, context, c.t_draft))
         kind = "h200" if engine.rows.device.type == "cuda" else "cpu"
         config = engine.model.config
         self.hardware, self.fit_error = fit(config, HARDWARE[kind], timings)
