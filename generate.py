@@ -421,7 +421,6 @@ def measure(args, engine: Engine, auto: Auto | None, prompts, shows, say) -> Rep
     main_run = run(engine, decoder(engine, auto), shows[0], args.profile)
     if auto:
         say(auto.explain())
-    if auto:
         auto.install(auto.chosen)
     engine.rewind()
     times = step_times(engine, gamma=auto.gamma if auto else None)

@@ -37,7 +37,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": {"qk_norm": True, "head_dim": 128},
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors call them
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors call them
 RANDOM = "random:"  # before the name of a preset: no directory, random weights
 
 
@@ -217,17 +217,16 @@ def rope_scaling(hf: dict) -> RopeScaling | None:
     if kind == "default":
         return None
     old = given.get("original_max_position_embeddings") or hf.get("max_position_embeddings", 2048)
-    factor = given["factor"]
-    if not (type(factor) in (int, float) and factor > 0):
-        raise ValueError(f"factor = {factor!r} is not a positive number")
     names = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()
     more = {name: given[name] for name in names}
     if kind == "yarn":
         for name in ("beta_fast", "beta_slow", "truncate"):
             if given.get(name) is not None:
                 more[name] = given[name]
-        more["attention_factor"] = yarn_attention(factor, given)
-    return RopeScaling(kind, factor, old, **more)
+    scaling = RopeScaling(kind, given["factor"], old, **more)
+    if kind == "yarn":
+        scaling = replace(scaling, attention_factor=yarn_attention(scaling.factor, given))
+    return scaling
 
 
 def yarn_attention(factor: float, given: dict) -> float:
@@ -641,9 +640,9 @@ def check_shards(shards: list[Path], places: dict[str, Tensor], tied: bool) -> N
                 wrong["unexpected"].append(name)
             elif shape != [*places[name].shape]:
                 wrong["misshapen"].append(f"{name} {shape}, should be {[*places[name].shape]}")
-            elif dtype not in DTYPES:
+            elif dtype not in STORED_DTYPES:
                 raise ValueError(
-                    f"{shard}: {name} has dtype {dtype}; supported: {', '.join(DTYPES)}"
+                    f"{shard}: {name} has dtype {dtype}; supported: {', '.join(STORED_DTYPES)}"
                 )
     wrong["missing"] = [name for name in places if name not in found]
     if any(wrong.values()):
