@@ -235,8 +235,8 @@ class Auto:
         engine = self.engine
         engine.use(c.drafting, c.draft_model)
         drafter = engine.drafter
+        engine.warm_up()
         engine.seq_len.fill_(engine.max_len)
-        drafter.prefill(0, 1)
         c.t_select = median_seconds(engine, drafter.select, 1)
         for gamma in self.gammas:
             engine.verify(engine.draft(gamma).tokens)

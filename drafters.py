@@ -1,7 +1,8 @@
 """Who drafts: five ways to guess the next tokens, behind one small interface.
 
 A drafter proposes tokens, the target verifies them, and nothing that a drafter does can change the
-output; it can only be cheap (T_D) or right (acceptance), and the product of both is the speedup.
+output. It can be cheap (a small T_D) and it can be right (a high acceptance); `cost_model.py` has
+the speedup that follows from both.
 
     SelfDrafter              the target's weights with a sparse cache of the target's own K and V
     ModelDrafter             a small model with all of the text in a cache of its own
@@ -10,7 +11,8 @@ output; it can only be cheap (T_D) or right (acceptance), and the product of bot
     LookupDrafter            no model: what followed these tokens the last time (prompt lookup)
 
 `Drafting` says which; the engine (`spec_decode.py`) calls, per round, ``logits(i, token)`` for
-i = 0 .. gamma - 1, and ``select()`` after the prefill and every `select_every` rounds.
+i = 0 .. gamma - 1. Before a round it calls ``catch_up`` if there is text that the drafter has not
+read, and then, or every `select_every` rounds, ``select``.
 
 **A draft model lags by one token.** In a round it is fed the newest decided token and all drafts
 but the last. If all are accepted, the last draft has become text that the draft's cache does not
@@ -29,10 +31,11 @@ With every new token its positions grow. Before they reach the end of its traine
 So a draft that was trained on 512 tokens drafts for a text of 32,768.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,11 +123,16 @@ class Drafting:
 
 
 class Text(NamedTuple):
-    """The state of a batch that drafters read; the engine writes it in place."""
+    """The state of a batch, written in place by the engine; drafters read the first three."""
 
     tokens: Tensor  # [B, S] int64
     seq_len: Tensor  # [B] int64, decided tokens, at least 2
     finished: Tensor  # [B] bool
+    limit: Tensor  # [B] int64, most tokens that a row may reach
+    eos: Tensor  # [n] int64, tokens that end a row; -1: none
+    accepted: Tensor  # [MAX_GAMMA + 1] int64, histograms, see spec_decode.Stats
+    drafted: Tensor  # [MAX_GAMMA + 1] int64
+    n_rounds: Tensor  # [] int64, rounds in which a row was not finished yet
 
     def pair(self) -> tuple[Tensor, Tensor]:  # tokens [B, 2], positions [B, 2]
         """The last two decided tokens."""
@@ -132,16 +140,19 @@ class Text(NamedTuple):
         return self.tokens.gather(1, pos), pos
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     verify_cache: KVCache | JointCache  # what the target verifies with
-    select_every: int  # rounds after which `select` is due again; 0: never
+    select_every = 0  # rounds after which `select` is due again; 0: never
+    n_selected = 0  # tokens of a row that `select` keeps by choice
+    n_bytes = 0  # of its caches
 
-    def prefill(self, b: int, length: int) -> None:
-        """Row b has a new prompt of this length."""
+    def catch_up(self, n_read: Tensor) -> None:  # [B]  # noqa: B027
+        """Read the decided text behind the first n_read tokens of every row."""
 
-    def select(self) -> None:
+    def select(self) -> None:  # noqa: B027
         """Load, from all of the decided text, what drafting reads."""
 
+    @abstractmethod
     def logits(self, i: int, token: Tensor) -> Tensor:  # [B, 1] -> [B, V]
         """After the i-th token of this round: the newest decided one, or a draft."""
 
@@ -171,17 +182,15 @@ def select(
         sparse.fill(i, full, policy.select(layer, sparse.n_selected), n_cached)
 
 
-class SelfDrafter:
+class SelfDrafter(Drafter):
     """Self-speculation: the target itself, reading a few of its own K and V."""
 
     def __init__(self, drafting: Drafting, model: Transformer, full: KVCache, text: Text) -> None:
         self.drafting, self.model, self.full, self.text = drafting, model, full, text
         self.sparse = drafting.sparse_cache(full.spec, full.capacity)
         self.verify_cache = JointCache(full, self.sparse)
-        self.select_every = drafting.select_every
-
-    def prefill(self, b: int, length: int) -> None:
-        """Nothing to do: the target has read it."""
+        self.select_every, self.n_selected = drafting.select_every, self.sparse.n_selected
+        self.n_bytes = self.sparse.n_bytes
 
     def select(self) -> None:
         n_cached = self.text.seq_len - 1
@@ -191,7 +200,7 @@ class SelfDrafter:
         return self.model(token, self.text.seq_len[:, None] - 1 + i, self.sparse)[:, -1]
 
 
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """A draft model that has all of the text in a full cache of its own."""
 
     def __init__(
@@ -213,14 +222,15 @@ class ModelDrafter:
         self.full = KVCache.empty(self.spec, self.text.tokens.shape[1])
         self.full.finished = self.text.finished
         self.cache: KVCache | SparseKVCache | JointCache = self.full
+        self.n_bytes = self.full.n_bytes
 
-    def prefill(self, b: int, length: int) -> None:
-        tokens = known_to(self.model, self.text.tokens[b : b + 1])
-        chunk = min(self.spec.prefill_chunk, tokens.shape[1])
-        self.model.prefill(tokens, length, chunk, self.full.row(b))
-
-    def select(self) -> None:
-        """Nothing to do: it sees everything."""
+    def catch_up(self, n_read: Tensor) -> None:
+        """All but the newest token. Copies lengths to the host."""
+        chunk = min(self.spec.prefill_chunk, self.full.capacity)
+        lengths = zip(n_read.tolist(), self.text.seq_len.tolist(), strict=True)
+        for b, (n_cached, length) in enumerate(lengths):
+            tokens = known_to(self.model, self.text.tokens[b : b + 1])
+            self.model.prefill(tokens, length - 1, chunk, self.full.row(b), n_cached)
 
     def logits(self, i: int, token: Tensor) -> Tensor:
         token, pos = self.text.pair() if i == 0 else (token, self.text.seq_len[:, None] - 1 + i)
@@ -236,6 +246,7 @@ class SparseModelDrafter(ModelDrafter):
     def allocate(self) -> None:
         super().allocate()
         self.sparse = self.drafting.sparse_cache(self.spec, self.full.capacity)
+        self.n_selected, self.n_bytes = self.sparse.n_selected, self.n_bytes + self.sparse.n_bytes
         self.cache = JointCache(self.sparse, self.full)
 
     def select(self) -> None:
@@ -252,9 +263,11 @@ class StreamingModelDrafter(ModelDrafter):
         self.select_every = (room - 1) // (gamma + 1) + 1
         self.anchor = KVCache.empty(self.spec, K)
         self.sparse = self.cache = self.drafting.sparse_cache(self.spec, K)
+        self.n_selected = self.sparse.n_selected
+        self.n_bytes = self.anchor.n_bytes + self.sparse.n_bytes
 
-    def prefill(self, b: int, length: int) -> None:
-        """Nothing to do: it never reads the whole prompt."""
+    def catch_up(self, n_read: Tensor) -> None:
+        """Nothing to do: it never reads the whole text."""
 
     def select(self) -> None:
         """Re-anchor: read sinks and newest tokens again, from position 0."""
@@ -290,19 +303,12 @@ def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B
     return tokens.gather(1, end + 1 + step)
 
 
-class LookupDrafter:
+class LookupDrafter(Drafter):
     """Prompt lookup: copies from the row's own text. No model, no cache."""
 
     def __init__(self, drafting: Drafting, target: Transformer, full: KVCache, text: Text) -> None:
         self.text, self.gamma = text, drafting.gamma
-        self.verify_cache, self.select_every = full, 0
-        self.vocab_size = target.config.vocab_size
-
-    def prefill(self, b: int, length: int) -> None:
-        """Nothing to do."""
-
-    def select(self) -> None:
-        """Nothing to do."""
+        self.verify_cache, self.vocab_size = full, target.config.vocab_size
 
     def logits(self, i: int, token: Tensor) -> Tensor:
         """All probability on the looked-up token."""

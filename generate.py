@@ -12,7 +12,6 @@ What a user can get wrong ends in one line on standard error and exit status 2.
 """
 
 import argparse
-import io
 import json
 import statistics
 import sys
@@ -27,7 +26,7 @@ import torch
 from auto import GAMMAS, Auto, Candidate, timed
 from chat import Chat, load_chat
 from cost_model import Parser
-from drafters import NGRAM, Drafting, check_drafting
+from drafters import NGRAM, Drafting, ModelDrafter, check_drafting
 from kv_cache import POLICIES
 from model import (
     ModelConfig,
@@ -187,17 +186,9 @@ def decoder(engine: Engine, auto: Auto | None) -> Callable[[Callable[[], None]],
     return auto.decode if auto else lambda on_round: decode(engine, on_round=on_round)
 
 
-def warm_up(engine: Engine, auto: Auto | None = None) -> None:
-    """Compile every shape that will run, twice each; decides no tokens."""
-    for _ in range(2):
-        engine.prefill_row(0, 1)
-        if engine.drafter:
-            engine.drafter.prefill(0, 1)
-            engine.drafter.select()
-        for gamma in {0, engine.gamma}:
-            engine.verify(engine.draft(gamma).tokens)
-    for gamma in {0, engine.gamma}:
-        engine.prepare(gamma)
+def warm_up(engine: Engine, auto: Auto | None, later_turns: bool = False) -> None:
+    """Compile every shape that will run; the automatic choice is calibrated."""
+    engine.warm_up(later_turns)
     if auto:
         auto.prepare()
 
@@ -207,32 +198,36 @@ def step_times(
 ) -> dict[str, list[float]]:
     """Milliseconds, by repeat, of a plain step, a draft step, a verification, and of more work.
 
-    They are taken in turn, so that all see the same machine.
+    A plain step and a verification end with what is decided from their logits; of the latter that
+    part, sampling for instance, is timed alone too (accept_ms). All are taken in turn, so that they
+    see the same machine.
     """
-    gamma, nothing = engine.gamma if gamma is None else gamma, engine.draft(0).tokens
-    tokens = engine.draft(gamma).tokens
-    work = {"target_step_ms": lambda: engine.verify(nothing).argmax(dim=-1)}
+    gamma, nothing = engine.gamma if gamma is None else gamma, engine.draft(0)
+    work = {"target_step_ms": lambda: engine.check_draft(nothing)}
     if gamma:
+        engine.refresh()
+        draft = engine.draft(gamma)
+        logits = engine.verify(draft.tokens)
         work["draft_step_ms"] = lambda: engine.draft(gamma)
-        work["verify_ms"] = lambda: engine.verify(tokens).argmax(dim=-1)
+        work["verify_ms"] = lambda: engine.check_draft(draft)
+        work["accept_ms"] = lambda: engine.accept(draft, logits)
     work = more | {name: engine.capture(step) for name, step in work.items()}
     times = {name: [] for name in work}
     for _ in range(repeats):
         for name, step in work.items():
             steps = gamma if name == "draft_step_ms" else 1
-            times[name].append(1e3 * timed(tokens.device, step)[0] / steps)
+            times[name].append(1e3 * timed(engine.tokens.device, step)[0] / steps)
     return times
 
 
 def run(
     engine: Engine,
     work: Callable[[Callable[[], None]], Stats],  # decodes, calling what it is given every round
-    show: "RowPrinter | None",
+    show: Callable[[], None] = lambda: None,
     profile: Path | None = None,
 ) -> Run:
     """Decode the prefilled batch from its first tokens, timed."""
     engine.rewind()
-    show = show or (lambda: None)
     show()
     tracer = torch.profiler.profile() if profile else nullcontext()
     with tracer:
@@ -394,10 +389,10 @@ def check_same_vocabulary(args, tokenizer: Tokenizer, draft_tokenizer: Tokenizer
         )
 
 
-def measure(args, engine: Engine, auto: Auto | None, prompts, shows, say) -> Report:
+def measure(args, engine: Engine, auto: Auto | None, prompts, say) -> Report:
     """Warm up, prefill, decode, time the steps; with --compare plainly too, from the same prefill.
 
-    `shows` are the printers (or None) of the main run and of the baseline.
+    Nothing is printed inside a timed run.
     """
     device = engine.tokens.device
     say("compiling" if engine.model.compiled else "warming up", end=" ... ")
@@ -413,12 +408,18 @@ def measure(args, engine: Engine, auto: Auto | None, prompts, shows, say) -> Rep
         ),
     )
     say(f"{prefill_seconds:.1f} s")
+    draft_prefill_seconds = None
+    if isinstance(engine.drafter, ModelDrafter):
+        draft_prefill_seconds, _ = timed(device, engine.catch_up)
+        say(f"prefilling the draft model ... {draft_prefill_seconds:.1f} s")
     baseline = None
     if args.compare:
         say("decoding plainly", end=" ... ")
-        baseline = run(engine, lambda show: decode(engine, 0, show), shows[1])
+        baseline = run(engine, lambda show: decode(engine, 0, show))
         say(f"{baseline.seconds:.1f} s")
-    main_run = run(engine, decoder(engine, auto), shows[0], args.profile)
+    say("decoding", end=" ... ")
+    main_run = run(engine, decoder(engine, auto), profile=args.profile)
+    say(f"{main_run.seconds:.1f} s")
     if auto:
         say(auto.explain())
         auto.install(auto.chosen)
@@ -426,7 +427,15 @@ def measure(args, engine: Engine, auto: Auto | None, prompts, shows, say) -> Rep
     times = step_times(engine, gamma=auto.gamma if auto else None)
     step_ms = {name: statistics.median(values) for name, values in times.items()}
     return Report(
-        engine, prompts, compile_seconds, prefill_seconds, step_ms, main_run, baseline, auto
+        engine,
+        prompts,
+        compile_seconds,
+        prefill_seconds,
+        draft_prefill_seconds,
+        step_ms,
+        main_run,
+        baseline,
+        auto,
     )
 
 
@@ -470,14 +479,8 @@ def batch(args, engine: Engine, auto: Auto | None, tokenizer: Tokenizer, prompts
         print(text, end=end, file=out, flush=True)
 
     say(describe(args, engine, auto, prompts))
-    live, shows = out.isatty(), (None, None)
-    if live:  # the baseline pays for the same work, so that the speedup is fair
-        shows = [RowPrinter(engine, tokenizer, prompts[0], o) for o in (out, io.StringIO())]
-    report = measure(args, engine, auto, prompts, shows, say)
-    if live:
-        say(shows[0].text.close())
-    else:
-        say("\nrow 0 continues:\n" + continuation(tokenizer, prompts[0], report.main.outputs[0]))
+    report = measure(args, engine, auto, prompts, say)
+    say("\nrow 0 continues:\n" + continuation(tokenizer, prompts[0], report.main.outputs[0]))
     say("\n" + table(report))
     if report.baseline:
         say(verdict(report))
@@ -497,7 +500,7 @@ def converse(
     only what is new is read. Otherwise every prompt stands for itself.
     """
     rows, longest = len(engine.rows), engine.max_len - args.max_new_tokens
-    warm_up(engine, auto)
+    warm_up(engine, auto, later_turns=chat is not None)
     so_far: list[int] = []  # the conversation
     while True:
         try:
@@ -520,7 +523,7 @@ def converse(
         if not 1 <= len(prompt) <= longest:
             print(f"a prompt needs 1 to {longest} tokens; this one has {len(prompt)}")
             continue
-        held = engine.held(0, prompt) if so_far else 0
+        n_reused = engine.n_reused(0, prompt) if so_far else 0
         limits = [args.max_new_tokens] * rows
         engine.prefill([prompt] * rows, limits, args.eos_ids, reuse=bool(so_far))
         show = RowPrinter(engine, tokenizer, prompt, sys.stdout)
@@ -529,7 +532,7 @@ def converse(
         print(
             f"[{result.tokens_per_second:.1f} tokens/s, mean acceptance length "
             f"{result.stats.mean_acceptance_length:.2f}; of {len(prompt)} tokens of prompt "
-            f"{held} were in the cache]",
+            f"{n_reused} were in the cache]",
             file=sys.stderr,
         )
         if chat:

@@ -170,6 +170,10 @@ class KVCache:
     def capacity(self) -> int:
         return self.k[0].shape[2]
 
+    @property
+    def n_bytes(self) -> int:
+        return self.capacity * self.spec.bytes_per_slot
+
     def row(self, b: int) -> "KVCache":
         """Row b alone, a view that shares its memory: prompts are prefilled row by row."""
         spec = replace(self.spec, batch_size=1)
@@ -271,6 +275,10 @@ class SparseKVCache:
 
     def layer(self, i: int) -> tuple[tuple[Tensor, Tensor], ...]:
         return ((self.k[i], self.v[i]),)
+
+    @property
+    def n_bytes(self) -> int:
+        return (self.n_selected + self.ring_size) * self.spec.bytes_per_slot
 
     def slots(self, pos: Tensor) -> Tensor:  # [B, T] -> [B, T]
         return self.n_selected + pos % self.ring_size

@@ -58,6 +58,7 @@ ARCHITECTURES = {
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors call them
+SHORT = 64  # tokens per forward, at least, where few of a text are new
 RANDOM = "random:"  # before the name of a preset: no directory, random weights
 
 
@@ -441,19 +442,30 @@ class Transformer(nn.Module):
             yield layer.attention.queries(layer.attention_norm(x), rope)
             x = layer(x, rope, steps[i], cache.layer(i))
 
-    def prefill(self, tokens: Tensor, length: int, chunk: int, cache, held: int = 0) -> Tensor:
-        """Read the first `length` of tokens [1, S] into the cache; hidden state [dim] of the last.
+    def prefill(
+        self,
+        tokens: Tensor,  # [1, S] int64
+        length: int,  # how many of them to read
+        chunk: int,  # tokens per forward
+        cache,
+        n_cached: int = 0,  # fewer than `length`, the first ones, which the cache holds already
+    ) -> Tensor:
+        """Read a text into the cache; the hidden state [dim] of its last token.
 
-        The first `held` of them, fewer than `length`, are in the cache already. All chunks have
-        one static shape. The last one is moved back to end with the text (what it
-        computes twice, it computes the same); a text shorter than a chunk is followed by tokens
-        that do not exist yet, in slots that nobody sees before they are overwritten.
+        Two static shapes: chunks, and where something was cached, short ones for what is less than
+        a chunk. The last forward is moved back to end with the text: what it computes twice, it
+        computes the same. A text shorter than that is followed by tokens that do not exist yet, in
+        slots that nobody sees before they are overwritten.
         """
-        for start in range(held, length, chunk):
-            start = max(min(start, length - chunk), 0)
-            pos = torch.arange(start, start + chunk, device=tokens.device)[None]
-            x = self.hidden(tokens[:, start : start + chunk], pos, cache)
-        return x[0, length - 1 - start]
+        short = min(max(chunk // 8, SHORT), chunk) if n_cached else chunk
+        start = n_cached
+        while start < length:
+            T = chunk if length - start >= chunk else short
+            at = max(min(start, length - T), 0)
+            pos = torch.arange(at, at + T, device=tokens.device)[None]
+            x = self.hidden(tokens[:, at : at + T], pos, cache)
+            start = at + T
+        return x[0, length - 1 - at]
 
     def logits(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., V]
         return self.output(self.norm(x))

@@ -7,13 +7,14 @@
 
 import platform
 import resource
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from auto import Auto
 from drafters import ModelDrafter
+from kv_cache import KVCache
 from spec_decode import Engine, Stats
 from tokenizer import Tokenizer, continuation
 
@@ -45,7 +46,8 @@ class Report:
     prompts: list[list[int]]
     compile_seconds: float
     prefill_seconds: float
-    step_ms: dict[str, float]  # target_step_ms, and when drafting draft_step_ms, verify_ms
+    draft_prefill_seconds: float | None  # of a draft model of its own
+    step_ms: dict[str, float]  # target_step_ms, and drafting draft_step_ms, verify_ms, accept_ms
     main: Run
     baseline: Run | None  # plain decoding, with --compare
     auto: Auto | None  # what decided, if anything did
@@ -56,6 +58,13 @@ class Report:
         if self.baseline is None or not self.main.stats.decoded_tokens:
             return None
         return self.main.tokens_per_second / self.baseline.tokens_per_second
+
+    @property
+    def row_speedup(self) -> float | None:
+        """The same while a row runs: a static batch as a whole waits for its slowest row."""
+        if self.speedup is None:
+            return None
+        return self.baseline.ms_per_token / self.main.ms_per_token
 
     @property
     def gamma(self) -> int:
@@ -88,7 +97,8 @@ def table(report: Report) -> str:
     for label, value in {
         "decode tokens/s": lambda r: f"{r.tokens_per_second:.1f}",
         "ms per token": lambda r: f"{r.ms_per_token:.2f}",
-        "rounds": lambda r: f"{r.stats.rounds}",
+        "rounds, slowest row": lambda r: f"{r.stats.rounds}",
+        "rounds, mean row": lambda r: f"{r.stats.row_rounds / len(r.outputs):.1f}",
         "mean acceptance length": lambda r: f"{r.stats.mean_acceptance_length:.2f}",
     }.items():
         lines.append(f"{label:24}" + "".join(f"{value(r):>28}" for r in runs.values()))
@@ -102,6 +112,8 @@ def table(report: Report) -> str:
         ratio = ms["verify_ms"] / ms["target_step_ms"]
         steps += f", T_D {ms['draft_step_ms']:.1f} ms"
         steps += f", T_V({report.gamma}) {ms['verify_ms']:.1f} ms = {ratio:.2f} T_T"
+        if not engine.sampling.greedy:
+            steps += f", of which accepting {ms['accept_ms']:.1f} ms"
     bandwidth = step_bytes(engine, report.prompts) / ms["target_step_ms"] / 1e6
     memory = peak_memory_bytes(engine.tokens.device) / 2**30
     lines.append(f"{steps}; T_T reads {bandwidth:.1f} GB/s; peak memory {memory:.1f} GiB")
@@ -115,11 +127,15 @@ def step_bytes(engine: Engine, prompts: list[list[int]]) -> int:
     return kv_bytes + sum(p.nbytes for p in engine.model.parameters())  # tied weights count once
 
 
+@torch.inference_mode()
 def top2_margin(engine: Engine, ids: list[int]) -> float:
-    """Difference of the two largest logits after the tokens `ids`. Overwrites row 0."""
-    engine.tokens[0, : len(ids)] = torch.tensor(ids)
-    logits = engine.model.logits(engine.prefill_row(0, len(ids)))
-    first, second = logits.float().topk(2).values.tolist()
+    """Difference of the two largest logits after the tokens `ids`, read into a cache of its own."""
+    spec = replace(engine.full.spec, batch_size=1)
+    cache = KVCache.empty(spec, engine.full.capacity)  # of one shape with a row: nothing compiles
+    tokens = torch.zeros(1, engine.full.capacity, dtype=torch.int64, device=spec.device)
+    tokens[0, : len(ids)] = torch.tensor(ids)
+    x = engine.model.prefill(tokens, len(ids), engine.prefill_chunk, cache)
+    first, second = engine.model.logits(x).float().topk(2).values.tolist()
     return first - second
 
 
@@ -127,12 +143,18 @@ def verdict(report: Report) -> str:
     """Speedup, and whether the outputs are the same; if not, where they part and how closely."""
     if report.speedup is None:
         return "nothing was left to decode after the first tokens"
-    line = f"speedup {report.speedup:.2f}x over plain decoding"
+    stats = report.main.stats
+    line = (
+        f"speedup {report.speedup:.2f}x over plain decoding for the whole batch, "
+        f"{report.row_speedup:.2f}x while a row runs: the batch waits for its slowest row, "
+        f"{stats.rounds} rounds where the mean row needs "
+        f"{stats.row_rounds / len(report.prompts):.0f}"
+    )
     if report.synthetic is not None:
-        return f"{line} (synthetic acceptance {report.synthetic}: the outputs mean nothing)"
+        return f"{line}\n(synthetic acceptance {report.synthetic}: the outputs mean nothing)"
     if report.identical is None:
         return line
-    lines = [f"{line}, {sum(report.identical)} of {len(report.prompts)} outputs identical"]
+    lines = [line, f"{sum(report.identical)} of {len(report.prompts)} outputs identical"]
     rows = zip(report.prompts, report.main.outputs, report.baseline.outputs, strict=True)
     for row, (prompt, ours, theirs) in enumerate(rows):
         if ours != theirs:
@@ -193,6 +215,8 @@ def run_json(report: Report, r: Run) -> dict:
             "accepted_histogram": stats.accepted_histogram,
             **report.step_ms,
         }
+        if report.draft_prefill_seconds is not None:
+            result["draft_prefill_seconds"] = report.draft_prefill_seconds
     return result
 
 
@@ -232,7 +256,7 @@ def to_json(report: Report, tokenizer: Tokenizer) -> dict:
     if report.baseline:
         result["baseline"] = run_json(report, report.baseline)
     if report.speedup is not None:
-        result["speedup"] = report.speedup
+        result["speedup"], result["row_speedup"] = report.speedup, report.row_speedup
     if report.identical is not None:
         result["identical"] = all(report.identical)
     return result

@@ -35,8 +35,10 @@ are finished from a flag in pinned memory that is LAG rounds old, so the device 
 """
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,7 @@ from model import Transformer
 
 MAX_EOS = 16  # tokens that may end a text
 LAG = 2  # rounds that the host may be ahead of the device
+HALVINGS = 28  # of the interval in which top-p cuts: 2^(40 / 2^28) is 1 in float32
 WARM_UP = 3  # times that work runs before it is captured: compiling, autotuning, workspaces
 
 
@@ -135,24 +138,52 @@ def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:  # [..., V] -
         logits = logits.masked_fill(logits < least, -torch.inf)
     probs = logits.softmax(dim=-1)
     if sampling.top_p is not None and sampling.top_p < 1:
-        ordered = probs.sort(dim=-1, descending=True).values
-        before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
-        least = ordered.masked_fill(before >= sampling.top_p, torch.inf).amin(dim=-1, keepdim=True)
-        probs = probs.masked_fill(probs < least, 0)
+        probs = nucleus(probs, sampling.top_p)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:  # [..., V] float32 -> [..., V]
+    """Zero all but the smallest set of likeliest tokens whose sum is at least top_p, ties included.
+
+    The probability at which to cut is found by halving an interval instead of by sorting: summing
+    over a vocabulary is cheap, sorting one is not. What is below the first `low` sums to less than
+    1 - top_p. Each halving takes the square root of high / low, until float32 sees no difference.
+    """
+    high = probs.amax(dim=-1, keepdim=True)  # above it: nothing
+    low = torch.full_like(high, (1 - top_p) / probs.shape[-1] / 2)  # above it: at least top_p
+    for _ in range(HALVINGS):
+        middle = (low * high).sqrt()
+        too_high = (probs * (probs > middle)).sum(dim=-1, keepdim=True) < top_p
+        low, high = torch.where(too_high, low, middle), torch.where(too_high, middle, high)
+    return probs.masked_fill(probs <= low, 0)
 
 
 def sample(
     weights: Tensor,  # [..., V] float, >= 0 with a positive sum; need not be normalised
     u: Tensor,  # [...] uniforms in [0, 1)
 ) -> Tensor:  # [...] int64
-    """Draw one index by inverting the cumulative distribution; never one of weight 0."""
-    cdf = weights.cumsum(dim=-1)
-    total = cdf[..., -1:]
-    x = (u[..., None] * total).minimum(total * (1 - 2**-23))  # below the total, also in float32
-    # The first crossing of positive weight: a parallel cumsum need not be monotone in float32.
-    return ((cdf > x) & (weights > 0)).to(torch.uint8).argmax(dim=-1)
+    """Draw one index by inverting the cumulative distribution; never one of weight 0.
+
+    The total is the largest sum that ends at a positive weight: a parallel cumsum need not be
+    monotone in float32. The drawn point is kept below it, also where u * total rounds up to it.
+    """
+    cdf = weights.cumsum(dim=-1).masked_fill(weights <= 0, 0)
+    total = cdf.amax(dim=-1, keepdim=True)
+    x = (u[..., None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return (cdf > x).to(torch.uint8).argmax(dim=-1)
+
+
+def pick(
+    logits: Tensor,  # [B, V]
+    sampling: Sampling,
+    u: Tensor | None,  # [B] uniforms in [0, 1); None when greedy
+) -> tuple[Tensor, Tensor | None]:  # tokens [B] int64, probs [B, V] float32 or None
+    """The next token of every row, and what it was drawn from when sampling."""
+    if sampling.greedy:
+        return logits.argmax(dim=-1), None
+    probs = logits_to_probs(logits, sampling)
+    return sample(probs, u), probs
 
 
 def accept_greedy(
@@ -186,6 +217,52 @@ def accept_sampled(
     return n_accepted, sample(torch.where(empty, target, residual), u_next)
 
 
+def accept(
+    draft: Draft,
+    logits: Tensor,  # [B, gamma + 1, V], the target's
+    sampling: Sampling,
+    u: Tensor | None,  # [B, gamma + 1] uniforms in [0, 1); None when greedy
+) -> tuple[Tensor, Tensor]:  # n_accepted [B], next_token [B]
+    """How many drafts stay and what follows them, by the rule that the sampling asks for."""
+    if sampling.greedy:
+        return accept_greedy(draft.tokens, logits.argmax(dim=-1))
+    return accept_sampled(draft, logits_to_probs(logits, sampling), u[:, 1:], u[:, 0])
+
+
+def commit(
+    text: Text,
+    draft_tokens: Tensor,  # [B, gamma]
+    n_accepted: Tensor,  # [B] in 0..gamma
+    next_token: Tensor,  # [B]
+) -> None:
+    """Append accepted drafts and the next token, cut at EOS and at the limit, in place.
+
+    Counted are the tokens that were appended, and as drafted only those drafts for which there was
+    room: what the end of a row cuts off was neither accepted nor rejected.
+    """
+    B, gamma = draft_tokens.shape
+    i = torch.arange(gamma + 1, device=draft_tokens.device)
+    n = n_accepted[:, None]
+    block = torch.where(i == n, next_token[:, None], F.pad(draft_tokens, (0, 1)))
+    ends = (block[..., None] == text.eos).any(dim=-1) & (i <= n)
+    until_eos = torch.where(ends, i + 1, gamma + 1).amin(dim=1)
+    room = text.limit - text.seq_len
+    n_new = torch.minimum(torch.minimum(n_accepted + 1, until_eos), room)
+    # Tokens past seq_len are not decided yet, so writing all of them is harmless.
+    rows = torch.arange(B, device=draft_tokens.device)[:, None]
+    text.tokens[rows, text.seq_len[:, None] + i] = block
+    n_drafted = torch.where(until_eos <= n_accepted, until_eos, gamma + 1).minimum(room) - 1
+    going = ~text.finished
+    for count, value in ((text.accepted, n_new - 1), (text.drafted, n_drafted)):
+        count[: gamma + 1] += ((i == value[:, None]) & going[:, None]).sum(dim=0)
+    text.n_rounds.add_(going.any())
+    n_new = n_new.masked_fill(text.finished, 0)
+    text.seq_len.add_(n_new)
+    text.finished.logical_or_(
+        (ends & (i < n_new[:, None])).any(dim=1) | (text.seq_len >= text.limit)
+    )
+
+
 def accept_synthetic(
     rate: float,  # probability of each draft to be accepted, given that those before it were
     u_accept: Tensor,  # [B, gamma] uniforms
@@ -200,12 +277,15 @@ class Engine:
     The state is in tensors that are written in place. Rows are independent: each has its own
     prompt length, limit and end. A finished row keeps its length; what a round still writes for
     it lies at or past its newest token, where `rewind` and the next prefill overwrite it unseen.
+
+    Drafters may miss text: the prompt, rounds without drafts. `refresh` reads what is missing and
+    selects when that is due; every round that drafts begins with it.
     """
 
     def __init__(
         self,
         model: Transformer,
-        batch_size: int,  # B
+        batch_size: int,  # B, at least 1
         max_len: int,  # tokens of the longest row, prompt and continuation together
         drafting: Drafting,
         sampling: Sampling,
@@ -213,6 +293,8 @@ class Engine:
         draft_model: Transformer | None = None,  # None: drafting needs none
     ) -> None:
         """Allocates the caches; ValueError if they will not fit into the memory that is free."""
+        if batch_size < 1 or max_len < 1:
+            raise ValueError(f"batch_size {batch_size} and max_len {max_len} must be at least 1")
         spec = CacheSpec.for_model(model, batch_size)
         self.model, self.sampling, self.max_len = model, sampling, max_len
         self.prefill_chunk = min(spec.prefill_chunk, max_len)
@@ -220,25 +302,38 @@ class Engine:
         self.check(spec, drafting, draft_model, n_slots, n_slots * spec.bytes_per_slot)
         self.full = KVCache.empty(spec, n_slots)
         integers = {"dtype": torch.int64, "device": spec.device}
-        self.tokens = torch.zeros(batch_size, n_slots, **integers)
         self.prompt_len = torch.ones(batch_size, **integers)
-        self.seq_len = self.prompt_len + 1  # decided tokens
-        self.limit = torch.ones(batch_size, **integers)  # most tokens a row may reach
-        self.finished = torch.zeros(batch_size, dtype=torch.bool, device=spec.device)
+        self.text = Text(
+            tokens=torch.zeros(batch_size, n_slots, **integers),
+            seq_len=self.prompt_len + 1,
+            finished=torch.zeros(batch_size, dtype=torch.bool, device=spec.device),
+            limit=torch.ones(batch_size, **integers),
+            eos=torch.full((MAX_EOS,), -1, **integers),
+            accepted=torch.zeros(MAX_GAMMA + 1, **integers),
+            drafted=torch.zeros(MAX_GAMMA + 1, **integers),
+            n_rounds=torch.zeros((), **integers),
+        )
+        self.tokens, self.seq_len, self.finished, self.limit, self.eos = self.text[:5]
+        self.accepted, self.drafted, self.n_rounds = self.text[5:]
         self.full.finished = self.finished  # such rows read no KV any more
-        self.eos = torch.full((MAX_EOS,), -1, **integers)  # -1: none
-        self.n_rounds = torch.zeros((), **integers)  # in which a row was not finished yet
-        self.accepted = torch.zeros(MAX_GAMMA + 1, **integers)  # histograms, see Stats
-        self.drafted = torch.zeros(MAX_GAMMA + 1, **integers)
         self.rows = torch.arange(batch_size, device=spec.device)[:, None]
-        self.seed = seed
-        self.generator = torch.Generator(spec.device)
-        self.started = False  # nothing was prefilled yet
-        self.graphs = model.compiled and spec.device.type == "cuda"
-        if self.graphs:  # they share memory, which lives as long as one of them does
-            self.pool, self.newest_graph = torch.cuda.graph_pool_handle(), None
-            self.stream = torch.cuda.Stream()
+        self.seed, self.generator = seed, torch.Generator(spec.device)
+        self.n_prefills = 0  # 0: there is no text yet
+        self.host_rounds = 0  # since the last rewind, as the host counts them
+        self.n_read = torch.zeros_like(self.seq_len)  # tokens that the drafter has read,
+        self.behind = False  # where it has not read all
+        self.selected_at: int | None = None  # round before which the drafter selected last
+        self.shortest = 1  # tokens of the shortest prompt
+        on_gpu = spec.device.type == "cuda"
+        self.graphs = model.compiled and on_gpu
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # lives as long as
+        self.newest_graph: object = None  # one of the graphs that share it
+        self.stream = torch.cuda.Stream() if self.graphs else None
         self.rounds: dict[int, Callable[[], object]] = {}  # by gamma, captured
+        self.fused: Callable = lambda f: f  # compiles what is around the blocks, where it pays
+        if model.compiled and (on_gpu or sampling.top_p is not None):
+            self.fused = partial(torch.compile, fullgraph=True, dynamic=False)
+        self.drafting, self.gamma, self.drafter = Drafting(), 0, None
         self.use(drafting, draft_model)
 
     def check(self, spec, drafting, draft_model, n_slots: int, other_bytes: int) -> None:
@@ -254,20 +349,21 @@ class Engine:
         check_fits(other_bytes + n_bytes, spec.device, "the KV caches", remedy)
 
     def use(self, drafting: Drafting, draft_model: Transformer | None = None) -> None:
-        """Draft like this from here on, between any two rounds; ValueError if it cannot be."""
-        self.drafter = None  # its memory is free for the next,
-        self.rounds = {gamma: work for gamma, work in self.rounds.items() if gamma == 0}  # so too
-        self.check(self.full.spec, drafting, draft_model, self.full.capacity, 0)
-        self.drafting = drafting
-        self.gamma = drafting.gamma if drafting.enabled else 0  # most drafts a round can have
-        if drafting.enabled:
-            text = Text(self.tokens, self.seq_len, self.finished)
-            self.drafter = make_drafter(drafting, self.model, self.full, text, draft_model)
-        if self.started and self.drafter:
-            for b, length in enumerate(self.seq_len.tolist()):
-                self.drafter.prefill(b, length - 1)
-            self.drafter.select()
+        """Draft like this from here on, between any two rounds.
 
+        ValueError if it cannot be; the engine then drafts as before.
+        """
+        held = self.drafter.n_bytes if self.drafter else 0
+        self.check(self.full.spec, drafting, draft_model, self.full.capacity, -held)
+        self.drafter, self.gamma = None, 0  # its memory is free for the next,
+        self.rounds = {gamma: work for gamma, work in self.rounds.items() if gamma == 0}  # so too
+        self.drafting, self.selected_at = drafting, None
+        if drafting.enabled:
+            self.drafter = make_drafter(drafting, self.model, self.full, self.text, draft_model)
+            self.gamma = drafting.gamma  # most drafts a round can have
+            self.n_read, self.behind = torch.zeros_like(self.n_read), True
+
+    @torch.inference_mode()
     def prefill(
         self,
         prompts: list[list[int]],  # B prompts of at least one token
@@ -279,54 +375,107 @@ class Engine:
         """Read the prompts into the caches, row by row in chunks, and decide each first token.
 
         With reuse, what a prompt has in common with the beginning of its row's text, prompt and
-        continuation of before, is not read again: the next turn of a conversation.
+        continuation of before, is not read again: the next turn of a conversation. ValueError,
+        before anything is read, for prompts and limits that do not fit the engine.
         """
-        if len(eos_ids) > MAX_EOS:
-            raise ValueError(f"{len(eos_ids)} tokens end a text; at most {MAX_EOS} are possible")
+        self.check_prompts(prompts, max_new_tokens, eos_ids)
+        reused = [self.n_reused(b, p) if reuse else 0 for b, p in enumerate(prompts)]
+        n_read = self.n_read if self.behind else self.seq_len - 2
+        self.n_read = n_read.minimum(torch.tensor(reused, device=n_read.device)).clamp_min(0)
+        self.behind = self.drafter is not None
+        self.n_prefills += 1
+        self.shortest = min(map(len, prompts))
         self.eos.fill_(-1)
         self.eos[: len(eos_ids)] = torch.tensor(eos_ids, dtype=torch.int64)
-        self.generator.manual_seed(self.seed)
         last = []
         for b, prompt in enumerate(prompts):
-            held = self.held(b, prompt) if reuse and self.started else 0
             self.tokens[b, : len(prompt)] = torch.tensor(prompt)
             self.prompt_len[b] = len(prompt)
             self.limit[b] = len(prompt) + max_new_tokens[b]
-            last.append(self.prefill_row(b, len(prompt), held))
-            if self.drafter:
-                self.drafter.prefill(b, len(prompt))
+            last.append(self.prefill_row(b, len(prompt), reused[b]))
             on_row(b)
-        logits = self.model.logits(torch.stack(last))  # [B, V]
-        if self.sampling.greedy:
-            first = logits.argmax(dim=-1)
-        else:
-            first = sample(logits_to_probs(logits, self.sampling), self.uniforms(1)[:, 0])
+        self.reseed("prefill")
+        u = None if self.sampling.greedy else self.uniforms(1)[:, 0]
+        first, _ = pick(self.model.logits(torch.stack(last)), self.sampling, u)
         self.tokens[self.rows[:, 0], self.prompt_len] = first
-        self.started = True
         self.rewind()
 
-    def held(self, b: int, prompt: list[int]) -> int:
+    def check_prompts(self, prompts, max_new_tokens, eos_ids) -> None:
+        """ValueError, naming the row, for anything that `prefill` cannot use."""
+        B, V = len(self.rows), self.model.config.vocab_size
+        if len(prompts) != B or len(max_new_tokens) != B:
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(max_new_tokens)} limits for an engine of {B} rows"
+            )
+        for b, (prompt, n) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+            if not prompt or n < 1:
+                raise ValueError(
+                    f"row {b}: {len(prompt)} tokens of prompt and {n} new ones; each needs 1"
+                )
+            if len(prompt) + n > self.max_len:
+                raise ValueError(
+                    f"row {b}: {len(prompt)} tokens of prompt and {n} new ones are more than the "
+                    f"{self.max_len} that this engine was built for"
+                )
+            if not 0 <= min(prompt) <= max(prompt) < V:
+                raise ValueError(f"row {b}: token ids must be in 0..{V - 1}")
+        if len(eos_ids) > MAX_EOS:
+            raise ValueError(f"{len(eos_ids)} tokens end a text; at most {MAX_EOS} are possible")
+
+    def n_reused(self, b: int, prompt: list[int]) -> int:
         """How many of the prompt's tokens the row's cache holds, but not its last one."""
-        n = min(len(prompt), int(self.seq_len[b])) - 1
+        n = min(len(prompt), int(self.seq_len[b])) - 1 if self.n_prefills else 0
         same = self.tokens[b, :n].cpu() == torch.tensor(prompt[:n])
         return int(same.long().cumprod(dim=0).sum())
 
-    def prefill_row(self, b: int, length: int, held: int = 0) -> Tensor:
+    @torch.inference_mode()
+    def prefill_row(self, b: int, length: int, n_cached: int = 0) -> Tensor:
         """Hidden state [dim] of the row's last prompt token; its K and V are cached on the way."""
         tokens = self.tokens[b : b + 1]
-        return self.model.prefill(tokens, length, self.prefill_chunk, self.full.row(b), held)
+        return self.model.prefill(tokens, length, self.prefill_chunk, self.full.row(b), n_cached)
 
+    @torch.inference_mode()
     def rewind(self) -> None:
         """Back to the end of the prefill: decode (again) from the same first tokens and seed."""
-        self.generator.manual_seed(self.seed + 1)  # the prefill drew from `seed`
+        self.need_text()
+        self.reseed("decode")
         first = self.tokens.gather(1, self.prompt_len[:, None])
         self.seq_len.copy_(self.prompt_len + 1)
         self.finished.copy_((first == self.eos).any(dim=1) | (self.seq_len >= self.limit))
         for count in (self.accepted, self.drafted, self.n_rounds):
             count.zero_()
-        self.host_rounds = 0  # rounds since, as the host counts them
-        if self.drafter:
-            self.drafter.select()
+        self.host_rounds, self.selected_at = 0, None
+        self.n_read = self.n_read.minimum(self.prompt_len)
+
+    @torch.inference_mode()
+    def warm_up(self, later_turns: bool = False) -> None:
+        """Compile, twice run and capture what the first turn, or also later ones, will need.
+
+        It decides nothing, but writes into the caches: call it before the prefill.
+        """
+        before = self.seq_len.clone()
+        self.seq_len.fill_(3)
+        for _ in range(2):
+            for n_cached in (0, 1) if later_turns else (0,):
+                self.prefill_row(0, 2, n_cached)
+            if self.drafter:
+                for n_read in (0, 1):  # it may have missed a prompt, or some rounds
+                    self.drafter.catch_up(torch.full_like(before, n_read))
+                self.drafter.select()
+            for gamma in {0, self.gamma}:
+                self.check_draft(self.draft(gamma))
+        self.seq_len.copy_(before)
+        for gamma in {0, self.gamma}:
+            self.prepare(gamma)
+
+    def need_text(self) -> None:
+        if not self.n_prefills:
+            raise ValueError("there is no text to continue: prefill the engine first")
+
+    def reseed(self, what: str) -> None:
+        """Begin the stream of random numbers of this name, prefill and seed; all are unrelated."""
+        name = f"{what} {self.n_prefills} of seed {self.seed}"
+        self.generator.manual_seed(random.Random(name).getrandbits(63))
 
     def uniforms(self, n: int) -> Tensor:  # [B, n] float32 in [0, 1)
         return torch.rand(len(self.rows), n, device=self.rows.device, generator=self.generator)
@@ -335,6 +484,28 @@ class Engine:
         pos = self.seq_len[:, None] - 1
         return self.tokens.gather(1, pos), pos
 
+    @torch.inference_mode()
+    def catch_up(self) -> None:
+        """Let the drafter read the text that it has missed."""
+        if self.behind:
+            self.drafter.catch_up(self.n_read)
+            self.behind, self.selected_at = False, None
+
+    @torch.inference_mode()
+    def refresh(self) -> None:
+        """Bring the drafter up to date: what it has missed, and a selection if one is due.
+
+        One is due once there is text, again every `select_every` rounds, and once more when rows
+        that were shorter than the selection have as many tokens as it can hold.
+        """
+        self.catch_up()
+        now, last, every = self.host_rounds, self.selected_at, self.drafter.select_every
+        grown = self.drafter.n_selected - self.shortest  # a round adds at least one token
+        if last is None or (every and now - last >= every) or last <= grown < now:
+            self.drafter.select()
+            self.selected_at = now
+
+    @torch.inference_mode()
     def draft(self, gamma: int) -> Draft:
         """gamma tokens per row from the drafter, one at a time."""
         token, _ = self.newest()
@@ -344,14 +515,14 @@ class Engine:
         u = None if self.sampling.greedy else self.uniforms(gamma)
         for i in range(gamma):
             logits = self.drafter.logits(i, token)
-            if self.sampling.greedy:
-                token = logits.argmax(dim=-1, keepdim=True)
-            else:
-                probs[:, i] = logits_to_probs(logits, self.sampling)
-                token = sample(probs[:, i], u[:, i])[:, None]
+            token, p = self.fused(pick)(logits, self.sampling, None if u is None else u[:, i])
+            token = token[:, None]
             tokens[:, i] = token[:, 0]
+            if probs is not None:
+                probs[:, i] = p
         return Draft(tokens, probs)
 
+    @torch.inference_mode()
     def verify(self, draft_tokens: Tensor) -> Tensor:  # [B, gamma] -> logits [B, gamma + 1, V]
         """The target's logits after the newest token and after each draft, in one pass."""
         token, pos = self.newest()
@@ -360,57 +531,52 @@ class Engine:
         cache = self.drafter.verify_cache if gamma else self.full
         return self.model(torch.cat((token, draft_tokens), dim=1), pos, cache)
 
+    @torch.inference_mode()
     def accept(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """n_accepted [B], next_token [B], by the rule that the sampling asks for."""
+        """n_accepted [B], next_token [B], from the target's logits [B, gamma + 1, V]."""
         gamma, rate = draft.tokens.shape[1], self.drafting.synthetic_acceptance
-        if self.sampling.greedy:
-            n_accepted, next_token = accept_greedy(draft.tokens, logits.argmax(dim=-1))
-        else:
-            u = self.uniforms(gamma + 1)
-            target_probs = logits_to_probs(logits, self.sampling)
-            n_accepted, next_token = accept_sampled(draft, target_probs, u[:, 1:], u[:, 0])
+        u = None if self.sampling.greedy else self.uniforms(gamma + 1)
+        n_accepted, next_token = self.fused(accept)(draft, logits, self.sampling, u)
         if rate is not None:  # after doing all the work
             n_accepted = accept_synthetic(rate, self.uniforms(gamma))
         return n_accepted, next_token
 
-    def commit(self, draft_tokens: Tensor, n_accepted: Tensor, next_token: Tensor) -> None:
-        """Append accepted drafts and the next token, cut at EOS and at the limit, in place."""
-        gamma = draft_tokens.shape[1]
-        i = torch.arange(gamma + 1, device=draft_tokens.device)
-        n = n_accepted[:, None]
-        block = torch.where(i == n, next_token[:, None], F.pad(draft_tokens, (0, 1)))
-        ends = (block[..., None] == self.eos).any(dim=-1) & (i <= n)
-        until_eos = torch.where(ends, i + 1, gamma + 1).amin(dim=1)
-        room = self.limit - self.seq_len
-        n_new = torch.minimum(torch.minimum(n_accepted + 1, until_eos), room)
-        n_new = n_new.masked_fill(self.finished, 0)
-        # Tokens past seq_len are not decided yet, so writing all of them is harmless.
-        self.tokens[self.rows, self.seq_len[:, None] + i] = block
-        self.accepted[: gamma + 1] += ((i == n) & ~self.finished[:, None]).sum(dim=0)
-        self.drafted[gamma] += (~self.finished).sum()
-        self.n_rounds += (~self.finished).any()
-        self.seq_len += n_new
-        self.finished |= (ends & (i < n_new[:, None])).any(dim=1) | (self.seq_len >= self.limit)
+    def check_draft(self, draft: Draft) -> tuple[Tensor, Tensor]:
+        """Verify and accept: n_accepted [B], next_token [B]. What T_V and, undrafted, T_T are."""
+        return self.accept(draft, self.verify(draft.tokens))
 
+    @torch.inference_mode()
+    def eager_round(self, gamma: int) -> None:
+        draft = self.draft(gamma)
+        n_accepted, next_token = self.check_draft(draft)
+        self.fused(commit)(self.text, draft.tokens, n_accepted, next_token)
+
+    @torch.inference_mode()
     def round(self, gamma: int) -> None:
-        """Decide 1 to gamma + 1 more tokens of every unfinished row. gamma 0 is plain decoding."""
+        """Decide 1 to gamma + 1 more tokens of every unfinished row. gamma 0 is plain decoding.
+
+        ValueError for a gamma that this engine does not draft, and without a prefill.
+        """
+        self.need_text()
+        if not 0 <= gamma <= self.gamma:
+            raise ValueError(f"gamma {gamma} must be in 0..{self.gamma}, what this engine drafts")
+        if gamma:
+            self.refresh()
+        elif self.drafter and not self.behind:
+            self.n_read, self.behind = self.seq_len - 2, True
         if self.graphs:
             self.prepare(gamma)
             self.rounds[gamma]()
         else:
             self.eager_round(gamma)
+        self.host_rounds += 1
 
     def prepare(self, gamma: int) -> None:
         """Capture the round now, where rounds are captured, and not when it is first needed."""
         if self.graphs and gamma not in self.rounds:
             self.rounds[gamma] = self.capture(lambda: self.eager_round(gamma))
 
-    def eager_round(self, gamma: int) -> None:
-        draft = self.draft(gamma)
-        logits = self.verify(draft.tokens)
-        n_accepted, next_token = self.accept(draft, logits)
-        self.commit(draft.tokens, n_accepted, next_token)
-
+    @torch.inference_mode()
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
         """The work as one CUDA graph; the work itself on a CPU, or where nothing is compiled.
 
@@ -440,26 +606,24 @@ class Engine:
             result = work()
         self.newest_graph = graph
 
+        @torch.inference_mode()  # as in the capture: the generator's state is of that mode
         def replay() -> object:
             graph.replay()
             return result
 
         return replay
 
+    @torch.inference_mode()
     def run(
         self,
         gamma: int,
         most: float = math.inf,
         on_round: Callable[[], None] = lambda: None,  # called after every round
     ) -> None:
-        """Rounds until every row is finished, at most so many; reselects when it is due."""
+        """Rounds until every row is finished, at most so many."""
         done = LaggingFlag(self.finished) if self.graphs else self.finished.all
-        every = self.drafter.select_every if gamma else 0
         while most > 0 and not done():
             self.round(gamma)
-            self.host_rounds += 1
-            if every and self.host_rounds % every == 0:
-                self.drafter.select()
             on_round()
             most -= 1
 
@@ -485,10 +649,8 @@ def decode(
     on_round: Callable[[], None] = lambda: None,  # called after every round
 ) -> Stats:
     """Run rounds until every row is finished. The engine must have been prefilled or rewound."""
-    gamma = engine.gamma if gamma is None else gamma
-    if gamma > engine.gamma:
-        raise ValueError(f"gamma {gamma} is more than the {engine.gamma} this engine was built for")
-    engine.run(gamma, on_round=on_round)
+    engine.need_text()
+    engine.run(engine.gamma if gamma is None else gamma, on_round=on_round)
     return engine.stats()
 
 
@@ -523,8 +685,10 @@ def generate(
     max_new_tokens: int,
     eos_ids: tuple[int, ...] = (),
 ) -> tuple[list[list[int]], Stats]:
-    """Continue the prompts with the engine's own drafting: new tokens per row, and the counts."""
-    with torch.inference_mode():
-        engine.prefill(prompts, [max_new_tokens] * len(prompts), eos_ids)
-        stats = decode(engine)
-        return engine.outputs(), stats
+    """Continue the prompts with the engine's own drafting: new tokens per row, and the counts.
+
+    ValueError for prompts and limits that do not fit the engine.
+    """
+    engine.prefill(prompts, [max_new_tokens] * len(prompts), eos_ids)
+    stats = decode(engine)
+    return engine.outputs(), stats

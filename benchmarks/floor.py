@@ -38,7 +38,7 @@ def pretend_prefill(engine: Engine, lengths: list[int], new_tokens: int) -> None
     engine.tokens.random_(engine.model.config.vocab_size)
     engine.prompt_len.copy_(torch.tensor(lengths))
     engine.limit.copy_(engine.prompt_len + new_tokens)
-    engine.started = True
+    engine.n_prefills, engine.shortest = 1, min(lengths)
     engine.rewind()
 
 

@@ -1,5 +1,6 @@
 """Every drafting strategy: lossless, exact where it must be, and selecting what it says."""
 
+import math
 import random
 from pathlib import Path
 
@@ -130,6 +131,7 @@ def test_snapkv_selects_what_a_loop_selects(heads, chunk):
     engine = Engine(model, 4, 100, drafting, GREEDY)
     engine.prefill_chunk = chunk
     engine.prefill(prompts, [10] * 4)
+    engine.refresh()
     sparse = engine.drafter.sparse
     assert sparse.n_selected == 12 and sparse.n_recent == 12
     for b, prompt in enumerate(prompts):
@@ -158,6 +160,7 @@ def test_snapkv_scores_do_not_depend_on_how_rows_are_split(monkeypatch):
         monkeypatch.setattr(kv_cache, "SCORE_BYTES", n_bytes)
         engine = Engine(model, 4, 100, drafting, GREEDY)
         engine.prefill(PROMPTS, [10] * 4)
+        engine.refresh()
         selected.append(engine.drafter.sparse.selected_pos.sort().values)
     assert torch.equal(*selected)
 
@@ -165,9 +168,10 @@ def test_snapkv_scores_do_not_depend_on_how_rows_are_split(monkeypatch):
 def test_reselection_is_the_selection_of_the_longer_text():
     """In mid-generation the draft keeps what a fresh prefill of the same text would keep."""
     model = tiny_model()
-    drafting = Drafting("snapkv", 3, 24, 3, obs_window=9, reselect_every=2)
+    drafting = Drafting("snapkv", 3, 24, 3, obs_window=9, reselect_every=20)
     engine = Engine(model, 4, 100, drafting, GREEDY)
     engine.prefill(PROMPTS, [30] * 4)
+    engine.refresh()
     before = engine.drafter.sparse.selected_pos.clone()
     for _ in range(5):
         engine.round(3)
@@ -180,6 +184,7 @@ def test_reselection_is_the_selection_of_the_longer_text():
     ]
     fresh = Engine(model, 4, 100, drafting, GREEDY)
     fresh.prefill(texts, [1] * 4)
+    fresh.refresh()
     assert torch.equal(after.sort().values, fresh.drafter.sparse.selected_pos.sort().values)
 
 
@@ -189,11 +194,72 @@ def test_selection_is_repeated_every_so_many_rounds(monkeypatch):
     calls = []
     monkeypatch.setattr(engine.drafter, "select", lambda: calls.append(1))
     stats = decode(engine)
-    assert len(calls) == stats.rounds // 3 > 0
+    assert len(calls) == math.ceil(stats.rounds / 3) > 1
     engine.rewind()
     calls.clear()
     decode(engine, 0)
     assert not calls  # plain decoding pays for none of it
+
+
+@pytest.mark.parametrize("strategy", ["full", "snapkv", "streaming", "own snapkv", "own streaming"])
+def test_rounds_without_drafts_do_not_blind_the_drafter(strategy):
+    """It reads what it missed: with a budget for everything all its drafts are accepted again."""
+    model, policy = tiny_model(), strategy.removeprefix("own ")
+    draft = model if strategy == "full" or "own" in strategy else None
+    engine = Engine(model, 4, 230, Drafting(policy, 3, 400, 3), GREEDY, draft_model=draft)
+    engine.prefill(PROMPTS, [150] * 4)
+    for _ in range(2):
+        engine.run(3, 3)
+        for n in (1, 8):  # the second time there is nothing more to remember
+            engine.run(0, n)
+    decode(engine)
+    assert engine.stats().draft_acceptance_rate == 1.0
+    assert engine.outputs() == [plain_greedy(model, p, 150) for p in PROMPTS]
+    engine.rewind()
+    assert decode(engine).draft_acceptance_rate == 1.0
+
+
+def test_a_short_context_holds_through_rounds_without_drafts(monkeypatch):
+    """After them the draft model is anchored anew; its 28 positions are never left."""
+    draft = draft_model(context=28)
+    engine = Engine(tiny_model(), 3, 370, Drafting("streaming", 3, 12, 3), GREEDY, 0, draft)
+    highest, forward = [], draft.hidden
+
+    def watched(tokens, pos, cache):
+        highest.append(pos.max().item())
+        return forward(tokens, pos, cache)
+
+    monkeypatch.setattr(draft, "hidden", watched)
+    engine.prefill(prompts_of([70, 1, 9]), [200] * 3)
+    while not engine.finished.all():
+        for gamma in (3, 0, 0, 3, 0):
+            engine.round(gamma)
+    assert max(highest) <= 27
+
+
+@pytest.mark.parametrize("policy, n_prompt", [("streaming", 1), ("streaming", 3), ("snapkv", 2)])
+def test_sinks_that_a_short_prompt_lacks_are_kept_once_they_exist(policy, n_prompt):
+    drafting = Drafting(policy, 3, 24, 4, obs_window=7, reselect_every=0)
+    engine = Engine(tiny_model(), 1, 200, drafting, GREEDY)
+    engine.prefill(prompts_of([n_prompt]), [150])
+    engine.refresh()
+    assert (engine.drafter.sparse.selected_pos == NEVER).any()
+    decode(engine)
+    for kept in engine.drafter.sparse.selected_pos.flatten(0, 2).tolist():
+        assert {0, 1, 2, 3} <= set(kept)
+    if policy == "streaming":
+        assert engine.selected_at <= 4  # selected once more, not every round
+
+
+def test_selecting_is_part_of_decoding(monkeypatch):
+    """Not of the prefill, whose time is reported apart."""
+    engine = Engine(tiny_model(), 4, 100, Drafting("snapkv", 3, 24, 3, 7), GREEDY)
+    calls = []
+    monkeypatch.setattr(engine.drafter, "select", lambda: calls.append(1))
+    engine.prefill(PROMPTS, [20] * 4)
+    assert not calls
+    engine.round(3)
+    assert calls == [1]
 
 
 def test_a_streaming_draft_model_uses_its_context_to_the_last_position(monkeypatch):
@@ -227,6 +293,7 @@ def test_a_streaming_draft_model_sees_sinks_and_window_at_positions_of_its_own(l
     engine = Engine(target, 1, 100, Drafting("streaming", 3, 12, 3), GREEDY, draft_model=draft)
     engine.prefill(prompts_of([length]), [40])
     assert isinstance(engine.drafter, StreamingModelDrafter)
+    engine.refresh()
     for _ in range(3):  # after the prefill, and re-anchored in mid-generation
         text = engine.tokens[0, : engine.seq_len[0]].tolist()
         n_cached = len(text) - 2
@@ -277,38 +344,59 @@ def test_the_drafter_can_be_changed_in_mid_generation(strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_next_turn_of_a_conversation_reads_only_what_is_new(strategy, monkeypatch):
-    """Prompt, answer, more prompt: the output is that of reading everything anew."""
+    """Prompt, answer, more prompt: the output is that of reading everything anew.
+
+    Counted are tokens that go through the models in a prefill: those of a chunk of 16 at a time.
+    """
     policy, settings, context = STRATEGIES[strategy]
     model, draft = tiny_model(), draft_model(context) if context else None
     drafting = Drafting(policy, 3, n_sink=3, **settings)
     engine = Engine(model, 4, 300, drafting, GREEDY, draft_model=draft)
-    text, read = PROMPTS, []
-    prefill = Transformer.prefill
-
-    def counted(self, tokens, length, chunk, cache, held=0):
-        if self is model:
-            read.append(length - held)
-        return prefill(self, tokens, length, chunk, cache, held)
-
-    monkeypatch.setattr(Transformer, "prefill", counted)
     engine.prefill_chunk = 16
-    for turn, n_new in enumerate([5, 40, 1, 17]):
-        text = [t + prompts_of([n_new], seed=turn)[0] for t in text] if turn else text
+    read, hidden = [], Transformer.hidden
+
+    def counted(self, tokens, pos, cache=None):
+        if self is model and tokens.shape[0] == 1:
+            read.append(tokens.shape[1])
+        return hidden(self, tokens, pos, cache)
+
+    def turn(texts, n_new, reuse):
+        """What follows the texts; n_new tokens of each are not in the caches."""
         read.clear()
-        engine.prefill(text, [20] * 4, reuse=turn > 0)
+        engine.prefill(texts, [20] * 4, reuse=reuse)
+        assert sum(read) == sum(math.ceil(n / 16) * 16 for n in n_new)
         decode(engine)
-        answers = engine.outputs()
-        assert answers == [plain_greedy(model, t, 20) for t in text]
-        # an answer's last token was never fed to the model
-        assert read == ([n_new + 1] * 4 if turn else [len(t) for t in text])
-        text = [t + answer for t, answer in zip(text, answers, strict=True)]
+        assert engine.outputs() == [plain_greedy(model, t, 20) for t in texts]
+        return engine.outputs()
+
+    monkeypatch.setattr(Transformer, "hidden", counted)
+    text = PROMPTS
+    answers = turn(text, map(len, text), False)
+    for seed, n_new in enumerate([40, 1, 17]):
+        text = [
+            t + a + prompts_of([n_new], seed=seed)[0] for t, a in zip(text, answers, strict=True)
+        ]
+        answers = turn(text, [n_new + 1] * 4, True)  # an answer's last token was not fed
     changed = [t[: len(p)] + [(t[len(p)] + 1) % 97] + t[len(p) + 1 :]
                for t, p in zip(text, PROMPTS, strict=True)]  # fmt: skip
-    read.clear()
-    engine.prefill(changed, [20] * 4, reuse=True)
-    decode(engine)
-    assert engine.outputs() == [plain_greedy(model, t, 20) for t in changed]
-    assert read == [len(t) - len(p) for t, p in zip(text, PROMPTS, strict=True)]
+    turn(changed, [len(t) - len(p) for t, p in zip(text, PROMPTS, strict=True)], True)
+
+
+@pytest.mark.parametrize("policy", ["full", "snapkv"])
+def test_a_draft_model_reads_only_what_is_new_too(policy, monkeypatch):
+    model, draft, read = tiny_model(), draft_model(), []
+    engine = Engine(model, 1, 900, Drafting(policy, 3, 24, 3, 7), GREEDY, draft_model=draft)
+    hidden = draft.hidden
+    monkeypatch.setattr(draft, "hidden", lambda t, *a: read.append(t.shape[1]) or hidden(t, *a))
+    (text,) = prompts_of([700])
+    for n_read in (2 * 512, 64):  # a chunk and a half, then a few tokens
+        engine.prefill([text], [20], reuse=True)
+        read.clear()
+        engine.catch_up()
+        assert sum(read) == n_read
+        decode(engine)
+        assert engine.outputs() == [plain_greedy(model, text, 20)]
+        text = text + engine.outputs()[0] + [1, 2, 3]
 
 
 def test_lookup_against_a_loop():
@@ -366,6 +454,7 @@ def test_the_readmes_policy_works(monkeypatch):
     norms = small.full.k[1][2, 1, :70].norm(dim=-1)
     fresh = Engine(model, 4, 100, Drafting("low_norm", 3, 16, 3), GREEDY)
     fresh.prefill(PROMPTS, [30] * 4)
+    fresh.refresh()
     kept = set(fresh.drafter.sparse.selected_pos[1, 2, 1].tolist())
     assert kept == {0, 1, 2} | set((3 + norms[3:].argsort()[:5]).tolist())
     large = Engine(model, 4, 100, Drafting("low_norm", 3, 400), GREEDY)

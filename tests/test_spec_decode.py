@@ -3,6 +3,7 @@
 import math
 import random
 import weakref
+from functools import partial
 from itertools import product
 
 import pytest
@@ -21,6 +22,7 @@ from spec_decode import (
     decode,
     generate,
     logits_to_probs,
+    nucleus,
     sample,
 )
 from tests.reference import (
@@ -174,6 +176,83 @@ def test_more_ends_than_there_is_room_for_are_refused():
         engine.prefill([[1]], [3], tuple(range(17)))
 
 
+@pytest.mark.parametrize(
+    "prompts, limits, words",
+    [
+        (PROMPTS[:1], [9] * 4, "1 prompts and 4 limits for an engine of 4 rows"),
+        (PROMPTS, [9] * 3, "4 prompts and 3 limits"),
+        ([*PROMPTS[:3], []], [9] * 4, "row 3: 0 tokens of prompt and 9 new ones; each needs 1"),
+        (PROMPTS, [9, 9, 0, 9], "row 2: 70 tokens of prompt and 0 new ones"),
+        (PROMPTS, [9, 9, -1, 9], "row 2: 70 tokens of prompt and -1 new ones"),
+        (PROMPTS, [9, 9, 31, 9], "70 tokens of prompt and 31 new ones are more than the 100"),
+        ([*PROMPTS[:3], [5, 97]], [9] * 4, "row 3: token ids must be in 0..96"),
+        ([*PROMPTS[:3], [-1]], [9] * 4, "row 3: token ids must be in 0..96"),
+    ],
+)
+def test_prompts_that_do_not_fit_the_engine_are_refused(prompts, limits, words):
+    """Before anything is read: the engine goes on with the text that it has."""
+    model = tiny_model()
+    engine = Engine(model, 4, 100, streaming(3), GREEDY)
+    engine.prefill(PROMPTS, [20] * 4)
+    with pytest.raises(ValueError, match=words):
+        engine.prefill(prompts, limits)
+    decode(engine)
+    assert engine.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
+
+
+def test_an_engine_without_a_text_says_what_is_missing():
+    engine = Engine(tiny_model(), 1, 50, streaming(3), GREEDY)
+    for work in (engine.rewind, lambda: engine.round(0), lambda: decode(engine)):
+        with pytest.raises(ValueError, match="prefill the engine first"):
+            work()
+    engine.prefill([[1, 2]], [9])
+    for gamma in (-1, 4):
+        with pytest.raises(ValueError, match=f"gamma {gamma} must be in 0..3"):
+            engine.round(gamma)
+    for sizes in ((0, 50), (1, 0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            Engine(tiny_model(), *sizes, streaming(3), GREEDY)
+
+
+def test_a_refused_draft_leaves_the_engine_as_it_was(monkeypatch):
+    model = tiny_model()
+    engine = Engine(model, 4, 100, streaming(3), GREEDY)
+    engine.prefill(PROMPTS, [20] * 4)
+    drafter = engine.drafter
+    with pytest.raises(ValueError, match="needs a draft model"):
+        engine.use(Drafting("full", 3))
+    monkeypatch.setattr("kv_cache.free_memory", lambda device: 0)
+    with pytest.raises(ValueError, match="GiB free"):
+        engine.use(streaming(3, budget=60))
+    engine.use(streaming(3))  # no more than the one it replaces
+    assert engine.drafter is not drafter
+    decode(engine)
+    assert engine.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
+
+
+def test_an_engine_works_whoever_calls_it():
+    """In inference mode or out of it, also in turns: generators and graphs are of one mode."""
+    model = tiny_model()
+    outputs = []
+    for inside in ((), ("prefill",), ("run", "use")):
+
+        def scope(name, inside=inside):
+            return torch.inference_mode(name in inside)
+
+        engine = Engine(model, 4, 100, streaming(3), Sampling(1.0))
+        with scope("prefill"):
+            engine.prefill(PROMPTS, [20] * 4)
+        with scope("run"):
+            engine.run(3, 3)
+        with scope("use"):
+            engine.use(streaming(3, 60))
+        decode(engine)
+        engine.rewind()
+        decode(engine)
+        outputs.append(engine.outputs())
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
 def test_drafting_and_verifying_decide_nothing():
     """They may be repeated at will: this is how they are warmed up and timed."""
     model = tiny_model()
@@ -261,6 +340,22 @@ def test_sample_inverts_the_distribution_and_never_draws_weight_zero():
     edge = torch.tensor([0.0, 1 - 2**-24])
     for scale in (1.0, 0.3, 1 + 2**-23, 1e-6, 3e5):
         assert sample((weights * scale).expand(2, 6), edge).tolist() == [1, 4]
+
+
+def test_top_p_keeps_what_sorting_keeps():
+    """Long vocabularies, flat and peaked, ties at the cut, and next to nothing left out."""
+    generator = torch.Generator().manual_seed(3)
+    for scale, top_p in product((0.01, 1.0, 8.0), (1e-6, 0.3, 0.9, 0.999)):
+        probs = (torch.randn(7, 5000, generator=generator) * scale).softmax(dim=-1)
+        probs[:, 1::2] = probs[:, ::2]  # every value twice
+        probs /= probs.sum(dim=-1, keepdim=True)
+        ordered = probs.double().sort(dim=-1, descending=True).values
+        before = ordered.cumsum(dim=-1) - ordered
+        least = ordered.masked_fill(before >= top_p, torch.inf).amin(dim=-1, keepdim=True)
+        expected = probs * (probs >= least)
+        lost = (nucleus(probs, top_p) - expected).abs()
+        assert lost.sum(dim=-1).max() < 1e-5 and (lost > 0).sum(dim=-1).max() <= 2
+    assert torch.equal(nucleus(torch.eye(3), 0.5), torch.eye(3))
 
 
 @pytest.mark.parametrize(
@@ -358,6 +453,58 @@ def test_a_seed_fixes_the_sampled_output():
         run(model, PROMPTS, 20, streaming(3), warm, seed=s)[0] for s in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_the_same_question_twice_is_sampled_twice():
+    """A turn of a conversation does not draw the numbers of the turn before."""
+    engine = Engine(tiny_model(), 1, 200, Drafting(), Sampling(1.0))
+    first, second = (generate(engine, PROMPTS[:1], 30)[0] for _ in range(2))
+    assert first != second
+    engine.rewind()
+    decode(engine)
+    assert engine.outputs() == second
+
+
+def test_no_two_streams_of_random_numbers_are_the_same():
+    """Of neighbouring seeds, of the prefill and the rounds, of one prefill and the next."""
+    streams = set()
+    for seed in range(9):
+        engine = Engine(tiny_model(), 1, 20, Drafting(), Sampling(1.0), seed)
+        for _ in range(3):
+            engine.n_prefills += 1
+            for what in ("prefill", "decode"):
+                engine.reseed(what)
+                streams.add(tuple(engine.uniforms(4)[0].tolist()))
+        engine.generator.manual_seed(seed)
+        streams.add(tuple(engine.uniforms(4)[0].tolist()))
+    assert len(streams) == 9 * 7
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=9, top_p=0.9)])
+def test_compiling_what_is_around_the_blocks_changes_nothing(sampling):
+    """On the CPU only top-p is worth it; on a GPU all of it is compiled."""
+    model, outputs = tiny_model(), []
+    for fused in (False, True):
+        engine = Engine(model, 4, 100, streaming(2), sampling)
+        if fused:
+            engine.fused = partial(torch.compile, fullgraph=True, dynamic=False)
+        outputs.append(generate(engine, PROMPTS, 20))
+    assert outputs[0] == outputs[1]
+
+
+def test_what_the_end_of_a_row_cuts_off_is_not_counted():
+    """Every draft is right, and rows end at a limit or at EOS in the middle of a round."""
+    model = tiny_model()
+    plain = [plain_greedy(model, p, 40) for p in PROMPTS]
+    for limits, eos in (([3, 9, 22, 40], ()), ([40] * 4, (plain[0][9], plain[2][7]))):
+        engine = Engine(model, 4, 120, streaming(5, 128), GREEDY)
+        engine.prefill(PROMPTS, limits, eos)
+        stats = decode(engine)
+        assert stats.accepted == stats.drafted > 0
+        assert stats.decoded_tokens == stats.row_rounds + stats.accepted
+    _, stats = run(model, PROMPTS, 40, streaming(5, 9), eos=(plain[0][9],))
+    assert stats.decoded_tokens == stats.row_rounds + stats.accepted
+    assert stats.accepted < stats.drafted
 
 
 def test_synthetic_acceptance_has_the_asked_rate():
