@@ -230,7 +230,8 @@ class ModelDrafter(Drafter):
         lengths = zip(n_read.tolist(), self.text.seq_len.tolist(), strict=True)
         for b, (n_cached, length) in enumerate(lengths):
             tokens = known_to(self.model, self.text.tokens[b : b + 1])
-            self.model.prefill(tokens, length - 1, chunk, self.full.row(b), n_cached)
+            if n_cached < length - 1:
+                self.model.prefill(tokens, length - 1, chunk, self.full.row(b), n_cached)
 
     def logits(self, i: int, token: Tensor) -> Tensor:
         token, pos = self.text.pair() if i == 0 else (token, self.text.seq_len[:, None] - 1 + i)

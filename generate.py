@@ -203,13 +203,13 @@ def step_times(
     see the same machine.
     """
     gamma, nothing = engine.gamma if gamma is None else gamma, engine.draft(0)
-    work = {"target_step_ms": lambda: engine.check_draft(nothing)}
+    work = {"target_step_ms": lambda: engine.decide(nothing)}
     if gamma:
         engine.refresh()
         draft = engine.draft(gamma)
         logits = engine.verify(draft.tokens)
         work["draft_step_ms"] = lambda: engine.draft(gamma)
-        work["verify_ms"] = lambda: engine.check_draft(draft)
+        work["verify_ms"] = lambda: engine.decide(draft)
         work["accept_ms"] = lambda: engine.accept(draft, logits)
     work = more | {name: engine.capture(step) for name, step in work.items()}
     times = {name: [] for name in work}

@@ -463,7 +463,7 @@ class Engine:
                     self.drafter.catch_up(torch.full_like(before, n_read))
                 self.drafter.select()
             for gamma in {0, self.gamma}:
-                self.check_draft(self.draft(gamma))
+                self.decide(self.draft(gamma))
         self.seq_len.copy_(before)
         for gamma in {0, self.gamma}:
             self.prepare(gamma)
@@ -541,14 +541,14 @@ class Engine:
             n_accepted = accept_synthetic(rate, self.uniforms(gamma))
         return n_accepted, next_token
 
-    def check_draft(self, draft: Draft) -> tuple[Tensor, Tensor]:
+    def decide(self, draft: Draft) -> tuple[Tensor, Tensor]:
         """Verify and accept: n_accepted [B], next_token [B]. What T_V and, undrafted, T_T are."""
         return self.accept(draft, self.verify(draft.tokens))
 
     @torch.inference_mode()
     def eager_round(self, gamma: int) -> None:
         draft = self.draft(gamma)
-        n_accepted, next_token = self.check_draft(draft)
+        n_accepted, next_token = self.decide(draft)
         self.fused(commit)(self.text, draft.tokens, n_accepted, next_token)
 
     @torch.inference_mode()

@@ -201,22 +201,46 @@ def test_selection_is_repeated_every_so_many_rounds(monkeypatch):
     assert not calls  # plain decoding pays for none of it
 
 
-@pytest.mark.parametrize("strategy", ["full", "snapkv", "streaming", "own snapkv", "own streaming"])
+@pytest.mark.parametrize("strategy", ["full", "snapkv", "streaming", "own snapkv"])
 def test_rounds_without_drafts_do_not_blind_the_drafter(strategy):
     """It reads what it missed: with a budget for everything all its drafts are accepted again."""
     model, policy = tiny_model(), strategy.removeprefix("own ")
-    draft = model if strategy == "full" or "own" in strategy else None
+    draft = model if strategy in ("full", "own snapkv") else None
     engine = Engine(model, 4, 230, Drafting(policy, 3, 400, 3), GREEDY, draft_model=draft)
     engine.prefill(PROMPTS, [150] * 4)
-    for _ in range(2):
+    for rewind in (True, False):
         engine.run(3, 3)
-        for n in (1, 8):  # the second time there is nothing more to remember
+        for n in (1, 70):  # the second time there is nothing more to remember
             engine.run(0, n)
-    decode(engine)
-    assert engine.stats().draft_acceptance_rate == 1.0
+        if rewind:
+            engine.rewind()
+    engine.run(3, 5)
+    if draft:
+        holds_the_same(engine)
+    assert decode(engine).draft_acceptance_rate == 1.0
     assert engine.outputs() == [plain_greedy(model, p, 150) for p in PROMPTS]
     engine.rewind()
     assert decode(engine).draft_acceptance_rate == 1.0
+
+
+def holds_the_same(engine: Engine) -> None:
+    """A draft model with the target's weights: its own cache has the target's K, to rounding."""
+    for own, target in zip(engine.drafter.full.k, engine.full.k, strict=True):
+        for b, n in enumerate((engine.seq_len - 2).tolist()):
+            assert torch.allclose(own[b, :, :n], target[b, :, :n], atol=1e-4)
+
+
+def test_a_drafter_that_is_behind_forgets_what_is_rewound():
+    """When sampling, rounds without drafts draw another text than those with drafts before them."""
+    model = tiny_model()
+    engine = Engine(model, 4, 230, Drafting("full", 3), Sampling(1.0), draft_model=model)
+    engine.prefill(PROMPTS, [150] * 4)
+    engine.run(3, 20)
+    engine.run(0, 1)
+    engine.rewind()
+    engine.run(0, 90)
+    engine.run(3, 1)
+    holds_the_same(engine)
 
 
 def test_a_short_context_holds_through_rounds_without_drafts(monkeypatch):
@@ -384,19 +408,25 @@ def test_the_next_turn_of_a_conversation_reads_only_what_is_new(strategy, monkey
 
 @pytest.mark.parametrize("policy", ["full", "snapkv"])
 def test_a_draft_model_reads_only_what_is_new_too(policy, monkeypatch):
-    model, draft, read = tiny_model(), draft_model(), []
-    engine = Engine(model, 1, 900, Drafting(policy, 3, 24, 3, 7), GREEDY, draft_model=draft)
+    """With the target's own weights its cache must hold what the target's does.
+
+    An answer ends with a round of which all drafts were accepted, the last of them never fed.
+    """
+    model, draft, read = tiny_model(), tiny_model(), []
+    engine = Engine(model, 1, 900, Drafting(policy, 3, 2000), GREEDY, draft_model=draft)
     hidden = draft.hidden
     monkeypatch.setattr(draft, "hidden", lambda t, *a: read.append(t.shape[1]) or hidden(t, *a))
     (text,) = prompts_of([700])
-    for n_read in (2 * 512, 64):  # a chunk and a half, then a few tokens
-        engine.prefill([text], [20], reuse=True)
+    for n_new, n_read in ((0, 2 * 512), (3, 64), (70, 2 * 64)):  # chunks first, then short ones
+        text = text + prompts_of([n_new])[0]
+        engine.prefill([text], [21], reuse=n_new > 0)
         read.clear()
         engine.catch_up()
         assert sum(read) == n_read
+        holds_the_same(engine)
         decode(engine)
-        assert engine.outputs() == [plain_greedy(model, text, 20)]
-        text = text + engine.outputs()[0] + [1, 2, 3]
+        assert engine.outputs() == [plain_greedy(model, text, 21)]
+        text = text + engine.outputs()[0]
 
 
 def test_lookup_against_a_loop():
