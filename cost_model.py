@@ -24,9 +24,9 @@ T_T and T_V grow with B * S, T_D with B * budget only: that is why the gain grow
 length, where other speculative decoding fades. Below a critical length it is a loss, and then the
 answer of `plan` is "none".
 
-The presets' efficiencies are one set per GPU type, fitted to the paper's 8 x A100 measurements
-(`--measured`) and carried over to the others by their data sheets. `fit` finds them from timed
-steps of a real model on a real device: that is how `--draft auto` calibrates (`auto.py`).
+The presets' constants are one set per GPU type. Those of the A100 and the H100 are fitted to the
+paper's measurements (`--measured`), and `HARDWARE` says what the others rest on. `fit` finds
+such constants from timed steps of a real model on a real device, for `--draft auto` (`auto.py`).
 """
 
 import argparse
@@ -96,15 +96,20 @@ class Hardware:
         return self.peak_bandwidth * self.bandwidth_efficiency
 
 
-# Peaks: NVIDIA's and AMD's data sheets. The defaults above were fitted to 8 x A100 (`--measured`).
-# H100 and H200: the per-layer and link constants times NVLink's 600 / 900 GB/s. L40 and MI300X have
-# not been held against measurements; an L40 has PCIe 4.0 x16 (32 GB/s) and no NVLink.
+# Peaks: NVIDIA's and AMD's data sheets. The other constants, and what they rest on (`--measured`):
+# A100  47 rows of the paper, 8 GPUs, three model pairs: the defaults above.
+# H100  4 rows of the paper, 8 GPUs, Llama-3.1-8B at 32k. They settle two numbers, the latencies and
+#       the link; the efficiencies stay the A100's. Rows of 8 GPUs alone cannot tell the time of a
+#       layer from that of its all-reduces, so the two stay equal, as they are on the A100.
+# H200  no row. It is the H100's chip and link with other memory, and takes all of its constants.
+# L40, MI300X: no row; the A100's. An L40 has PCIe 4.0 x16 (32 GB/s) and no NVLink.
+# CPU   no row; where the fit of `--draft auto` begins.
 HARDWARE = {
     "a100": Hardware("A100-80GB SXM", 312e12, 2039e9, 80e9),
     "h100": Hardware("H100 SXM", 989e12, 3352e9, 80e9,
-                     layer_seconds=40e-6, all_reduce_seconds=40e-6, link_bandwidth=75e9),
+                     layer_seconds=30e-6, all_reduce_seconds=30e-6, link_bandwidth=150e9),
     "h200": Hardware("H200 SXM", 989e12, 4800e9, 141e9,
-                     layer_seconds=40e-6, all_reduce_seconds=40e-6, link_bandwidth=75e9),
+                     layer_seconds=30e-6, all_reduce_seconds=30e-6, link_bandwidth=150e9),
     "l40": Hardware("L40", 181e12, 864e9, 48e9, link_bandwidth=10e9),
     "mi300x": Hardware("MI300X", 1307e12, 5300e9, 192e9),
     "cpu": Hardware("2 CPU cores", 300e9, 50e9, 16e9, layer_seconds=300e-6),
