@@ -116,6 +116,13 @@ HARDWARE = {
 }  # fmt: skip
 
 
+PREFILL_CHUNK = 2048  # prompt tokens per forward on a GPU, as in kv_cache.CacheSpec
+# Float32 numbers that sampling holds at once for a logit of the target while it becomes a
+# probability, and for one of a row while it becomes a token: measured, see the test of work_bytes.
+PROBS_PER_LOGIT = 5
+PROBS_PER_ROW = 3
+
+
 def layer_params(m: Dimensions) -> int:
     """Numbers in the matrices of one layer: q, k, v, o and the gated feed-forward."""
     return m.dim * m.head_dim * 2 * (m.n_head + m.n_kv_head) + 3 * m.dim * m.ffn_dim
@@ -388,10 +395,40 @@ def read_acceptance(path: Path) -> Acceptance:
         ) from None
 
 
+def work_bytes(
+    m: Dimensions,
+    batch_size: int,
+    gamma: int,  # most draft tokens of a round
+    prefill_chunk: int,  # prompt tokens per forward
+    itemsize: int,  # bytes of a weight, and so of an activation and a logit
+    sampled: bool,  # at a temperature; False: greedy
+) -> int:
+    """Bytes that a prefill and a round need for a while, beside weights and caches.
+
+    A token in a block: the residual stream and its norm (4 dim), q, k and v before and after their
+    rotation, gate, up, their product and what it is made of (4 ffn). That is taken for a chunk and
+    for a round together: CUDA graphs keep a memory pool of their own.
+    A round's logits [B, gamma + 1, V]. Sampling adds float32: the draft's probabilities
+    [B, gamma, V], PROBS_PER_LOGIT times [B, gamma + 1, V], PROBS_PER_ROW times [B, V].
+
+    Not counted: what an eager float32 run keeps of attention's scores (H * S per token of a chunk),
+    SnapKV's scores (bounded by kv_cache.SCORE_BYTES), and a draft model, taken to be the smaller.
+    """
+    rows = batch_size * (gamma + 1)
+    qkv = (m.n_head + 2 * m.n_kv_head) * m.head_dim
+    activations = (prefill_chunk + rows) * (4 * m.dim + 2 * qkv + 4 * m.ffn_dim) * itemsize
+    probs = batch_size * (gamma + PROBS_PER_ROW) + rows * PROBS_PER_LOGIT
+    return activations + m.vocab_size * (rows * itemsize + (4 * probs if sampled else 0))
+
+
 def memory_bytes(
     target: Dimensions, w: Workload, draft: Draft = PLAIN, new_tokens: int = 0
 ) -> float:
-    """Weights and caches on each GPU, the largest of them."""
+    """Weights, caches and work on each GPU, the largest of them.
+
+    Work is what sampling needs, greedy decoding needs less; each GPU has all of the logits. A
+    sliding window saves no memory: the cache holds the whole text, as `kv_cache.KVCache` does.
+    """
     kv_gpus = min(w.num_gpus, target.n_kv_head)
     S = w.prefix_len + new_tokens + draft.gamma + 1
     total = total_params(target) * w.itemsize / w.num_gpus
@@ -402,7 +439,8 @@ def memory_bytes(
         n += {"snapkv": S, "streaming": draft.budget}.get(draft.policy, 0) if draft.model else 0
         total += w.batch_size * n * kv_bytes_per_token(m, w.itemsize) / min(w.num_gpus, m.n_kv_head)
         total += total_params(m) * w.itemsize / w.num_gpus if draft.model else 0
-    return total
+    work = work_bytes(target, w.batch_size, draft.gamma, PREFILL_CHUNK, w.itemsize, sampled=True)
+    return total + work
 
 
 def largest_batch(

@@ -45,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cost_model import work_bytes
 from drafters import MAX_GAMMA, Drafting, Text, check_drafting, draft_cache_bytes, make_drafter
 from kv_cache import CacheSpec, KVCache, check_fits
 from model import Transformer
@@ -339,14 +340,18 @@ class Engine:
     def check(self, spec, drafting, draft_model, n_slots: int, other_bytes: int) -> None:
         """ValueError if these do not go together, or do not fit beside `other_bytes` more."""
         check_drafting(drafting, draft_model and draft_model.config, self.max_len)
-        n_bytes = draft_cache_bytes(drafting, spec, draft_model, n_slots)
+        caches = other_bytes + draft_cache_bytes(drafting, spec, draft_model, n_slots)
+        gamma = drafting.gamma if drafting.enabled else 0
+        sizes = gamma, self.prefill_chunk, spec.dtype.itemsize, not self.sampling.greedy
+        chunk, work = (work_bytes(self.model.config, B, *sizes) for B in (0, spec.batch_size))
+        needed = caches + work
 
         def remedy(share: float) -> str:
-            rows = int(share * spec.batch_size)
-            fewer = f"--batch_size {rows} (the most that fits) or " if rows else ""
+            rows = (round(share * needed) - chunk) * spec.batch_size // (needed - chunk)
+            fewer = f"--batch_size {rows} (the most that fits) or " if rows > 0 else ""
             return fewer + "a smaller --max_context"
 
-        check_fits(other_bytes + n_bytes, spec.device, "the KV caches", remedy)
+        check_fits(needed, spec.device, "the KV caches and the work of a round", remedy)
 
     def use(self, drafting: Drafting, draft_model: Transformer | None = None) -> None:
         """Draft like this from here on, between any two rounds.

@@ -1,11 +1,13 @@
 """The cost model: properties, hand-computed cases, the paper's measurements, real byte counts."""
 
+import itertools
 import json
 import math
 import re
 import shlex
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from cost_model import (
     HARDWARE,
     MODELS,
     PLAIN,
+    PREFILL_CHUNK,
     Acceptance,
     Dimensions,
     Draft,
@@ -43,6 +46,7 @@ from cost_model import (
     step,
     total_params,
     winning_length,
+    work_bytes,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,15 +225,104 @@ def test_acceptance_comes_from_the_nearest_measurement():
     assert expected_acceptance(own, Workload(1, 9), table) is None
 
 
-def test_the_largest_batch_is_the_last_that_fits():
-    w = Workload(1, 32000)
-    for draft in (PLAIN, STREAMING, Draft("full", 3, 0, MODELS["llama-3.2-1b"])):
-        n = largest_batch(LLAMA, A100, w, draft, new_tokens=100)
-        assert n > 0
-        for rows, fits in ((n, True), (n + 1, False)):
-            n_bytes = memory_bytes(LLAMA, replace(w, batch_size=rows), draft, 100)
-            assert (n_bytes <= A100.memory) == fits
-    assert largest_batch(MODELS["llama-3.1-70b"], A100, w) == 0
+@pytest.mark.parametrize("gpus", [1, 3, 8])
+def test_the_largest_batch_is_the_last_that_fits(gpus):
+    """Against counting up, also where no row fits, one does, and where it fits to the byte."""
+    w = Workload(1, 700, gpus)
+    for model in (LLAMA, MODELS["qwen2.5-7b"]):
+        for draft in (PLAIN, STREAMING, Draft("full", 3, 0, MODELS["llama-3.2-1b"])):
+
+            def fits(rows, memory, model=model, draft=draft):
+                return memory_bytes(model, replace(w, batch_size=rows), draft, 100) <= memory
+
+            to_the_byte = memory_bytes(model, replace(w, batch_size=9), draft, 100)
+            for memory in (1e9, to_the_byte - 1, to_the_byte, to_the_byte + 1, 24e9, 26.5e9):
+                found = largest_batch(model, replace(A100, memory=memory), w, draft, 100)
+                assert found == next(n for n in itertools.count() if not fits(n + 1, memory))
+    assert largest_batch(MODELS["llama-3.1-70b"], A100, Workload(1, 32000)) == 0
+
+
+def test_the_work_of_a_round_by_hand():
+    """dim 4, q, k and v 8, ffn 3: 44 numbers of 2 bytes a token; 7 of a chunk, 3 * (1 + 2)."""
+    activations = (7 + 9) * (4 * 4 + 2 * 8 + 4 * 3) * 2
+    logits = 3 * 3 * 5 * 2
+    probs = (3 * 2 * 5) + 5 * (3 * 3 * 5) + 3 * (3 * 5)  # the draft's; for logits; for rows
+    assert work_bytes(SMALL, 3, 2, 7, 2, sampled=False) == activations + logits
+    assert work_bytes(SMALL, 3, 2, 7, 2, sampled=True) == activations + logits + 4 * probs
+    w = Workload(128, 8000)
+    rest = (total_params(LLAMA) + 128 * (8000 + 1) * 65536) * 2
+    assert memory_bytes(LLAMA, w) == rest + work_bytes(LLAMA, 128, 0, PREFILL_CHUNK, 2, True)
+    more = memory_bytes(LLAMA, w, Draft("ngram", 8)) - memory_bytes(LLAMA, w)
+    assert more > 3.5e9  # a vocabulary of 128k, and eight drafts to verify
+
+
+def live_bytes(work) -> int:
+    """The most bytes that the tensors made by `work` hold at any time."""
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    sizes, peak = {}, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal peak
+            out = func(*args, **(kwargs or {}))
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            known = sizes.keys() | {t.untyped_storage()._cdata for t in given}
+            for t in tree_leaves(out):
+                if isinstance(t, Tensor) and (s := t.untyped_storage())._cdata not in known:
+                    sizes[s._cdata] = s.nbytes()
+                    weakref.finalize(s, sizes.pop, s._cdata)
+            peak = max(peak, sum(sizes.values()))
+            return out
+
+    with Watch():
+        work()
+    return peak
+
+
+@pytest.mark.parametrize("dtype, gamma", [("float32", 0), ("float32", 5), ("bfloat16", 2)])
+@pytest.mark.parametrize("flags", [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.9}])
+def test_the_work_of_a_round_is_enough_and_not_twice_too_much(flags, dtype, gamma):
+    """Against the tensors of a real round, where the vocabulary is all that counts."""
+    import torch
+
+    from drafters import Drafting
+    from spec_decode import Engine, Sampling
+    from tests.reference import tiny_model
+
+    model = tiny_model(vocab_size=5003).to(getattr(torch, dtype))
+    sampling = Sampling(**flags)
+    drafting = Drafting("streaming", gamma, 16) if gamma else Drafting()
+    with torch.inference_mode():
+        engine = Engine(model, 5, 40, drafting, sampling)
+        engine.prefill([[1, 2, 3]] * 5, [30] * 5)
+        measured = live_bytes(lambda: engine.round(gamma))
+    itemsize = model.norm.weight.itemsize
+    estimate = work_bytes(model.config, 5, gamma, 0, itemsize, not sampling.greedy)
+    assert measured <= estimate <= 2 * measured
+
+
+def test_the_work_of_a_prefill_is_enough_and_not_twice_too_much():
+    """In 16 bits, where attention's scores are not kept."""
+    import torch
+
+    from drafters import Drafting
+    from kv_cache import CacheSpec
+    from model import ModelConfig, Transformer
+    from spec_decode import Engine, Sampling
+
+    config = ModelConfig(dim=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, ffn_dim=700,
+                         vocab_size=97, max_seq_len=500)  # fmt: skip
+    model = Transformer(config).to(torch.bfloat16).requires_grad_(False)
+    with torch.inference_mode():
+        engine = Engine(model, 1, 400, Drafting(), Sampling())
+        measured = live_bytes(lambda: engine.prefill_row(0, 390))
+    estimate = work_bytes(config, 0, 0, engine.prefill_chunk, 2, False)
+    assert measured <= estimate <= 2 * measured
+    gpu = replace(CacheSpec.for_model(model, 1), device=torch.device("cuda"))
+    assert gpu.prefill_chunk == PREFILL_CHUNK
 
 
 def test_fit_recovers_a_device():

@@ -8,6 +8,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 import kv_cache
+from cost_model import work_bytes
 from drafters import Drafting
 from kv_cache import (
     NEVER,
@@ -219,11 +220,19 @@ def test_the_largest_batch_that_fits_is_computed(monkeypatch):
     model, drafting = tiny_model(), Drafting("streaming", 3, 24)
     per_row = Engine(model, 1, 500, drafting, Sampling())
     caches = per_row.full.k + per_row.full.v + per_row.drafter.sparse.k + per_row.drafter.sparse.v
-    n_bytes = sum(buffer.nbytes for buffer in caches)
-    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 5 * n_bytes)
+    sizes = 3, per_row.prefill_chunk, 4, False
+    chunk, work = (work_bytes(model.config, n_rows, *sizes) for n_rows in (0, 1))
+    n_bytes = sum(buffer.nbytes for buffer in caches) + work - chunk
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 5 * n_bytes + chunk)
     with pytest.raises(ValueError, match=r"use --batch_size 5 \(the most that fits\) or a smaller"):
         Engine(model, 9, 500, drafting, Sampling())
     Engine(model, 5, 500, drafting, Sampling())
-    monkeypatch.setattr(kv_cache, "free_memory", lambda device: n_bytes - 1)
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 5 * n_bytes + chunk - 1)
+    with pytest.raises(ValueError, match=r"use --batch_size 4 \(the most"):
+        Engine(model, 5, 500, drafting, Sampling())
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 5 * n_bytes + chunk)
+    with pytest.raises(ValueError, match=r"use --batch_size 4 \(the most"):
+        Engine(model, 5, 500, drafting, Sampling(0.8))  # sampling needs more
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: n_bytes + chunk - 1)
     with pytest.raises(ValueError, match="free; use a smaller --max_context"):
         Engine(model, 1, 500, drafting, Sampling())
