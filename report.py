@@ -121,10 +121,17 @@ def table(report: Report) -> str:
 
 
 def step_bytes(engine: Engine, prompts: list[list[int]]) -> int:
-    """Bytes that a plain step after the prefill must read: K and V of the prompts, the weights."""
-    spec = engine.full.spec
-    kv_bytes = sum(map(len, prompts)) * spec.bytes_per_slot // spec.batch_size
-    return kv_bytes + sum(p.nbytes for p in engine.model.parameters())  # tied weights count once
+    """Bytes that a plain step after the prefill must read: K and V of the prompts, the weights.
+
+    A sliding window sees the newest tokens of a prompt only. An embedding table of its own gives a
+    row per token; tied to the output layer it is read whole, and counts once.
+    """
+    spec, config, table = engine.full.spec, engine.model.config, engine.model.tok_embeddings.weight
+    n_seen = sum(min(len(prompt), config.sliding_window or len(prompt)) for prompt in prompts)
+    weight_bytes = sum(p.nbytes for p in engine.model.parameters())
+    if not config.tie_embeddings:
+        weight_bytes -= table.nbytes - len(prompts) * table[0].nbytes
+    return n_seen * spec.bytes_per_slot // spec.batch_size + weight_bytes
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import cost_model
 import generate
 from drafters import Drafting
 from report import Report, Run, step_bytes, table, to_json, top2_margin, verdict
@@ -118,3 +119,17 @@ def test_the_json_has_the_tables_figures():
     report.draft_prefill_seconds = 0.25
     assert to_json(report, NumberTokenizer(97))["speculative"]["draft_prefill_seconds"] == 0.25
     assert torch.get_num_threads() == result["environment"]["threads"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("window", [None, 20, 64])
+def test_step_bytes_are_what_a_plain_step_reads(tied, window):
+    """K and V within the window, every matrix and norm once, and of a table of its own one row."""
+    model = tiny_model(tie_embeddings=tied, sliding_window=window)
+    c, lengths = model.config, (7, 30, 64)
+    engine = Engine(model, 3, 100, Drafting(), Sampling())
+    n_seen = sum(min(n, window or n) for n in lengths)
+    numbers = cost_model.matrix_params(c) + (2 * c.n_layer + 1) * c.dim
+    numbers += n_seen * 2 * c.n_layer * c.n_kv_head * c.head_dim
+    numbers += 0 if tied else 3 * c.dim
+    assert step_bytes(engine, [[1] * n for n in lengths]) == 4 * numbers
