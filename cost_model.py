@@ -456,31 +456,44 @@ def crossing_length(target: Dimensions, hw: Hardware, w: Workload, gamma: int) -
     """Roofline critical length: from here a verification of this batch is bound by memory.
 
     Reading, weights + S * kv, and computing, linear + S * attention, take equally long at
-    S = (linear - weights) / (kv - attention). 0 where it always reads longer; infinite where
-    attention itself is bound by arithmetic. The paper's figure prints 395 for Llama-2-7B and 1,958
-    for Llama-3-8B: this formula with batch 256, gamma = 2 and the A100's peaks (efficiencies 1) has
-    404 and 1,951.
+    S = (linear - weights) / (kv - attention). 0 where it always reads longer. Infinite where
+    attention itself is bound by arithmetic, or reads no further than a window shorter than S.
+
+    The paper's figure prints 395 for Llama-2-7B and 1,958 for Llama-3-8B: this formula with batch
+    256, gamma = 2 and the A100's peaks (efficiencies 1) has 404 and 1,951.
     """
     none, one = (step(target, hw, w, gamma + 1, context=n) for n in (0, 1))
     per_token = one.kv - one.attention_compute
-    return max(none.linear_compute - none.weights, 0) / per_token if per_token > 0 else math.inf
+    if per_token <= 0:
+        return math.inf
+    length = max(none.linear_compute - none.weights, 0) / per_token
+    return length if length <= (target.sliding_window or math.inf) else math.inf
 
 
 def winning_length(
     target: Dimensions, hw: Hardware, w: Workload, draft: Draft, alpha: float, most: int = 2**20
 ) -> int | None:
-    """The shortest context from which a candidate beats plain decoding; None if none up to most."""
+    """The shortest context from which on, up to `most`, a candidate beats plain decoding.
+
+    None if it does not at `most`. A draft costs more with every token until its budget or its
+    window is full, and can lose on the way what it won at short contexts. Then it costs no more,
+    and can win again. So it can start to win once below such a length and once above it.
+    """
 
     def wins(length: int) -> bool:
         return predict(target, hw, replace(w, prefix_len=length), draft, alpha).speedup > 1
 
     if not wins(most):
         return None
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if wins(middle) else (middle, high)
-    return high
+    full = (draft.budget, draft.model and draft.model.sliding_window)
+    ends = sorted({1, most, *(n for n in full if n and n < most)}, reverse=True)
+    for high, low in itertools.pairwise(ends):
+        if not wins(low):
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if wins(middle) else (middle, high)
+            return high
+    return 1
 
 
 def candidates(
@@ -677,7 +690,9 @@ def table(args, target: Dimensions, hw: Hardware) -> tuple[str, int]:
             even = "" if p.break_even is None or p.draft == PLAIN else f"{p.break_even:.2f}"
             wins = None
             if drafting:
-                wins = winning_length(target, hw, w, drafting[0].draft, drafting[0].alpha)
+                best = drafting[0]
+                most = S if best.speedup > 1 else 2**20  # where it wins: since when
+                wins = winning_length(target, hw, w, best.draft, best.alpha, most)
             times = f"{1e3 * p.t_target:9.2f}{1e3 * p.t_draft:9.2f}{1e3 * p.t_verify:9.2f}"
             lines.append(f"{S:8}{B:6}{times}  {p.draft!s:34}{p.draft.gamma:5}"
                          f"{p.alpha:7.2f}{even:>11}{p.speedup:9.2f}"

@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+import random
 import re
 import shlex
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,8 +80,6 @@ def test_omega_and_its_limits():
 
 def test_omega_is_the_mean_of_a_simulation():
     """Not of the formula: accept drafts one by one with probability alpha."""
-    import random
-
     rng, alpha, gamma, total = random.Random(0), 0.7, 4, 0
     for _ in range(20000):
         n = 0
@@ -179,6 +179,31 @@ def test_the_length_from_which_speculation_wins():
         p = predict(LLAMA, A100, replace(w, prefix_len=length), STREAMING, 0.8)
         assert (p.speedup > 1) == wins
     assert winning_length(LLAMA, A100, w, STREAMING, 0.0) is None
+
+
+def test_the_winning_length_against_trying_all():
+    """Also where a draft wins at short contexts, loses past a budget or window, and wins again."""
+    rng, seen, most = random.Random(0), Counter(), 150
+    for _ in range(150):
+        windows = [rng.choice([None, None, 20, 60]) for _ in range(2)]
+        target, small = (replace(SMALL, sliding_window=n, max_seq_len=9999) for n in windows)
+        target, small = replace(target, dim=8, n_layer=4), replace(small, dim=1, n_layer=3)
+        policy = rng.choice(["streaming", "streaming", "snapkv", "full"])
+        model = small if policy == "full" else rng.choice([None, small])
+        draft = Draft(policy, rng.choice([1, 3]), rng.choice([5, 60]), model, "", 8, 3)
+        hw = replace(ROUND, layer_seconds=0.01, peak_flops=10 ** rng.uniform(3, 6))
+        w = Workload(rng.choice([1, 9]), 1)
+        alpha = rng.uniform(0.3, 1)
+        if even := predict(target, hw, replace(w, prefix_len=60), draft, alpha).break_even:
+            alpha = rng.choice([alpha, even * 0.998])  # just loses at a length of 60
+        wins = [predict(target, hw, replace(w, prefix_len=n), draft, alpha).speedup > 1
+                for n in range(1, most + 1)]  # fmt: skip
+        tail = len(list(itertools.takewhile(bool, reversed(wins))))
+        found = winning_length(target, hw, w, draft, alpha, most)
+        assert found == (most - tail + 1 if tail else None)
+        seen["never" if found is None else "always" if found == 1 else "later"] += 1
+        seen["and before, and not between"] += tail > 0 and any(wins[: most - tail])
+    assert len(seen) == 4 and min(seen.values()) >= 3
 
 
 def test_what_drafting_costs():
@@ -462,10 +487,36 @@ def test_acceptance_of_a_measured_run_replaces_the_papers(tmp_path, capsys):
         assert "not the JSON of generate.py" in capsys.readouterr().err
 
 
+def test_a_draft_that_wins_here_has_a_length_from_which_it_wins(tmp_path, capsys):
+    """Though a draft model with all of the KV loses at the longest contexts."""
+    run = {"plan": {"strategy": "full", "gamma": 4}, "outputs": [{"prompt_length": 7000}],
+           "speculative": {"mean_acceptance_length": omega(4, 0.7)}, "draft_model": {}}  # fmt: skip
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run))
+    flags = ["--model", "qwen2.5-7b", "--draft_model", "llama-3.2-1b", "--hardware", "h200"]
+    flags += ["--batch_size", "4", "--prefix_len", "32000", "300000", "--gamma", "4"]
+    assert main([*flags, "--acceptance", str(path)]) == 0
+    _, _, wins, loses, _ = capsys.readouterr().out.splitlines()
+    assert "llama-3.2-1b, full" in wins and wins.split()[-1] == "1"
+    assert "none" in loses and loses.split()[-1] == "never"
+
+
+def test_a_window_shorter_than_the_critical_length_never_makes_it_memory_bound():
+    w, model = Workload(256, 1), MODELS["mistral-7b"]
+    length = crossing_length(model, A100, w, gamma=2)
+    for window, expected in ((None, length), (math.ceil(length), length), (100, math.inf)):
+        assert crossing_length(replace(model, sliding_window=window), A100, w, 2) == expected
+    assert length > 100
+
+
 def test_a_sliding_window_bounds_what_a_step_reads():
-    windowed = replace(MODELS["mistral-7b"], sliding_window=4096)
-    short, long = Workload(8, 4096), Workload(8, 32768)
-    assert step(windowed, A100, long).kv == step(MODELS["mistral-7b"], A100, short).kv
-    assert step(windowed, A100, Workload(8, 100)) == step(
-        MODELS["mistral-7b"], A100, Workload(8, 100)
-    )
+    """And a draft step, and no memory: the cache holds the whole text."""
+    model, short, long = MODELS["mistral-7b"], Workload(8, 4096), Workload(8, 32768)
+    windowed = replace(model, sliding_window=4096)
+    for T in (1, 5):
+        assert step(windowed, A100, long, T) == step(model, A100, short, T)
+        assert step(windowed, A100, Workload(8, 100), T) == step(model, A100, Workload(8, 100), T)
+    for draft in (Draft("streaming", 3, 8192), Draft("full", 3, 0, windowed)):
+        expected = step(model, A100, short).total
+        assert draft_step(draft, windowed, A100, long) == expected
+        assert memory_bytes(windowed, long, draft) == memory_bytes(model, long, draft)
