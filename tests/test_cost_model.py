@@ -400,6 +400,38 @@ def test_the_readme_shows_what_the_commands_print(capsys):
         assert out.endswith(f"of {n_rows} rows\n")
 
 
+def test_fit_leaves_alone_what_the_timings_do_not_show():
+    """Plain steps without grouped heads never wait for arithmetic."""
+    model, truth = MODELS["llama-2-7b"], replace(A100, bandwidth_efficiency=0.4)
+    timings = [Timing(w, 1, w.prefix_len, step(model, truth, w).total)
+               for w in (Workload(1, S) for S in (100, 1000, 4000))]  # fmt: skip
+    found, error = fit(model, A100, timings)
+    assert found.flop_efficiency == A100.flop_efficiency and error < 0.01
+
+
+def test_fit_does_not_let_two_constants_run_off():
+    """Steps as `--draft auto` times them; the bandwidth once grew to 1e13 times what it was."""
+    model, cpu = MODELS["tinyllama-1.1b"], HARDWARE["cpu"]
+    truth = replace(cpu, flop_efficiency=0.31, bandwidth_efficiency=0.62, layer_seconds=1.1e-4)
+    timings = [
+        Timing(Workload(4, S), T, S, step(model, truth, Workload(4, S), T, S).total)
+        for S in (100, 1000, 2000)
+        for T in (1, 6)
+    ]
+    found, error = fit(model, cpu, timings)
+    assert error < 0.005
+    for name in ("flop_efficiency", "bandwidth_efficiency", "layer_seconds"):
+        assert 0.5 < getattr(found, name) / getattr(truth, name) < 2
+
+
+def test_fit_refuses_what_are_no_timings():
+    with pytest.raises(ValueError, match="no timings to fit to"):
+        fit(LLAMA, A100, [])
+    for seconds in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            Timing(Workload(1, 100), 1, 100, seconds)
+
+
 def one_line(capsys) -> str:
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("cost_model.py: ")
