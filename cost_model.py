@@ -333,6 +333,9 @@ def predict(
     return Prediction(draft, alpha, t_target, draft_step(draft, target, hw, w), t_verify)
 
 
+MOST = 10**9  # of anything that is counted in what a user gives
+
+
 @dataclass(frozen=True, slots=True)
 class Acceptance:
     """One measured acceptance: where the default table comes from."""
@@ -343,6 +346,12 @@ class Acceptance:
     prefix_len: int
     alpha: float
     source: str
+
+    def __post_init__(self) -> None:
+        for field, least in (("budget", 0), ("prefix_len", 1)):
+            value = getattr(self, field)
+            if type(value) is not int or not least <= value <= MOST:
+                raise ValueError(f"{field} {value!r} must be a whole number in {least}..{MOST}")
 
 
 # Streaming: tokens per round of the paper's Table 3 (gamma = 2, PG-19) as alpha. SnapKV: the rate
@@ -380,6 +389,8 @@ def read_acceptance(path: Path) -> Acceptance:
         for field in ("predicted_speedup", "synthetic_acceptance"):
             if field in plan:
                 raise ValueError(f"its plan has {field}")
+        policies = dict.fromkeys(("streaming", "snapkv", "full", "ngram"))  # those of candidates
+        known(policies, plan["strategy"], "draft")
         return Acceptance(
             plan["strategy"],
             "draft_model" in run,
@@ -388,7 +399,7 @@ def read_acceptance(path: Path) -> Acceptance:
             alpha_of(stats["mean_acceptance_length"], plan["gamma"]),
             str(path),
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise ValueError(
             f"{path}: not the JSON of generate.py with a fixed --draft and --speculate_k "
             f"({type(e).__name__}: {e})"
@@ -411,8 +422,8 @@ def work_bytes(
     A round's logits [B, gamma + 1, V]. Sampling adds float32: the draft's probabilities
     [B, gamma, V], PROBS_PER_LOGIT times [B, gamma + 1, V], PROBS_PER_ROW times [B, V].
 
-    Not counted: what an eager float32 run keeps of attention's scores (H * S per token of a chunk),
-    SnapKV's scores (bounded by kv_cache.SCORE_BYTES), and a draft model, taken to be the smaller.
+    Not counted: the scores and masks of attention where it is not compiled, SnapKV's scores, and a
+    draft model's part, taken to be the smaller.
     """
     rows = batch_size * (gamma + 1)
     qkv = (m.n_head + 2 * m.n_kv_head) * m.head_dim
@@ -777,11 +788,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--measured", type=Path, metavar="CSV", help="hold the model against these")
     p.add_argument("--plot", type=Path, metavar="FILE", help="write the paper's two figures")
     args = p.parse_args(argv)
-    for name in ("batch_size", "prefix_len", "draft_budget", "gamma"):
-        if min(getattr(args, name)) < 1:
-            raise ValueError(f"--{name} {min(getattr(args, name))} must be at least 1")
-    if args.num_gpus < 1:
-        raise ValueError(f"--num_gpus {args.num_gpus} must be at least 1")
+    for name in ("batch_size", "prefix_len", "draft_budget", "gamma", "num_gpus"):
+        given, most = getattr(args, name), 100 if name == "gamma" else MOST
+        for value in given if isinstance(given, list) else [given]:
+            if not 1 <= value <= most:
+                raise ValueError(f"--{name} {value} must be in 1..{most}")
     return args
 
 

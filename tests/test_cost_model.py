@@ -459,9 +459,11 @@ def test_it_needs_no_torch():
         (["--model", "gpt-5"], "model 'gpt-5' is unknown; known: llama-2-7b,"),
         (["--hardware", "tpu"], "hardware 'tpu' is unknown; known: a100,"),
         (["--draft_model", "gpt-5"], "'gpt-5' is unknown"),
-        (["--batch_size", "0"], "--batch_size 0 must be at least 1"),
-        (["--prefix_len", "-4"], "--prefix_len -4 must be at least 1"),
+        (["--batch_size", "0"], "--batch_size 0 must be in 1..1000000000"),
+        (["--prefix_len", "-4"], "--prefix_len -4 must be in 1.."),
         (["--num_gpus", "0"], "--num_gpus 0"),
+        (["--gamma", "4", "101"], "--gamma 101 must be in 1..100"),
+        (["--prefix_len", "8", "1" + 400 * "0"], "must be in 1..1000000000"),
         (["--batch_size", "many"], "many"),
         (["--batch_size", "9999", "--prefix_len", "99999"], "nothing of this fits"),
         (["--checkpoint_path", "/nowhere"], "/nowhere/config.json does not exist"),
@@ -512,11 +514,47 @@ def test_acceptance_of_a_measured_run_replaces_the_papers(tmp_path, capsys):
     assert omega(4, a.alpha) == pytest.approx(3)
     assert main(["--acceptance", str(path), "--batch_size", "8", "--prefix_len", "8192"]) == 0
     assert "ngram" in capsys.readouterr().out
-    automatic = {"plan": run["plan"] | {"predicted_speedup": 1.5}}
-    for broken in ([], {"plan": {}}, run | {"speculative": {}}, run | automatic):
-        path.write_text(json.dumps(broken))
-        assert main(["--acceptance", str(path)]) == 2
-        assert "not the JSON of generate.py" in capsys.readouterr().err
+
+
+RUN = {
+    "plan": {"strategy": "streaming", "gamma": 4, "draft_budget": 512},
+    "outputs": [{"prompt_length": 7000}],
+    "speculative": {"mean_acceptance_length": 3.0},
+}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[]", "TypeError"),
+        ("[" * 100_000, "RecursionError"),
+        ("\udcff", "UnicodeDecodeError"),
+        (json.dumps(RUN | {"plan": {}}), "KeyError"),
+        (json.dumps(RUN | {"speculative": {}}), "KeyError: 'mean_acceptance_length'"),
+        (json.dumps(RUN | {"outputs": []}), "empty"),
+        *(
+            (json.dumps(RUN | {"plan": RUN["plan"] | change}), words)
+            for change, words in [
+                ({"predicted_speedup": 1.5}, "its plan has predicted_speedup"),
+                ({"strategy": "low_norm"}, "draft 'low_norm' is unknown; known: streaming, snapkv"),
+                ({"draft_budget": "9"}, "budget '9' must be a whole number in 0.."),
+                ({"draft_budget": -5}, "budget -5 must be"),
+                ({"gamma": 1}, "3.0 tokens per round is not in 1..2"),
+                ({"gamma": "4"}, "TypeError"),
+            ]
+        ),
+        *(
+            (json.dumps(RUN | {"outputs": [{"prompt_length": n}]}), "prefix_len")
+            for n in (0, -1, "7", 1.5, True, math.nan, 10**400)
+        ),
+    ],
+)
+def test_what_is_no_measured_run_is_refused_in_one_line(tmp_path, capsys, text, words):
+    path = tmp_path / "run.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert main(["--acceptance", str(path)]) == 2
+    line = one_line(capsys)
+    assert "not the JSON of generate.py with a fixed --draft" in line and words in line
 
 
 def test_a_draft_that_wins_here_has_a_length_from_which_it_wins(tmp_path, capsys):
