@@ -432,6 +432,15 @@ def test_fit_refuses_what_are_no_timings():
             Timing(Workload(1, 100), 1, 100, seconds)
 
 
+def test_the_readme_says_how_many_plain_steps_a_selection_takes():
+    draft, hw, steps = Draft("snapkv", 3, 2048), HARDWARE["h100"], []
+    for S, B in itertools.product((8192, 32768), (32, 64, 128)):  # those of its table
+        w = Workload(B, S, 8)
+        steps.append(selection(draft, LLAMA, hw, w) / step(LLAMA, hw, w).total)
+    text = " ".join(README.split())
+    assert f"The cost model expects {min(steps):.1f} to {max(steps):.1f} on 8 H100" in text
+
+
 def one_line(capsys) -> str:
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("cost_model.py: ")
