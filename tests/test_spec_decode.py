@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import spec_decode
+from cost_model import work_bytes
 from drafters import Drafting
 from kv_cache import SparseKVCache
 from model import Transformer, compile_blocks
@@ -221,7 +222,8 @@ def test_a_refused_draft_leaves_the_engine_as_it_was(monkeypatch):
     drafter = engine.drafter
     with pytest.raises(ValueError, match="needs a draft model"):
         engine.use(Drafting("full", 3))
-    monkeypatch.setattr("kv_cache.free_memory", lambda device: 0)
+    work = work_bytes(model.config, 4, 3, engine.prefill_chunk, 4, sampled=False)
+    monkeypatch.setattr("kv_cache.free_memory", lambda device: work)
     with pytest.raises(ValueError, match="GiB free"):
         engine.use(streaming(3, budget=60))
     engine.use(streaming(3))  # no more than the one it replaces
