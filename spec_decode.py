@@ -456,8 +456,10 @@ class Engine:
     def warm_up(self, later_turns: bool = False) -> None:
         """Compile, twice run and capture what the first turn, or also later ones, will need.
 
-        It decides nothing, but writes into the caches: call it before the prefill.
+        It decides nothing but writes into the caches, so ValueError once they hold a text.
         """
+        if self.n_prefills:
+            raise ValueError("warm the engine up before its first prefill, not after it")
         before = self.seq_len.clone()
         self.seq_len.fill_(3)
         for _ in range(2):

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from auto import timed
 from drafters import Drafting
-from generate import DEMO_CHECKPOINT, DTYPES, step_times, warm_up
+from generate import DEMO_CHECKPOINT, DTYPES, step_times
 from kv_cache import POLICIES
 from model import Transformer, compile_blocks, load_model, write_json
 from prompts import DEMO_LONGEST, DEMO_MODULES, demo_prompts, module_source
@@ -137,12 +137,19 @@ class Plain:
         return statistics.median(self.speeds)
 
 
+def compile_rounds(engine: Engine) -> None:
+    """Two rounds of what will be timed; no row is finished after it."""
+    engine.rewind()
+    for _ in range(2):
+        engine.round(engine.gamma)
+    engine.rewind()
+
+
 def measure(engine: Engine, strategy: Strategy, plain: Plain, repeats: int) -> dict:
     """One strategy on one prefilled workload."""
     engine.use(strategy.drafting, strategy.draft_model)
     gamma = engine.gamma
-    warm_up(engine)
-    engine.rewind()  # finished rows would read nothing
+    compile_rounds(engine)
     ms = {name: statistics.median(t) for name, t in step_times(engine, repeats).items()}
     speed, stats, outputs = decoded(engine, gamma)
     select_s = 0.0
@@ -208,8 +215,7 @@ def say(workload: str, r: dict, plain: float) -> None:
 def by_quarter(engine: Engine, strategy: Strategy, new_tokens: int) -> dict:
     """Tokens/s, and the draft acceptance rate in each quarter of the new tokens."""
     engine.use(strategy.drafting, strategy.draft_model)
-    warm_up(engine)
-    engine.rewind()
+    compile_rounds(engine)
     counts = [[0, 0] for _ in range(4)]  # accepted, drafted
     before = engine.seq_len.clone()
 

@@ -206,7 +206,10 @@ def test_an_engine_without_a_text_says_what_is_missing():
     for work in (engine.rewind, lambda: engine.round(0), lambda: decode(engine)):
         with pytest.raises(ValueError, match="prefill the engine first"):
             work()
+    engine.warm_up(later_turns=True)
     engine.prefill([[1, 2]], [9])
+    with pytest.raises(ValueError, match="before its first prefill"):
+        engine.warm_up()
     for gamma in (-1, 4):
         with pytest.raises(ValueError, match=f"gamma {gamma} must be in 0..3"):
             engine.round(gamma)
