@@ -38,7 +38,6 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -272,6 +271,20 @@ def accept_synthetic(
     return (u_accept < rate).long().cumprod(dim=1).sum(dim=1)
 
 
+class Around(NamedTuple):
+    """What a round does beside the models' forwards. On a GPU it is compiled: a kernel or two each.
+
+    On a CPU that pays where top-p is asked for.
+    """
+
+    pick: Callable = pick
+    accept: Callable = accept
+    commit: Callable = commit
+
+    def compiled(self) -> "Around":
+        return Around(*(torch.compile(f, fullgraph=True, dynamic=False) for f in self))
+
+
 class Engine:
     """One static batch: model, caches, state; `prefill`, then `round` until all rows are finished.
 
@@ -331,9 +344,9 @@ class Engine:
         self.newest_graph: object = None  # one of the graphs that share it
         self.stream = torch.cuda.Stream() if self.graphs else None
         self.rounds: dict[int, Callable[[], object]] = {}  # by gamma, captured
-        self.fused: Callable = lambda f: f  # compiles what is around the blocks, where it pays
+        self.around = Around()
         if model.compiled and (on_gpu or sampling.top_p is not None):
-            self.fused = partial(torch.compile, fullgraph=True, dynamic=False)
+            self.around = self.around.compiled()
         self.drafting, self.gamma, self.drafter = Drafting(), 0, None
         self.use(drafting, draft_model)
 
@@ -522,7 +535,7 @@ class Engine:
         u = None if self.sampling.greedy else self.uniforms(gamma)
         for i in range(gamma):
             logits = self.drafter.logits(i, token)
-            token, p = self.fused(pick)(logits, self.sampling, None if u is None else u[:, i])
+            token, p = self.around.pick(logits, self.sampling, None if u is None else u[:, i])
             token = token[:, None]
             tokens[:, i] = token[:, 0]
             if probs is not None:
@@ -543,7 +556,7 @@ class Engine:
         """n_accepted [B], next_token [B], from the target's logits [B, gamma + 1, V]."""
         gamma, rate = draft.tokens.shape[1], self.drafting.synthetic_acceptance
         u = None if self.sampling.greedy else self.uniforms(gamma + 1)
-        n_accepted, next_token = self.fused(accept)(draft, logits, self.sampling, u)
+        n_accepted, next_token = self.around.accept(draft, logits, self.sampling, u)
         if rate is not None:  # after doing all the work
             n_accepted = accept_synthetic(rate, self.uniforms(gamma))
         return n_accepted, next_token
@@ -556,7 +569,7 @@ class Engine:
     def eager_round(self, gamma: int) -> None:
         draft = self.draft(gamma)
         n_accepted, next_token = self.decide(draft)
-        self.fused(commit)(self.text, draft.tokens, n_accepted, next_token)
+        self.around.commit(self.text, draft.tokens, n_accepted, next_token)
 
     @torch.inference_mode()
     def round(self, gamma: int) -> None:

@@ -3,7 +3,6 @@
 import math
 import random
 import weakref
-from functools import partial
 from itertools import product
 
 import pytest
@@ -492,7 +491,7 @@ def test_compiling_what_is_around_the_blocks_changes_nothing(sampling):
     for fused in (False, True):
         engine = Engine(model, 4, 100, streaming(2), sampling)
         if fused:
-            engine.fused = partial(torch.compile, fullgraph=True, dynamic=False)
+            engine.around = engine.around.compiled()
         outputs.append(generate(engine, PROMPTS, 20))
     assert outputs[0] == outputs[1]
 
