@@ -376,10 +376,11 @@ class Engine:
         self.drafter, self.gamma = None, 0  # its memory is free for the next,
         self.rounds = {gamma: work for gamma, work in self.rounds.items() if gamma == 0}  # so too
         self.drafting, self.selected_at = drafting, None
+        self.n_read, self.behind = torch.zeros_like(self.n_read), False
         if drafting.enabled:
             self.drafter = make_drafter(drafting, self.model, self.full, self.text, draft_model)
             self.gamma = drafting.gamma  # most drafts a round can have
-            self.n_read, self.behind = torch.zeros_like(self.n_read), True
+            self.behind = True
 
     @torch.inference_mode()
     def prefill(
