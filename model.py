@@ -33,12 +33,17 @@ refused by field and value before a weight is read, and of the weights only safe
 a checkpoint is data from strangers, and a pickle is a program.
 """
 
+import errno
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from reprlib import repr as brief
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +51,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from cost_model import MODELS, known
+from cost_model import MODELS, known, total_params
 from kv_cache import Step, check_fits
 
 # What a family's code fixes, or assumes where its config.json is silent.
@@ -60,6 +65,19 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors call them
 SHORT = 64  # tokens per forward, at least, where few of a text are new
 RANDOM = "random:"  # before the name of a preset: no directory, random weights
+HF_NAMES = {  # our fields whose names in config.json are others
+    "dim": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "original_max_seq_len": "original_max_position_embeddings",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +95,9 @@ class RopeScaling:
     truncate: bool = True  # yarn: the boundaries between pairs are whole numbers
 
     def __post_init__(self) -> None:
-        check_positive(self)
+        check_fields(self)
+        if self.factor < 1:
+            raise ValueError(f"factor {self.factor} of the RoPE scaling must be at least 1")
         if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor {self.low_freq_factor} must be less than high_freq_factor "
@@ -85,14 +105,24 @@ class RopeScaling:
             )
 
 
-def check_positive(config: object) -> None:
-    """ValueError naming the first number of a dataclass that is not one, or not positive."""
+def check_fields(config: object) -> None:
+    """Check every field of a dataclass against its type; ValueError has config.json's name."""
     for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type is int and not (type(value) is int and value > 0):
-            raise ValueError(f"{field.name} = {value!r} is not a positive integer")
-        if field.type is float and not (type(value) in (int, float) and value > 0):
-            raise ValueError(f"{field.name} = {value!r} is not a positive number")
+        check_value(HF_NAMES.get(field.name, field.name), getattr(config, field.name), field.type)
+
+
+def check_value(name: str, value: object, kind: type) -> None:
+    """ValueError unless the value is an integer in 1..2**31 - 1, a positive number, or a boolean.
+
+    Numbers are used in float32. What is infinite or zero there is refused.
+    """
+    limits = torch.finfo(torch.float32)
+    if kind is int and not (type(value) is int and 0 < value < 2**31):
+        raise ValueError(f"{name} = {brief(value)} is not a positive integer below 2**31")
+    if kind is float and not (type(value) in (int, float) and limits.tiny <= value <= limits.max):
+        raise ValueError(f"{name} = {brief(value)} is not a positive number within float32")
+    if kind is bool and type(value) is not bool:
+        raise ValueError(f"{name} = {brief(value)} is neither true nor false")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +147,20 @@ class ModelConfig:
     sliding_window: int | None = None  # newest tokens that attention sees; None: all
 
     def __post_init__(self) -> None:
-        check_positive(self)
+        check_fields(self)
         if self.n_head % self.n_kv_head:
             raise ValueError(
                 f"num_attention_heads {self.n_head} is not a multiple of "
                 f"num_key_value_heads {self.n_kv_head}"
             )
-        window = self.sliding_window
-        if window is not None and not (type(window) is int and window > 0):
-            raise ValueError(f"sliding_window = {window!r} is not a positive integer or null")
+        if self.sliding_window is not None:
+            check_value("sliding_window", self.sliding_window, int)
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
+        yarn = self.rope_scaling is not None and self.rope_scaling.kind == "yarn"
+        if self.rope_theta < 1 or (yarn and self.rope_theta == 1):  # yarn divides by its logarithm
+            more = "more than" if yarn else "at least"
+            raise ValueError(f"rope_theta = {self.rope_theta} must be {more} 1")
 
     @property
     def n_group(self) -> int:
@@ -138,35 +171,58 @@ class ModelConfig:
     def from_hf(cls, hf: dict, source: str = "config.json") -> "ModelConfig":
         """Read a Hugging Face `config.json`; ValueError names any field that is not supported."""
         try:
-            hf = check_supported(hf)
-            n_head = hf["num_attention_heads"]
-            scaling = rope_scaling(hf)
-            max_seq_len = hf.get("max_position_embeddings", 2048)
-            if scaling and scaling.kind == "yarn":  # Qwen's are edited in without a new maximum
-                max_seq_len = max(max_seq_len, int(scaling.factor * scaling.original_max_seq_len))
-            bias = hf.get("attention_bias", False)
-            return cls(
-                dim=hf["hidden_size"],
-                n_layer=hf["num_hidden_layers"],
-                n_head=n_head,
-                n_kv_head=hf.get("num_key_value_heads") or n_head,
-                head_dim=hf.get("head_dim") or hf["hidden_size"] // n_head,
-                ffn_dim=hf["intermediate_size"],
-                vocab_size=hf["vocab_size"],
-                max_seq_len=max_seq_len,
-                rope_theta=rope_fields(hf).get("rope_theta", 10000.0),
-                rope_scaling=scaling,
-                norm_eps=hf.get("rms_norm_eps", 1e-6),
-                tie_embeddings=hf.get("tie_word_embeddings", False),
-                qkv_bias=hf.get("qkv_bias", bias),
-                o_bias=bias,
-                qk_norm=hf.get("qk_norm", False),
-                sliding_window=hf.get("sliding_window") if hf.get("use_sliding_window") else None,
-            )
-        except KeyError as missing:
-            raise ValueError(f"{source} has no field {missing}") from None
-        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
+            return cls(**read_fields(check_supported(hf)))
+        except ValueError as e:
             raise ValueError(f"{source}: {e}") from None
+
+
+def read_fields(hf: dict) -> dict:
+    """The arguments of ModelConfig, from a config that has its family's defaults.
+
+    Raises ValueError for a field that is missing. What is calculated with is checked here, all else
+    by ModelConfig.
+    """
+    dim, n_head = required(hf, "hidden_size"), required(hf, "num_attention_heads")
+    max_seq_len = hf.get("max_position_embeddings", 2048)
+    for name, value in (("hidden_size", dim), ("num_attention_heads", n_head),
+                        ("max_position_embeddings", max_seq_len)):  # fmt: skip
+        check_value(name, value, int)
+    scaling = rope_scaling(hf)
+    if scaling and scaling.kind == "yarn":  # Qwen's are edited in without a new maximum
+        max_seq_len = max(max_seq_len, int(scaling.factor * scaling.original_max_seq_len))
+    bias = given(hf, "attention_bias", False)
+    windowed = given(hf, "use_sliding_window", False)
+    check_value("use_sliding_window", windowed, bool)
+    return {
+        "dim": dim,
+        "n_layer": required(hf, "num_hidden_layers"),
+        "n_head": n_head,
+        "n_kv_head": given(hf, "num_key_value_heads", n_head),
+        "head_dim": given(hf, "head_dim", dim // n_head),
+        "ffn_dim": required(hf, "intermediate_size"),
+        "vocab_size": required(hf, "vocab_size"),
+        "max_seq_len": max_seq_len,
+        "rope_theta": rope_fields(hf).get("rope_theta", 10000.0),
+        "rope_scaling": scaling,
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "tie_embeddings": given(hf, "tie_word_embeddings", False),
+        "qkv_bias": given(hf, "qkv_bias", bias),
+        "o_bias": bias,
+        "qk_norm": given(hf, "qk_norm", False),
+        "sliding_window": hf.get("sliding_window") if windowed else None,
+    }
+
+
+def required(hf: dict, name: str):
+    """The field's value; ValueError if there is none."""
+    if name not in hf:
+        raise ValueError(f"no field {name!r}")
+    return hf[name]
+
+
+def given(hf: dict, name: str, default):
+    """The field's value, or the default where it is absent or null."""
+    return default if hf.get(name) is None else hf[name]
 
 
 def check_supported(hf: dict) -> dict:
@@ -176,7 +232,7 @@ def check_supported(hf: dict) -> dict:
     """
     architectures = hf.get("architectures") or [f"of model_type {hf.get('model_type')}"]
     architecture = architectures[0] if isinstance(architectures, list) else architectures
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(
             f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
@@ -187,13 +243,16 @@ def check_supported(hf: dict) -> dict:
     for field, value in only.items():
         found = rope_fields(hf).get(field, hf.get(field, value))
         if found != value:
-            raise ValueError(f"{field} = {found!r} is not supported, only {value!r}")
-    layers = set(hf.get("layer_types") or ()) - {"full_attention"}
-    if layers and "use_sliding_window" not in family:
-        raise ValueError(f"layer_types has {layers.pop()!r}; only 'full_attention' is supported")
+            raise ValueError(f"{field} = {brief(found)} is not supported, only {value!r}")
+    layers = given(hf, "layer_types", [])
+    for kind in layers if isinstance(layers, list) else [layers]:
+        if kind != "full_attention" and "use_sliding_window" not in family:
+            raise ValueError(f"layer_types has {brief(kind)}; supported is only 'full_attention'")
     kind = rope_type(hf)
     if kind not in ROPE_TYPES:
-        raise ValueError(f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise ValueError(
+            f"rope_type {brief(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}"
+        )
     if hf.get("quantization_config"):
         raise ValueError("quantization_config is not supported; use the bf16 checkpoint")
     return family | hf
@@ -203,7 +262,7 @@ def rope_fields(hf: dict) -> dict:
     """RoPE settings from either spelling: transformers 5 nests them, 4 keeps theta outside."""
     nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(nested, dict):
-        raise ValueError(f"the RoPE settings {nested!r} are not an object")
+        raise ValueError(f"the RoPE settings {brief(nested)} are not an object")
     return {k: v for k, v in hf.items() if k == "rope_theta"} | nested
 
 
@@ -214,28 +273,33 @@ def rope_type(hf: dict) -> str:
 
 def rope_scaling(hf: dict) -> RopeScaling | None:
     """The RoPE scaling of a config, None where there is none."""
-    kind, given = rope_type(hf), rope_fields(hf)
+    kind, rope = rope_type(hf), rope_fields(hf)
     if kind == "default":
         return None
-    old = given.get("original_max_position_embeddings") or hf.get("max_position_embeddings", 2048)
+    old = hf.get("max_position_embeddings", 2048)
+    old = given(rope, "original_max_position_embeddings", old)
     names = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()
-    more = {name: given[name] for name in names}
+    more = {name: required(rope, name) for name in names}
     if kind == "yarn":
         for name in ("beta_fast", "beta_slow", "truncate"):
-            if given.get(name) is not None:
-                more[name] = given[name]
-    scaling = RopeScaling(kind, given["factor"], old, **more)
+            if rope.get(name) is not None:
+                more[name] = rope[name]
+    scaling = RopeScaling(kind, required(rope, "factor"), old, **more)
     if kind == "yarn":
-        scaling = replace(scaling, attention_factor=yarn_attention(scaling.factor, given))
+        scaling = replace(scaling, attention_factor=yarn_attention(scaling.factor, rope))
     return scaling
 
 
-def yarn_attention(factor: float, given: dict) -> float:
+def yarn_attention(factor: float, rope: dict) -> float:
     """What YaRN multiplies rotated queries and keys with (arXiv 2309.00071, section 3.4)."""
-    if given.get("attention_factor") is not None:
-        return given["attention_factor"]
-    scales = given.get("mscale"), given.get("mscale_all_dim")
-    above, below = scales if all(scales) else (1.0, 0.0)
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    names = "mscale", "mscale_all_dim"
+    above, below = 1.0, 0.0
+    if all(rope.get(name) for name in names):
+        for name in names:
+            check_value(name, rope[name], float)
+        above, below = rope["mscale"], rope["mscale_all_dim"]
     log = math.log(max(factor, 1.0))
     return (0.1 * above * log + 1) / (0.1 * below * log + 1)
 
@@ -538,34 +602,42 @@ def load_model(
 ) -> Transformer:
     """The model of a Hugging Face directory: `config.json` and safetensors, single or sharded.
 
-    All headers are checked before anything is allocated; then one tensor at a time goes from the
-    memory-mapped file to its place, so that there is never a second full copy. `random:NAME`
-    instead of a directory makes random weights of a preset's geometry. Raises FileNotFoundError
-    or ValueError, naming file and tensor.
+    All headers and sizes are checked before anything is allocated; then one tensor at a time goes
+    from the memory-mapped file to its place, so that there is never a second full copy.
+    `random:NAME` instead of a directory makes random weights of a preset's geometry. Raises OSError
+    for a file that cannot be read, and ValueError, naming file and tensor; NaN and infinity are no
+    weights.
     """
-    config = load_config(checkpoint_dir)
-    shards = [] if is_random(checkpoint_dir) else weight_files(checkpoint_dir)
+    config, random = load_config(checkpoint_dir), is_random(checkpoint_dir)
+    headers = {} if random else read_headers(weight_files(checkpoint_dir))
+    what = f"the weights of {checkpoint_dir}"
+    n_bytes = total_params(config) * dtype.itemsize
+    check_fits(n_bytes, device, what, lambda share: "a smaller model or --dtype")
+    if not random:
+        check_headers(checkpoint_dir, headers, config)
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
-    if shards:
-        check_shards(shards, dict(hf_weights(model)), config.tie_embeddings)
     total, done = sum(p.nbytes for p in model.parameters()), 0
-    what = f"the weights of {checkpoint_dir}"
-    check_fits(total, device, what, lambda share: "a smaller model or --dtype")
     on_tensor(0, total)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     if config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight  # to_empty made them two
     model.rope_freq = rope_frequencies(config).to(device)
-    if not shards:
+    if random:
         randomize(model)
         on_tensor(total, total)
     places = dict(hf_weights(model))
-    for shard in shards:
+    for shard in sorted({header.shard for header in headers.values()}):
         with safe_open(shard, framework="pt") as file:
             for name in places.keys() & file.keys():
-                places[name].copy_(file.get_tensor(name))
-                done += places[name].nbytes
+                place = places[name].copy_(file.get_tensor(name))
+                if not all(end.isfinite() for end in place.aminmax()):  # NaN is both ends
+                    raise ValueError(
+                        f"{shard}: {name} has NaN or infinite numbers in "
+                        f"{str(dtype).removeprefix('torch.')}; download it again, or take a wider "
+                        f"--dtype"
+                    )
+                done += place.nbytes
                 on_tensor(done, total)
     return model
 
@@ -600,7 +672,7 @@ def read_json(path: Path) -> dict:
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")
@@ -608,16 +680,19 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(checkpoint_dir: Path) -> list[Path]:
-    """The safetensors files of a directory, from its index if it has one; all of them exist."""
+    """The safetensors files of a directory, all of which exist.
+
+    As in transformers, model.safetensors goes before an index, which may be left over.
+    """
     index = checkpoint_dir / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if index.exists():
+    if index.exists() and not (checkpoint_dir / names[0]).is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no object weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no object weight_map that names files")
         names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name:
+        if not name or Path(name).name != name:
             raise ValueError(f"{index}: shard {name!r} is not a file name in this directory")
         if not (checkpoint_dir / name).is_file():
             pickles = sorted(path.name for path in checkpoint_dir.glob("*.bin"))
@@ -628,43 +703,74 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     return [checkpoint_dir / name for name in names]
 
 
-def check_shards(shards: list[Path], places: dict[str, Tensor], tied: bool) -> None:
-    """ValueError unless the shards hold exactly the tensors of these names and shapes.
+class Header(NamedTuple):
+    """What a safetensors file says about one of its tensors."""
 
-    Reads headers only; safetensors refuses one that does not fit the size of its file.
+    shard: Path
+    shape: list[int]
+    dtype: str  # as safetensors calls it
+
+
+def read_headers(shards: list[Path]) -> dict[str, Header]:
+    """The tensors of all shards by name, none of which is in two.
+
+    safetensors refuses a header that does not fit the size of its file. Raises OSError or
+    ValueError for a file that cannot be used.
     """
-    found: dict[str, Path] = {}
-    wrong = {"missing": [], "unexpected": [], "misshapen": []}
+    found: dict[str, Header] = {}
     for shard in shards:
+        shard.open("rb").close()  # safetensors calls every file that it cannot open missing
         try:
+            os.fspath(shard).encode()
             with safe_open(shard, framework="pt") as file:
                 headers = {name: file.get_slice(name) for name in file.keys()}
-                headers = {name: (h.get_shape(), h.get_dtype()) for name, h in headers.items()}
+                headers = {
+                    n: Header(shard, h.get_shape(), h.get_dtype()) for n, h in headers.items()
+                }
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{shard}: safetensors opens paths in UTF-8 only; rename the directory"
+            ) from None
         except SafetensorError as e:
             raise ValueError(f"{shard} is corrupt or incomplete ({e}); download it again") from None
-        for name, (shape, dtype) in headers.items():
-            if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
-                continue  # follows from the config; is the embedding
-            if name in found:
-                raise ValueError(f"{shard}: tensor {name} is in {found[name].name} already")
-            found[name] = shard
-            if name not in places:
-                wrong["unexpected"].append(name)
-            elif shape != [*places[name].shape]:
-                wrong["misshapen"].append(f"{name} {shape}, should be {[*places[name].shape]}")
-            elif dtype not in STORED_DTYPES:
-                raise ValueError(
-                    f"{shard}: {name} has dtype {dtype}; supported: {', '.join(STORED_DTYPES)}"
-                )
-    wrong["missing"] = [name for name in places if name not in found]
-    if any(wrong.values()):
-        lists = "; ".join(f"{kind}: {some(names)}" for kind, names in wrong.items() if names)
-        raise ValueError(f"{shards[0].parent}: the tensors are not config.json's; {lists}")
+        for name in headers.keys() & found.keys():
+            raise ValueError(f"{shard}: tensor {name} is in {found[name].shard.name} already")
+        found |= headers
+    return found
 
 
-def some(names: list[str]) -> str:
-    """The first few of many names."""
-    more = len(names) - 3
+def check_headers(checkpoint_dir: Path, headers: dict[str, Header], config: ModelConfig) -> None:
+    """ValueError unless the files hold exactly the tensors of these sizes."""
+    there = {name.split(".")[2] for name in headers if name.startswith("model.layers.")}
+    n_layer = min(config.n_layer, len(there) + 1)  # a typing error may ask for millions
+    with torch.device("meta"):
+        places = dict(hf_weights(Transformer(replace(config, n_layer=n_layer))))
+    per_layer = sum(name.startswith("model.layers.0.") for name in places)
+    ignored = {"lm_head.weight"} if config.tie_embeddings else set()  # is the embedding
+    unexpected, misshapen = [], []
+    for name, (shard, shape, dtype) in headers.items():
+        if name.endswith("rotary_emb.inv_freq") or name in ignored:  # follows from the config
+            continue
+        if name not in places:
+            unexpected.append(name)
+        elif shape != [*places[name].shape]:
+            misshapen.append(f"{name} {shape}, should be {[*places[name].shape]}")
+        elif dtype not in STORED_DTYPES:
+            raise ValueError(
+                f"{shard}: {name} has dtype {dtype}; supported: {', '.join(STORED_DTYPES)}"
+            )
+    missing = [name for name in places if name not in headers]
+    n_missing = len(missing) + (config.n_layer - n_layer) * per_layer
+    wrong = [("missing", missing, n_missing), ("unexpected", unexpected, len(unexpected)),
+             ("misshapen", misshapen, len(misshapen))]  # fmt: skip
+    if missing or unexpected or misshapen:
+        lists = "; ".join(f"{kind}: {some(names, n)}" for kind, names, n in wrong if names)
+        raise ValueError(f"{checkpoint_dir}: the tensors are not config.json's; {lists}")
+
+
+def some(names: list[str], n: int) -> str:
+    """The first few of n names."""
+    more = n - 3
     return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
 
@@ -675,9 +781,9 @@ def eos_token_ids(checkpoint_dir: Path) -> tuple[int, ...]:
         ids = read_json(path).get("eos_token_id") if path.exists() else None
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
-            if not all(type(i) is int for i in ids):
+            if not all(type(i) is int and abs(i) < 2**31 for i in ids):
                 raise ValueError(
-                    f"{path}: eos_token_id = {ids!r} is not a token id or a list of them"
+                    f"{path}: eos_token_id = {brief(ids)} is not a token id or a list of them"
                 )
             return tuple(ids)
     return ()
@@ -687,6 +793,7 @@ def save_model(model: Transformer, checkpoint_dir: Path, n_shards: int = 1, **co
     """Write a Llama as a Hugging Face directory; `config` replaces or adds `config.json` fields.
 
     The index is written last and files are replaced whole, so an interruption leaves no half one.
+    A single file that shards replace is deleted then: it would go before them.
     """
     c = model.config
     if c.qk_norm or c.sliding_window or c.qkv_bias != c.o_bias:
@@ -733,13 +840,53 @@ def save_model(model: Transformer, checkpoint_dir: Path, n_shards: int = 1, **co
     write_json(hf | config, checkpoint_dir / "config.json")
     if n_shards > 1:
         write_json({"weight_map": weight_map}, checkpoint_dir / "model.safetensors.index.json")
+        (checkpoint_dir / "model.safetensors").unlink(missing_ok=True)
 
 
 def write_json(value: dict, path: Path) -> None:
-    """Write a file in one step: an interruption leaves the old one or the new one."""
-    part = path.with_name(path.name + ".part")
+    """Write a JSON file, see `write_file`."""
+    write_file((json.dumps(value, indent=2) + "\n").encode(), path)
+
+
+def write_file(data: bytes, path: Path) -> None:
+    """Write a file in one step: an interruption leaves the old one or the new one.
+
+    A symbolic link stays one. To a device, a pipe or a file that is open already, the data are
+    appended. OSError if that is not possible.
+    """
+    if written_in_place(path):
+        with path.open("ab") as file:
+            file.write(data)
+        return
+    path, part = resolved(path)
     try:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        part.write_bytes(data)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """OSError if `write_file` cannot write there, as far as this can be told beforehand."""
+    if path.exists() and not path.is_dir() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    if not written_in_place(path):
+        path, part = resolved(path)
+        try:
+            part.write_bytes(bytes(4096))  # fails on a full disk too
+        finally:
+            part.unlink(missing_ok=True)
+    elif not path.is_fifo():  # its reader would take the end of this for the end of all
+        path.open("ab").close()
+
+
+def written_in_place(path: Path) -> bool:
+    """Whether there is something that must not be replaced by a file."""
+    opened = re.match(r"/dev/(fd/|std)|/proc/[^/]+/fd/", str(path))
+    return path.exists() and (opened is not None or not path.is_file())
+
+
+def resolved(path: Path) -> tuple[Path, Path]:
+    """The path behind symbolic links, and beside it the one that is written first."""
+    path = Path(os.path.realpath(path))
+    return path, path.with_name(path.name + ".part")

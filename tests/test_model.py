@@ -1,6 +1,11 @@
 """The forward against a float64 loop; loading of Hugging Face directories and its errors."""
 
 import json
+import os
+import resource
+import stat
+import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +15,18 @@ import torch
 from cost_model import MODELS, Dimensions
 from kv_cache import CacheSpec, KVCache
 from model import (
+    Block,
     ModelConfig,
     RopeScaling,
     Transformer,
+    check_writable,
     compile_blocks,
     eos_token_ids,
     load_config,
     load_model,
+    rope_frequencies,
     save_model,
+    write_json,
 )
 from tests.reference import reference_logits, tiny_model
 
@@ -181,14 +190,37 @@ def test_both_spellings_of_rope_settings():
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
         ({"num_attention_heads": "4"}, ["config.json", "4"]),
-        ({"num_attention_heads": 0}, ["config.json"]),
-        ({"hidden_size": -4}, ["dim = -4", "positive"]),
-        ({"rope_theta": "x"}, ["rope_theta", "x"]),
+        ({"num_attention_heads": 0}, ["config.json: num_attention_heads = 0 is not a positive"]),
+        ({"num_key_value_heads": 0}, ["config.json: num_key_value_heads = 0 is not a positive"]),
+        ({"hidden_size": -4}, ["config.json: hidden_size = -4 is not a positive integer"]),
+        ({"intermediate_size": 10**30}, ["config.json: intermediate_size = 1000", "below 2**31"]),
+        ({"vocab_size": 10**18}, ["config.json: vocab_size = 1000000000000000000 is not"]),
+        ({"rms_norm_eps": 1e-60}, ["config.json: rms_norm_eps = 1e-60 is not", "within float32"]),
+        ({"tie_word_embeddings": "false"}, ["tie_word_embeddings = 'false' is neither true nor"]),
+        ({"attention_bias": "false"}, ["attention_bias = 'false' is neither true nor false"]),
+        (
+            {"architectures": ["MistralForCausalLM"], "use_sliding_window": "false"},
+            ["use_sliding_window = 'false' is neither true nor false"],
+        ),
+        ({"rope_theta": "x"}, ["config.json: rope_theta = 'x' is not a positive number"]),
+        ({"rope_theta": float("inf")}, ["config.json: rope_theta = inf is not"]),
+        ({"rope_theta": 10**400}, ["config.json: rope_theta = 1000", "within float32"]),
+        ({"rope_theta": 0.5}, ["config.json: rope_theta = 0.5 must be at least 1"]),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            ["config.json: rope_theta = 1.0 must be more than 1"],
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, ["factor 0.5", "at least 1"]),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}},
+            ["config.json: factor = inf is not a positive number"],
+        ),
         ({"rope_scaling": "linear"}, ["config.json"]),
-        ({"max_position_embeddings": None}, ["max_seq_len", "None"]),
+        ({"max_position_embeddings": None}, ["max_position_embeddings = None is not"]),
         ({"rope_scaling": {"rope_type": "llama3"}}, ["no field", "factor"]),
         ({"intermediate_size": 57}, ["misshapen", "down_proj", "56", "57"]),
-        ({"num_hidden_layers": 3}, ["missing", "model.layers.2.", "more"]),
+        ({"num_hidden_layers": 3}, ["missing", "model.layers.2.", "and 6 more"]),
+        ({"num_hidden_layers": 10**5}, ["missing", "model.layers.2.", "and 899979 more"]),
         ({"num_hidden_layers": 1}, ["unexpected", "model.layers.1."]),
     ],
 )
@@ -198,6 +230,47 @@ def test_strange_checkpoints_are_refused_by_name(tmp_path, changes, words):
         load(tmp_path)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message
+
+
+def test_a_config_with_any_field_of_any_type_is_read_or_refused():
+    """A ValueError that begins with the file is the only other answer; no run on NaN either."""
+    yarn = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "beta_fast": 32, "beta_slow": 1, "truncate": True}  # fmt: skip
+    base = {"architectures": ["MistralForCausalLM"], "hidden_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+            "intermediate_size": 8, "vocab_size": 9, "layer_types": ["full_attention"],
+            "hidden_act": "silu", "use_sliding_window": False, "sliding_window": 5,
+            "max_position_embeddings": 64, "rope_theta": 1e4, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+            "quantization_config": None, "rope_scaling": yarn}  # fmt: skip
+    values = [None, True, -1, 0, 1, 1.5, 1e-60, 1e60, float("inf"), float("nan"), 10**400, "", "x",
+              [], [1], [[]], {}, {"a": []}, "7"]  # fmt: skip
+    ModelConfig.from_hf(base)
+    n_read = 0
+    for kind in ("yarn", "linear", "llama3"):
+        scaling = yarn | {"rope_type": kind, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        hf = base | {"rope_scaling": scaling}
+        for value in values:
+            changed = [hf | {name: value} for name in hf]
+            changed += [hf | {"rope_scaling": scaling | {name: value}} for name in scaling]
+            for one in changed:
+                try:
+                    frequencies = rope_frequencies(ModelConfig.from_hf(one))
+                    assert frequencies.isfinite().all()
+                    n_read += 1
+                except ValueError as e:
+                    assert str(e).startswith("config.json: ") and "\n" not in str(e)
+    assert n_read > 200
+
+
+def test_our_own_mistakes_are_not_called_the_users(monkeypatch):
+    def broken(hf):
+        raise TypeError("a mistake of ours")
+
+    monkeypatch.setattr("model.rope_scaling", broken)
+    with pytest.raises(TypeError, match="a mistake of ours"):
+        ModelConfig.from_hf({"architectures": ["LlamaForCausalLM"], "hidden_size": 8,
+                             "num_attention_heads": 1})  # fmt: skip
 
 
 def one_tensor(offsets: list[int], shape: list[int], n_bytes: int, dtype: str = "F32") -> bytes:
@@ -225,9 +298,23 @@ def one_tensor(offsets: list[int], shape: list[int], n_bytes: int, dtype: str = 
 def test_headers_are_checked_before_anything_is_allocated(tmp_path, monkeypatch, content, words):
     save_model(tiny_model(), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    monkeypatch.setattr("model.check_fits", lambda *args: pytest.fail("too late"))
+    monkeypatch.setattr(Transformer, "to_empty", lambda *args, **how: pytest.fail("too late"))
     with pytest.raises(ValueError, match=words):
         load(tmp_path)
+
+
+def test_sizes_are_checked_before_layers_are_built(tmp_path, monkeypatch):
+    """Building a hundred thousand layers takes most of a minute, without any weights in them."""
+    save_model(tiny_model(), tmp_path, num_hidden_layers=10**5)
+    built = []
+    monkeypatch.setattr("model.Block", lambda config: built.append(0) or Block(config))
+    with pytest.raises(ValueError, match="missing: model.layers.2."):
+        load(tmp_path)
+    assert len(built) <= 3
+    monkeypatch.setattr("kv_cache.free_memory", lambda device: 2**30)
+    with pytest.raises(ValueError, match="weights of .* need .* but cpu has 1.0 GiB free"):
+        load(tmp_path)
+    assert len(built) <= 3
 
 
 def test_a_tensor_may_be_in_one_shard_only(tmp_path):
@@ -236,6 +323,76 @@ def test_a_tensor_may_be_in_one_shard_only(tmp_path):
     two.write_bytes(one.read_bytes())
     with pytest.raises(ValueError, match=r"00002-of-00002.*is in model-00001-of-00002"):
         load(tmp_path)
+
+
+def test_an_index_without_files_is_refused(tmp_path):
+    """No files are not `random:`."""
+    save_model(tiny_model(), tmp_path, n_shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    for weight_map in ({}, None, []):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(
+            ValueError, match="index.json has no object weight_map that names files"
+        ):
+            load(tmp_path)
+    for name in ("", "."):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(ValueError, match=f"shard {name!r} is not a file name in this"):
+            load(tmp_path)
+
+
+def test_a_single_file_goes_before_an_index(tmp_path):
+    """As in transformers: what an index beside it says is left over."""
+    old, new = tiny_model(seed=1), tiny_model(seed=2)
+    save_model(old, tmp_path, n_shards=2)
+    save_model(new, tmp_path)
+    assert torch.equal(load(tmp_path).norm.weight, new.norm.weight)
+    save_model(old, tmp_path, n_shards=3)  # must not be hidden by the single file of before
+    assert torch.equal(load(tmp_path).norm.weight, old.norm.weight)
+
+
+@pytest.mark.parametrize("dtype, bad", [("float32", torch.nan), ("float32", -torch.inf),
+                                        ("float16", 1e5)])  # fmt: skip
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, dtype, bad):
+    model = tiny_model()
+    model.layers[1].feed_forward.w_gate_up.weight.data[60, 3] = bad
+    save_model(model, tmp_path)
+    words = rf"model.safetensors: model.layers.1.mlp.up_proj.weight has NaN or .* {dtype}"
+    with pytest.raises(ValueError, match=words):
+        load_model(tmp_path, torch.device("cpu"), getattr(torch, dtype))
+
+
+@contextmanager
+def without_privileges():
+    """As a user who may not read everything, also where the tests are run by root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        path.chmod(0o755)
+        save_model(tiny_model(), path)
+        (path / "model.safetensors").chmod(0)
+        with without_privileges(), pytest.raises(PermissionError, match="model.safetensors"):
+            load(path)
+
+
+def test_a_path_that_is_not_utf8_is_not_called_corrupt(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    path.mkdir()
+    save_model(tiny_model(), path.parent)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).rename(path / name)
+    with pytest.raises(ValueError, match="paths in UTF-8 only; rename the directory"):
+        load(path)
 
 
 def test_pickles_are_not_opened(tmp_path):
@@ -295,13 +452,51 @@ def test_missing_and_broken_files(tmp_path):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises((ValueError, FileNotFoundError), match="not a file name|not exist"):
             load(tmp_path)
-    for content, words in [("{}", "no object weight_map"), ("[]", "not hold a JSON object")]:
+    for content, words in [("{}", "no object weight_map"), ("[]", "not hold a JSON object"),
+                           ('{"a":' * 10**5, "not valid JSON")]:  # fmt: skip
         index.write_text(content)
         with pytest.raises(ValueError, match=words):
             load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         load(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(ValueError, match="eos_token_id"):
-        eos_token_ids(tmp_path)
+    for ids in ('"</s>"', "[1, null]", "1e3", "9" * 30, "true"):
+        (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
+        with pytest.raises(ValueError, match="generation_config.json: eos_token_id = .* not a tok"):
+            eos_token_ids(tmp_path)
+
+
+def test_files_are_replaced_behind_links_and_nothing_else_is(tmp_path):
+    """Devices, pipes and open files are written to as they are; what cannot be is told before."""
+    file, link, pipe = tmp_path / "a.json", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to("a.json")
+    for value in ({"a": 1}, {"b": 2}):
+        check_writable(link)
+        write_json(value, link)
+        assert link.is_symlink() and json.loads(file.read_text()) == value
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with open(tmp_path / "log", "w+") as log:
+        log.write("before\n")
+        log.flush()
+        opened = Path(f"/dev/fd/{log.fileno()}")
+        for path in (pipe, opened):  # no device: a mistake would replace it for everybody
+            kind = stat.S_IFMT(path.stat().st_mode)
+            check_writable(path)
+            write_json({}, path)
+            assert stat.S_IFMT(path.stat().st_mode) == kind
+        assert (tmp_path / "log").read_text() == "before\n{}\n"
+    assert os.read(reader, 99) == b"{}\n"
+    os.close(reader)
+    for path in (tmp_path, file / "b", Path("/proc/version"), Path("/proc/new"),
+                 tmp_path / ("x" * 253)):  # fmt: skip
+        with pytest.raises(OSError):
+            check_writable(path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as on a full disk
+    try:
+        with pytest.raises(OSError):
+            check_writable(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "link", "log", "pipe"]
