@@ -30,6 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 
 import sentencepiece
 import tiktoken
@@ -82,8 +83,7 @@ class Json:
             raise self.refused(" or ".join(map(json.dumps, supported)))
 
     def refused(self, supported: str) -> ValueError:
-        shown = ascii(self.value)
-        shown = shown if len(shown) <= 60 else shown[:60] + "..."
+        shown = brief(self.value).encode("ascii", "backslashreplace").decode()
         sentencepiece_like = self.name.endswith("byte_fallback") or any(
             self.value == part for part in SENTENCEPIECE_PARTS
         )
@@ -126,7 +126,14 @@ class Tokenizer(ABC):
     added: dict[str, Added]
 
     def encode(self, text: str, bos: bool = True, specials: bool = False) -> list[int]:
-        """Ids of the text; `specials`: "<|eot_id|>" in it is that token, not its characters."""
+        """Ids of the text; `specials`: "<|eot_id|>" in it is that token, not its characters.
+
+        Raises ValueError for what is no text: halves of surrogate pairs, which stand for bytes that
+        are not UTF-8 on the command line, and which JSON can spell.
+        """
+        bad = surrogate(text)
+        if bad is not None:
+            raise ValueError(f"the text is not UTF-8: its character {bad} is {text[bad]!a}")
         ids: list[int] = []
         for part in self.split(text, specials, normalized=False):
             if isinstance(part, int):
@@ -169,7 +176,8 @@ class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model, and the tokens that tokenizer_config.json adds to it."""
 
     def __init__(self, path: Path, config: Json) -> None:
-        self.model = model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.model = model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(path.read_bytes())  # it opens no path that is not UTF-8
         bos = model.bos_id() >= 0 and config["add_bos_token"].value is not False
         self.bos_id = model.bos_id() if bos else None
         control = [i for i in range(model.vocab_size()) if model.is_control(i)]
@@ -350,16 +358,17 @@ def read_added(token: Json, i: int) -> tuple[str, Added]:
     for field in ("single_word", "lstrip", "rstrip"):
         token[field].only(False, None)
     text = token["content"].of(str)
-    if not text or not is_unicode(text):
+    if not text or surrogate(text) is not None:
         raise token["content"].refused("text")
     if not 0 <= i < 2**31:
         raise token["id"].refused("a number from 0 to 2147483647")
     return text, Added(i, token["special"].value is True, token["normalized"].value is True)
 
 
-def is_unicode(text: str) -> bool:
-    """Whether the text has no half of a surrogate pair, which JSON can spell."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+def surrogate(text: str) -> int | None:
+    """Where the text has half of a surrogate pair, which no encoding of Unicode has."""
+    found = re.search("[\ud800-\udfff]", text)
+    return found and found.start()
 
 
 def byte_letters() -> list[str]:

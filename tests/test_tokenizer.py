@@ -6,6 +6,7 @@ tests/fixtures/tokenizers (scripts/make_tokenizer_fixtures.py), and against itse
 
 import base64
 import json
+import os
 import random
 import time
 import unicodedata
@@ -249,6 +250,21 @@ def test_ids_of_padding_rows_decode_to_nothing(directory):
     assert tokenizer.decode([*ids, 99_999]) == tokenizer.decode(ids)
 
 
+@each_kind
+@pytest.mark.parametrize("text, at", [("a\ud800b", 1), ("\udcff", 0), ("\ud83d\ude00", 0)])
+def test_what_is_not_unicode_is_refused_with_its_place(directory, text, at):
+    """Bytes that are not UTF-8 come from the command line like this; JSON can spell the others."""
+    with pytest.raises(ValueError, match=rf"not UTF-8: its character {at} is '\\u"):
+        load_tokenizer(directory).encode(text)
+
+
+def test_a_directory_whose_name_is_not_utf8(llama2_dir, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    path.mkdir()
+    (path / "tokenizer.model").write_bytes((llama2_dir / "tokenizer.model").read_bytes())
+    assert load_tokenizer(path).encode("fox") == load_tokenizer(llama2_dir).encode("fox")
+
+
 def test_random_weights_show_numbers():
     tokenizer = NumberTokenizer(100)
     assert continuation(tokenizer, [5, 99], [7, 8]) == " 7 8"
@@ -406,6 +422,18 @@ def test_any_field_of_any_other_type_is_a_one_line_error(tmp_path):
             assert load_tokenizer(tmp_path).encode("fox\n")
         except ValueError as e:
             assert str(e).startswith(str(tmp_path)) and "\n" not in str(e)
+
+
+def test_a_value_of_any_depth_is_shown_in_short(tmp_path):
+    """Python shows a list only if it is not nested as deeply as it can read one."""
+    for depth in (50, 900, 960, 990):
+        value = "[" * depth + "]" * depth
+        (tmp_path / "tokenizer.json").write_text(f'{{"model": {{"type": {value}}}}}')
+        with pytest.raises(
+            ValueError, match=r"tokenizer.json(: model.type is \[\[| is not JSON)"
+        ) as e:
+            load_tokenizer(tmp_path)
+        assert len(str(e.value)) < 300
 
 
 def test_text_that_a_pattern_leaves_out_is_kept(tmp_path):
