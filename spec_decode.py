@@ -64,12 +64,17 @@ class Sampling:
     top_p: float | None = None  # then the smallest set with at least this much probability
 
     def __post_init__(self) -> None:
+        least = torch.finfo(torch.float32).tiny  # less would divide, or cut, by zero
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature} must be a number >= 0 (0 is greedy)")
+        if 0 < self.temperature < least:
+            raise ValueError(
+                f"temperature {self.temperature} must be at least {least}, or 0: greedy"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k {self.top_k} must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must be in (0, 1]")
+        if self.top_p is not None and not least <= self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be in (0, 1], and at least {least}")
         if self.greedy and (self.top_k is not None or self.top_p is not None):
             raise ValueError("top_k and top_p need a temperature above 0; 0 is greedy decoding")
 

@@ -539,6 +539,8 @@ def test_stats_have_vllms_definitions():
         (lambda: Drafting("streaming", synthetic_acceptance=1.5), "0..1"),
         (lambda: Sampling(-1.0), "temperature"),
         (lambda: Sampling(float("nan")), "temperature"),
+        (lambda: Sampling(1e-46), "temperature 1e-46 must be at least"),  # 0 in float32
+        (lambda: Sampling(1.0, top_p=1e-46), "top_p 1e-46 must be"),
         (lambda: Sampling(1.0, top_k=0), "top_k"),
         (lambda: Sampling(1.0, top_p=0.0), "top_p"),
         (lambda: Sampling(0.0, top_k=5), "greedy"),
