@@ -400,7 +400,16 @@ def lookup_rounds(engine: Engine, gamma: int) -> tuple[int, int]:
 
 
 def calibration_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "magicdec.json"
+    """Where calibrations are kept; a path that cannot be a file where there is no place for them.
+
+    XDG_CACHE_HOME is ignored if it is empty or relative, as its specification asks for.
+    """
+    try:
+        home = Path("~/.cache").expanduser()
+    except RuntimeError:  # no HOME, and nobody of this number in /etc/passwd: some containers
+        home = Path(os.devnull)
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else home) / "magicdec.json"
 
 
 def median_seconds(engine: Engine, work: Callable[[], object], repeats: int = 3) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from auto import MARGIN, Auto, Candidate, lookup_rounds
+from auto import MARGIN, Auto, Candidate, calibration_file, lookup_rounds
 from cost_model import Timing, Workload, alpha_of, omega
 from drafters import Drafting
 from spec_decode import Engine, Sampling, generate
@@ -174,3 +174,19 @@ def test_calibration_explains_the_steps_it_saw():
         assert (c.t_select > 1e-5) == (c.drafting.policy != "ngram")
     outputs, _ = generate(engine, PROMPTS, 20)  # what it wrote into the caches does no harm
     assert outputs == [plain_greedy(tiny_model(), p, 20) for p in PROMPTS]
+
+
+def test_calibrations_are_kept_only_where_there_is_a_place(monkeypatch):
+    """Not in the current directory; and without a home the run goes on without a file."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for value, folder in [("/cache", "/cache"), ("", "/home/somebody/.cache"),
+                          ("relative", "/home/somebody/.cache")]:  # fmt: skip
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert str(calibration_file()) == f"{folder}/magicdec.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as for an unknown user
+    path = calibration_file()
+    assert not path.exists()
+    with pytest.raises(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
