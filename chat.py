@@ -90,6 +90,7 @@ class Chat:
     tokenizer: Tokenizer
     format: Format
     ids: dict[str, int | None]  # of "{bos}" and "{eos}"; None: there is none
+    end_id: int  # ends the model's answers
     system: str | None  # what the model is told where nobody says anything else
     preamble: str  # what it is always told before that
 
@@ -146,10 +147,12 @@ def load_chat(checkpoint_dir: Path, tokenizer: Tokenizer, today: date | None = N
         ids["{bos}"] = None
     if "eos_token" in template:
         ids["{eos}"] = named(config, "eos_token", tokenizer)
-    if ids.get(form.end, tokenizer.special(form.end)) is None:
+    end_id = ids.get(form.end, tokenizer.special(form.end))
+    if end_id is None:
         end = form.end.replace("{eos}", "eos_token of tokenizer_config.json")
         raise ValueError(f"{path}: {form.name} chats end with {end}, which is no token here")
-    return Chat(tokenizer, form, ids, default_system(template), preamble(template, today))
+    told = default_system(template), preamble(template, today)
+    return Chat(tokenizer, form, ids, end_id, *told)
 
 
 def named(config: Json, field: str, tokenizer: Tokenizer) -> int | None:

@@ -12,36 +12,54 @@ What a user can get wrong ends in one line on standard error and exit status 2.
 """
 
 import argparse
+import io
 import json
+import os
+import signal
 import statistics
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
+
+
+def interrupted(*_: object) -> None:
+    """Ends the process, with the line and the status that `main` has for it."""
+    os.write(2, b"\ngenerate.py: interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, interrupted)  # the imports take seconds; `main` puts it back
+
 import torch
 
 from auto import GAMMAS, Auto, Candidate, timed
 from chat import Chat, load_chat
-from cost_model import Parser
+from cost_model import Parser, kv_bytes_per_token
 from drafters import NGRAM, Drafting, ModelDrafter, check_drafting
-from kv_cache import POLICIES
+from kv_cache import POLICIES, check_fits
 from model import (
     ModelConfig,
     Transformer,
+    check_writable,
     compile_blocks,
     compiler_runs,
     eos_token_ids,
     is_random,
     load_config,
     load_model,
+    write_file,
     write_json,
 )
-from prompts import read_prompts
+from prompts import encode_prompt, read_prompts
 from report import Report, Run, table, to_json, verdict
-from spec_decode import Engine, Sampling, Stats, decode
+from spec_decode import MAX_EOS, Engine, Sampling, Stats, decode
 from tokenizer import NumberTokenizer, TextStream, Tokenizer, continuation, load_tokenizer
 
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "demo"
@@ -62,7 +80,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--draft_checkpoint_path", type=Path, help="draft with this smaller model of its own"
     )
     p.add_argument(
-        "--prompt", action="append", default=[], help="text; an integer N: N random tokens"
+        "--prompt",
+        action="append",
+        default=[],
+        help="text; an integer N: N random tokens, different ones in every row",
     )
     p.add_argument(
         "--prompt_file", action="append", default=[], type=Path, help="UTF-8 text (repeatable)"
@@ -118,22 +139,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def int_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor auto") from None
 
 
 def check_args(args: argparse.Namespace) -> None:
     """ValueError for values and combinations that make no sense; fills in dependent defaults."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size} must be at least 1")
+    if args.batch_size is not None and not 1 <= args.batch_size < 2**31:
+        raise ValueError(f"--batch_size {args.batch_size} must be in 1..2**31 - 1")
     given = sum(map(bool, (args.prompt, args.prompt_file, args.prompts, args.interactive)))
     if given > 1:
         raise ValueError("give one of --prompt, --prompt_file, --prompts and --interactive")
     drafts = args.draft != "none" and args.speculate_k != 0
     if args.compare is None:
         args.compare = args.check_lossless or (drafts and not given)
-    for flag in ("compare", "check_lossless", "synthetic_acceptance"):
+    for flag in ("check_lossless", "compare", "synthetic_acceptance"):
         value = getattr(args, flag)
         if value is not None and value is not False and not drafts:
             raise ValueError(f"--{flag} needs a draft: not --draft none, not --speculate_k 0")
@@ -155,15 +179,35 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--chat needs a --prompt, --prompt_file, --prompts or --interactive")
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat: without a template there is no place for it")
-    for path in (args.json if args.json != "-" else None, args.profile):
-        if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
-            raise ValueError(f"cannot write {path}: its directory must exist, and it be a file")
+    check_targets(args)
     if args.draft_checkpoint_path and not drafts:
         raise ValueError("--draft_checkpoint_path needs a draft: not --draft none, --speculate_k 0")
     if args.synthetic_acceptance is not None and "auto" in (args.draft, args.speculate_k):
         raise ValueError("--synthetic_acceptance needs a --draft and a --speculate_k, not auto")
     args.device = check_device(args.device)
     args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
+
+
+def check_targets(args: argparse.Namespace) -> None:
+    """ValueError for files and streams that cannot be used at the end of a run."""
+    if sys.stdout is None or (args.interactive and sys.stdin is None):
+        raise ValueError(
+            "standard output must be open, and with --interactive standard input; for no output "
+            "write > /dev/null"
+        )
+    targets = []
+    for flag, path in (("json", args.json), ("profile", args.profile)):
+        if path is None or path == "-":
+            continue
+        if not str(path):
+            raise ValueError(f"--{flag} needs the name of a file")
+        try:
+            check_writable(Path(path))
+        except OSError as e:
+            raise ValueError(f"--{flag}: cannot write {path}: {e.strerror}") from None
+        targets.append(os.path.realpath(path))
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"--json and --profile are the same file, {args.json}; give two")
 
 
 def check_device(name: str) -> torch.device:
@@ -224,18 +268,13 @@ def run(
     engine: Engine,
     work: Callable[[Callable[[], None]], Stats],  # decodes, calling what it is given every round
     show: Callable[[], None] = lambda: None,
-    profile: Path | None = None,
+    tracer: AbstractContextManager | None = None,  # a profiler
 ) -> Run:
     """Decode the prefilled batch from its first tokens, timed."""
     engine.rewind()
     show()
-    tracer = torch.profiler.profile() if profile else nullcontext()
-    with tracer:
+    with tracer or nullcontext():
         seconds, stats = timed(engine.tokens.device, lambda: work(show))
-    if profile:
-        part = profile.with_name(profile.name + ".part")
-        tracer.export_chrome_trace(str(part))
-        part.replace(profile)
     return Run(stats, engine.outputs(), seconds)
 
 
@@ -253,6 +292,16 @@ class RowPrinter:
         self.out.write(self.text.feed([i for i in ids if i not in eos]))
         self.out.flush()
         self.done = end
+
+
+def save_trace(tracer: torch.profiler.profile, path: Path) -> None:
+    """Write a Chrome trace. OSError if there is no room for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        tracer.export_chrome_trace(str(file))  # which does not say if it could not
+        if not file.is_file():
+            raise OSError(f"{path}: the trace does not fit into {tempfile.gettempdir()}")
+        write_file(file.read_bytes(), path)
 
 
 class Progress:
@@ -292,10 +341,10 @@ def prepare(
     """Everything that bad input can break, the cheap things first: the weights come last."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     config, tokenizer = load_text_side(args.checkpoint_path)
-    args.eos_ids = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
     chat = load_chat(args.checkpoint_path, tokenizer) if args.chat else None
+    args.eos_ids = () if args.ignore_eos else end_tokens(args.checkpoint_path, chat)
     longest = min(config.max_seq_len, args.max_context or config.max_seq_len)
-    prompts = read_prompts(args, tokenizer, chat, longest)
+    prompts = read_prompts(args, tokenizer, chat, longest, partial(check_rows, args, config))
     if not args.interactive:
         longest = max(map(len, prompts)) + args.max_new_tokens
     draftings, draft_config = read_drafting(args), None
@@ -327,6 +376,28 @@ def prepare(
         named = "streaming" if args.draft == "auto" else args.draft
         found += [Candidate(d, draft_model) for d in draftings if d.policy == named]
     return engine, Auto(engine, found, gammas(args)), tokenizer, chat, prompts
+
+
+def check_rows(args: argparse.Namespace, config: ModelConfig, n_rows: int, n_tokens: int) -> None:
+    """ValueError if the K and V of so many rows and tokens alone are too much for the device.
+
+    The engine asks again, for all that it needs. Until then nothing may be made for every row.
+    """
+    n_bytes = n_rows * n_tokens * kv_bytes_per_token(config, DTYPES[args.dtype].itemsize)
+    remedy = "a smaller --batch_size or --max_context"
+    check_fits(n_bytes, args.device, "the KV caches", lambda share: remedy)
+
+
+def end_tokens(checkpoint_dir: Path, chat: Chat | None) -> tuple[int, ...]:
+    """The tokens that end a text, and the one that ends an answer in this chat format."""
+    ids = eos_token_ids(checkpoint_dir) + ((chat.end_id,) if chat else ())
+    ids = tuple(dict.fromkeys(ids))
+    if len(ids) > MAX_EOS:
+        raise ValueError(
+            f"{checkpoint_dir}: {len(ids)} tokens end a text (eos_token_id); at most {MAX_EOS} are "
+            f"possible"
+        )
+    return ids
 
 
 def automatic(args: argparse.Namespace) -> bool:
@@ -389,7 +460,7 @@ def check_same_vocabulary(args, tokenizer: Tokenizer, draft_tokenizer: Tokenizer
         )
 
 
-def measure(args, engine: Engine, auto: Auto | None, prompts, say) -> Report:
+def measure(args, engine: Engine, auto: Auto | None, prompts, say, tracer) -> Report:
     """Warm up, prefill, decode, time the steps; with --compare plainly too, from the same prefill.
 
     Nothing is printed inside a timed run.
@@ -418,7 +489,7 @@ def measure(args, engine: Engine, auto: Auto | None, prompts, say) -> Report:
         baseline = run(engine, lambda show: decode(engine, 0, show))
         say(f"{baseline.seconds:.1f} s")
     say("decoding", end=" ... ")
-    main_run = run(engine, decoder(engine, auto), profile=args.profile)
+    main_run = run(engine, decoder(engine, auto), tracer=tracer)
     say(f"{main_run.seconds:.1f} s")
     if auto:
         say(auto.explain())
@@ -479,15 +550,21 @@ def batch(args, engine: Engine, auto: Auto | None, tokenizer: Tokenizer, prompts
         print(text, end=end, file=out, flush=True)
 
     say(describe(args, engine, auto, prompts))
-    report = measure(args, engine, auto, prompts, say)
-    say("\nrow 0 continues:\n" + continuation(tokenizer, prompts[0], report.main.outputs[0]))
-    say("\n" + table(report))
-    if report.baseline:
-        say(verdict(report))
-    if args.json == "-":
-        print(json.dumps(to_json(report, tokenizer), indent=2))
-    elif args.json:
-        write_json(to_json(report, tokenizer), Path(args.json))
+    tracer = torch.profiler.profile() if args.profile else None
+    report = measure(args, engine, auto, prompts, say, tracer)
+    new = report.main.outputs[0]
+    try:
+        say("\nrow 0 continues:\n" + continuation(tokenizer, prompts[0], new))
+        say("\n" + table(report))
+        if report.baseline:
+            say(verdict(report))
+    finally:  # also where nobody reads standard output any more
+        if args.json == "-":
+            print(json.dumps(to_json(report, tokenizer), indent=2))
+        elif args.json:
+            write_json(to_json(report, tokenizer), Path(args.json))
+        if tracer:
+            save_trace(tracer, args.profile)
     return 1 if args.check_lossless and not all(report.identical) else 0
 
 
@@ -507,14 +584,11 @@ def converse(
             text = input("\nprompt> " if sys.stdin.isatty() else "")
         except EOFError:
             return 0
-        if not text:
-            prompt = []
-        elif not chat:
-            prompt = tokenizer.encode(text)
-        elif so_far:
-            prompt = so_far + chat.reply(text)
-        else:
-            prompt = chat.start(text, args.system)
+        try:
+            prompt = encode_turn(text, args, tokenizer, chat, so_far)
+        except ValueError as e:
+            print(e)
+            continue
         if so_far and len(prompt) > longest:
             print(f"the conversation would have {len(prompt)} tokens, of at most {longest}; "
                   "it begins anew with what you say next")  # fmt: skip
@@ -540,21 +614,65 @@ def converse(
             so_far = prompt + (answer[:-1] if answer[-1] in args.eos_ids else answer)
 
 
+def encode_turn(
+    text: str, args, tokenizer: Tokenizer, chat: Chat | None, so_far: list[int]
+) -> list[int]:
+    """Tokens of all that the model reads for this line; ValueError if it is no text."""
+    if chat and text and so_far:
+        return so_far + chat.reply(text)
+    return encode_prompt(text, args, tokenizer, chat)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 for input that cannot be used."""
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        prepare_streams()
         with torch.inference_mode():
             args = parse_args(argv)
             engine, auto, tokenizer, chat, prompts = prepare(args)
             if args.interactive:
                 return converse(args, engine, auto, tokenizer, chat)
             return batch(args, engine, auto, tokenizer, prompts)
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
-        print("generate.py:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not out_of_memory(e):
+            raise
+        return refused(e)
     except KeyboardInterrupt:
         print("\ngenerate.py: interrupted", file=sys.stderr)
         return 130
+
+
+def prepare_streams() -> None:
+    """What is read is checked where it is encoded; what a terminal cannot show, it shows escaped.
+
+    So neither ends the program.
+    """
+    if sys.stderr is None:  # else print() takes standard output for it
+        sys.stderr = io.StringIO()
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
+            stream.reconfigure(errors=errors)
+
+
+def out_of_memory(e: RuntimeError) -> bool:
+    """Whether this is how torch says so; on the CPU it has no class of its own for it."""
+    words = "can't allocate memory", "not enough memory"
+    return isinstance(e, torch.OutOfMemoryError) or any(word in str(e) for word in words)
+
+
+def refused(e: Exception) -> int:
+    """Say in one line what was wrong; returns the exit status."""
+    text = " ".join(str(e).split())
+    if isinstance(e, (MemoryError, RuntimeError)):
+        text = f"out of memory; use a smaller --batch_size or --max_context ({text})"
+    print("generate.py:", text, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):  # nobody reads it, or it is closed: Python would say so again
+        sys.stdout = None
+    return 2
 
 
 if __name__ == "__main__":

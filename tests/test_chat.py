@@ -55,6 +55,7 @@ def test_chatml(tmp_path):
     tokenizer, chat = chat_of(tmp_path, CHATML)
     ids = chat.start(" Hi\n")
     assert tokenizer.decode(ids) == "<|im_start|>user\n Hi\n<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.end_id == tokenizer.special("<|im_end|>")
     start, end = tokenizer.special("<|im_start|>"), tokenizer.special("<|im_end|>")
     text = tokenizer.encode("user\n Hi\n"), tokenizer.encode("\n"), tokenizer.encode("assistant\n")
     assert ids == [start, *text[0], end, *text[1], start, *text[2]]
@@ -112,6 +113,7 @@ def test_llama_3(tmp_path):
     ids = chat.start(" Hi \n")
     assert tokenizer.decode(ids) == "<|begin_of_text|>" + user
     assert ids.count(tokenizer.bos_id) == 1 and tokenizer.special("<|eot_id|>") in ids
+    assert chat.end_id == tokenizer.special("<|eot_id|>")
     assert tokenizer.decode(chat.start("Hi", " Be brief. ")) == "<|begin_of_text|>" + system + user
     assert tokenizer.decode(chat.reply("Hi", ended=True)) == user
     assert tokenizer.decode(chat.reply("Hi", ended=False)) == "<|eot_id|>" + user
@@ -133,6 +135,7 @@ def test_llama_2(tmp_path):
     """Sentencepiece: a space before each text; control tokens decode to nothing."""
     tokenizer, chat = sentencepiece_chat(train_sentencepiece(tmp_path), LLAMA2)
     assert chat.start(" the fox ") == tokenizer.encode("[INST] the fox [/INST]")
+    assert chat.end_id == tokenizer.special("</s>")
     told = tokenizer.encode("[INST] <<SYS>>\n be \n<</SYS>>\n\n the fox [/INST]")
     assert chat.start(" the fox", " be ") == told
     assert chat.reply("why", ended=True) == tokenizer.encode("[INST] why [/INST]")

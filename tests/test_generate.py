@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.reference import plain_greedy, tiny_model
 from tokenizer import continuation, load_tokenizer
 
 ROOT = Path(generate.__file__).parent
+PLAIN = ["--draft", "none"]
 FIXED = ["--draft", "streaming", "--gamma", "5"]  # where the choice must not follow the clock
 
 
@@ -230,6 +232,17 @@ def test_interactive_streams_one_answer_per_line(checkpoint, monkeypatch, capsys
     assert "a prompt needs 1 to" in out
 
 
+def test_a_line_that_is_no_text_does_not_end_the_conversation(checkpoint, monkeypatch, capsys):
+    lines = io.TextIOWrapper(io.BytesIO(b"import os\ncaf\xe9\nclass A:\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", lines)
+    flags = ["--checkpoint_path", str(checkpoint), "--no-compile", "--max_new_tokens", "8"]
+    flags += ["--interactive", "--ignore_eos", *PLAIN]
+    assert main(flags) == 0
+    captured = capsys.readouterr()
+    assert "the text is not UTF-8: its character 3 is '\\udce9'" in captured.out
+    assert captured.err.count("tokens/s") == 2
+
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
 )
@@ -402,6 +415,20 @@ BAD_FLAGS = [
     (["--draft", "full"], "--draft_checkpoint_path"),
     (["--draft_checkpoint_path", "/nowhere/draft"], "/nowhere/draft/config.json does not exist"),
     (["--draft_checkpoint_path", "x", "--draft", "none"], "needs a draft"),
+    (["--batch_size", "1000000000", "--prompt", "a"], "GiB free; use a smaller --batch_size"),
+    (["--batch_size", "1000000000", "--prompt", "5"], "GiB free; use a smaller --batch_size"),
+    (["--batch_size", "1000000000"], "GiB free; use a smaller --batch_size"),
+    (["--batch_size", "1000000000", "--interactive"], "GiB free; use a smaller --batch_size"),
+    (["--batch_size", "1000000000000"], "--batch_size 1000000000000 must be in 1..2**31 - 1"),
+    (["--gamma", "0", "--check_lossless"], "--check_lossless needs a draft"),
+    (["--gamma", "two"], "'two' is neither an integer nor auto"),
+    (["--temperature", "1e-46"], "temperature 1e-46 must be at least"),
+    (["--temperature", "1", "--top_p", "1e-46"], "top_p 1e-46 must be"),
+    (["--prompt", "caf\udce9"], "the text is not UTF-8: its character 3 is '\\udce9'"),
+    (["--prompt", "a", "--json", ""], "--json needs the name of a file"),
+    (["--prompt", "a", "--json", "/proc/version"], "--json: cannot write /proc/version"),
+    (["--prompt", "a", "--profile", "/proc/new"], "--profile: cannot write /proc/new"),
+    (["--json", "/dev/null", "--profile", "/dev/null"], "are the same file, /dev/null"),
 ]
 
 
@@ -430,7 +457,7 @@ def test_unusable_files_get_one_line(checkpoint, tmp_path, capsys):
     for flags, word in [
         (["--prompt_file", str(latin)], "not UTF-8"),
         (["--prompts", str(broken)], "line 2"),
-        (["--prompts", str(empty)], "line 1"),
+        (["--prompts", str(empty)], "empty.jsonl has no prompts"),
         (["--prompts", str(number)], "line 1"),
     ]:
         assert main([*given, *flags]) == 2
@@ -466,6 +493,99 @@ def test_unusable_checkpoints_get_one_line(checkpoint, tmp_path, capsys):
     refused(checkpoint, "corrupt")
     weights.unlink()
     refused(checkpoint, "model.safetensors does not exist")
+    config.write_text(json.dumps(good | {"eos_token_id": [*range(17)] * 2}))
+    refused(checkpoint, "17 tokens end a text (eos_token_id)")  # and no word of the weights
+
+
+def test_an_answer_ends_where_the_chat_format_says(chat_checkpoint, monkeypatch):
+    """The end token of the format is often not among those of config.json."""
+    flags = ["--prompt", "Hello", "--max_new_tokens", "20", *PLAIN]
+    _, free = run(chat_checkpoint, *flags, "--chat", "--ignore_eos")
+    token_ids = free["outputs"][0]["token_ids"]
+    end = token_ids[6]
+    monkeypatch.setattr(generate, "load_chat", lambda *args: replace(load_chat(*args), end_id=end))
+    _, result = run(chat_checkpoint, *flags, "--chat")
+    row = result["outputs"][0]
+    assert row["finish_reason"] == "eos"
+    assert row["token_ids"] == token_ids[: token_ids.index(end) + 1]
+    _, without = run(chat_checkpoint, *flags)
+    assert len(without["outputs"][0]["token_ids"]) == 20
+
+
+def test_what_a_terminal_cannot_show_is_escaped(checkpoint, monkeypatch):
+    path = checkpoint.rename(checkpoint.with_name("Grüße"))
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    flags = ["--checkpoint_path", str(path), "--no-compile", "--max_new_tokens", "3", *PLAIN]
+    assert main([*flags, "--prompt", "x"]) == 0
+    shown = raw.getvalue().decode("ascii")
+    assert "Gr\\xfc\\xdfe: " in shown and "decode tokens/s" in shown
+
+
+class ClosesAtTheTable(io.StringIO):
+    """A pipe whose reader has seen enough."""
+
+    def write(self, text: str) -> int:
+        if "decode tokens/s" in text:
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+def test_a_finished_run_is_kept_when_something_cannot_be_written(checkpoint, monkeypatch, capsys):
+    """Nobody reads on: the file is written. No room for the trace: table and file are there."""
+    flags = ["--checkpoint_path", str(checkpoint), "--no-compile", "--max_new_tokens", "3", *PLAIN]
+    flags += ["--prompt", "x", "--json", str(checkpoint / "out.json")]
+    monkeypatch.setattr(sys, "stdout", ClosesAtTheTable())
+    assert main(flags) == 2
+    assert "Broken pipe" in one_line(capsys)
+    assert json.loads((checkpoint / "out.json").read_text())["outputs"]
+    (checkpoint / "out.json").unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda *args: None)
+    assert main([*flags, "--profile", str(checkpoint / "trace.json")]) == 2
+    captured = capsys.readouterr()
+    assert "decode tokens/s" in captured.out
+    assert captured.err.count("\n") == 1 and "trace.json: the trace does not fit" in captured.err
+    assert json.loads((checkpoint / "out.json").read_text())["outputs"]
+
+
+def test_numbers_go_into_a_pipe_and_leave_it_one(checkpoint):
+    pipe = checkpoint / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    flags = ["--checkpoint_path", str(checkpoint), "--no-compile", "--max_new_tokens", "3", *PLAIN]
+    assert main([*flags, "--prompt", "x", "--json", str(pipe)]) == 0
+    assert pipe.is_fifo() and json.loads(os.read(reader, 2**16))["outputs"]
+    os.close(reader)
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout"])
+def test_closed_streams_are_told_before_the_run(checkpoint, monkeypatch, capsys, stream):
+    monkeypatch.setattr(sys, stream, None)
+    flags = ["--checkpoint_path", str(checkpoint), "--no-compile"]
+    flags += ["--interactive"] if stream == "stdin" else ["--prompt", "a"]
+    assert main(flags) == 2
+    assert "must be open" in one_line(capsys)
+
+
+def test_memory_that_runs_out_on_the_cpu_is_one_line(monkeypatch, capsys):
+    """There it is a RuntimeError like any other, and the others are mistakes of ours."""
+    monkeypatch.setattr(generate, "prepare", lambda args: torch.empty(10**14))
+    assert main(["--prompt", "a"]) == 2
+    assert "out of memory; use a smaller --batch_size or --max_context" in one_line(capsys)
+    monkeypatch.setattr(generate, "prepare", lambda args: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):
+        main(["--prompt", "a"])
+
+
+def test_an_interruption_of_the_imports_is_one_too(tmp_path):
+    """A torch in front of the real one interrupts while it is imported."""
+    wait = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    (tmp_path / "torch.py").write_text(wait)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "generate.py"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "\ngenerate.py: interrupted\n")
 
 
 def test_without_a_cpp_compiler_it_runs_eagerly_and_says_so_once(checkpoint):
