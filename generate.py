@@ -667,6 +667,8 @@ def refused(e: Exception) -> int:
     text = " ".join(str(e).split())
     if isinstance(e, (MemoryError, RuntimeError)):
         text = f"out of memory; use a smaller --batch_size or --max_context ({text})"
+    if isinstance(e, BrokenPipeError):
+        text = "nobody reads the output any more"
     print("generate.py:", text, file=sys.stderr)
     try:
         sys.stdout.flush()

@@ -268,7 +268,7 @@ def rope_fields(hf: dict) -> dict:
 
 def rope_type(hf: dict) -> str:
     fields = rope_fields(hf)
-    return fields.get("rope_type") or fields.get("type") or "default"
+    return given(fields, "rope_type", given(fields, "type", "default"))
 
 
 def rope_scaling(hf: dict) -> RopeScaling | None:
@@ -688,9 +688,10 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     names = ["model.safetensors"]
     if index.exists() and not (checkpoint_dir / names[0]).is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not named or not all(isinstance(name, str) for name in named):
             raise ValueError(f"{index} has no object weight_map that names files")
-        names = sorted({str(name) for name in weight_map.values()})
+        names = sorted(set(named))
     for name in names:
         if not name or Path(name).name != name:
             raise ValueError(f"{index}: shard {name!r} is not a file name in this directory")
@@ -852,18 +853,21 @@ def write_file(data: bytes, path: Path) -> None:
     """Write a file in one step: an interruption leaves the old one or the new one.
 
     A symbolic link stays one. To a device, a pipe or a file that is open already, the data are
-    appended. OSError if that is not possible.
+    appended. OSError with the path if that is not possible.
     """
-    if written_in_place(path):
-        with path.open("ab") as file:
-            file.write(data)
-        return
-    path, part = resolved(path)
+    target, part = resolved(path)
     try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        if written_in_place(path):
+            with path.open("ab") as file:
+                file.write(data)
+            return
+        try:
+            part.write_bytes(data)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as e:
+        raise OSError(f"cannot write {path}: {e.strerror}") from None
 
 
 def check_writable(path: Path) -> None:

@@ -216,6 +216,7 @@ def test_both_spellings_of_rope_settings():
             ["config.json: factor = inf is not a positive number"],
         ),
         ({"rope_scaling": "linear"}, ["config.json"]),
+        ({"rope_scaling": {"rope_type": {}}}, ["config.json: rope_type {} is not supported"]),
         ({"max_position_embeddings": None}, ["max_position_embeddings = None is not"]),
         ({"rope_scaling": {"rope_type": "llama3"}}, ["no field", "factor"]),
         ({"intermediate_size": 57}, ["misshapen", "down_proj", "56", "57"]),
@@ -329,7 +330,7 @@ def test_an_index_without_files_is_refused(tmp_path):
     """No files are not `random:`."""
     save_model(tiny_model(), tmp_path, n_shards=2)
     index = tmp_path / "model.safetensors.index.json"
-    for weight_map in ({}, None, []):
+    for weight_map in ({}, None, [], {"a": None}, {"a": "b", "c": 5}):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(
             ValueError, match="index.json has no object weight_map that names files"
