@@ -467,6 +467,13 @@ def test_missing_and_broken_files(tmp_path):
             eos_token_ids(tmp_path)
 
 
+def test_a_pipe_is_not_opened_before_there_is_something_to_write(tmp_path, monkeypatch):
+    """Its reader would see the end of the file, and without one it does not open."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Path, "open", lambda *args: pytest.fail("opened"))
+    check_writable(tmp_path / "pipe")
+
+
 def test_files_are_replaced_behind_links_and_nothing_else_is(tmp_path):
     """Devices, pipes and open files are written to as they are; what cannot be is told before."""
     file, link, pipe = tmp_path / "a.json", tmp_path / "link", tmp_path / "pipe"
