@@ -24,11 +24,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice, repeat, zip_longest
 from pathlib import Path
 
 import torch
 
-from cost_model import HARDWARE, Hardware, Timing, Workload, alpha_of, fit, omega, step
+from cost_model import HARDWARE, Hardware, Timing, Workload, fit, step
 from drafters import Drafter, Drafting, lookup
 from kv_cache import POLICIES
 from model import Transformer, read_json, write_json
@@ -56,26 +57,50 @@ class Candidate:
     t_draft: float = 0.0  # T_D, seconds
     t_select: float = 0.0  # seconds of one selection
     select_every: int = 0  # rounds
-    alpha: float | None = None  # acceptance, the latest; None: not probed
-    seen: int = 0  # rounds of a row that it rests on
-    probed: float | None = None  # what it was in the first rounds
+    alpha: float | None = None  # acceptance where no place in `places` has its own; None: unknown
+    seen: float = 0.0  # rounds of a row that it rests on
+    places: tuple[tuple[float, float], ...] = ()  # of a round's drafts: how often judged, and kept
+    probed: "Candidate | None" = None  # a copy, from when the first choice was made
 
     @property
     def is_lookup(self) -> bool:
         return self.drafting.policy == "ngram"
 
-    def saw(self, n_rounds: int, kept: float, gamma: int, memory: int = MEMORY) -> None:
-        """Take in the drafts kept in so many rounds of a row.
+    def saw(self, histogram: list[int], memory: int = MEMORY) -> None:
+        """Take in rounds of a row: histogram[n] of them kept n of their len(histogram) - 1 drafts.
 
-        Means are of tokens per round: acceptance comes in runs, and a mean of acceptances would
-        be too low.
+        A draft is judged if all before it were kept. Each place in the round has a rate of its
+        own, because acceptance comes in runs: where four drafts were kept, the fifth mostly is.
+        All earlier rounds together count for `memory` rounds at most.
         """
+        if not any(histogram):
+            return
         before = min(self.seen, memory)
-        self.seen = before + n_rounds
-        if n_rounds:
-            if before:
-                kept += before * (omega(gamma, self.alpha) - 1)
-            self.alpha = alpha_of(1 + min(kept / self.seen, gamma), gamma)
+        share = before / self.seen if self.seen else 0.0
+        old = [(share * judged, share * kept) for judged, kept in self.places]
+        new = [(sum(histogram[i:]), sum(histogram[i + 1 :])) for i in range(len(histogram) - 1)]
+        pairs = zip_longest(old, new, fillvalue=(0.0, 0.0))
+        self.places = tuple((a + c, b + d) for (a, b), (c, d) in pairs)
+        self.seen = before + sum(histogram)
+        judged, kept = map(sum, zip(*self.places, strict=True))
+        self.alpha = kept / judged
+
+    def tokens(self, gamma: int) -> float:
+        """Expected of a round, the target's own included.
+
+        A place of which less than one round is known goes like the place before it.
+        """
+        rate = OPTIMISTIC if self.alpha is None else self.alpha
+        reached = total = 1.0
+        for judged, kept in islice(chain(self.places, repeat((0.0, 0.0))), gamma):
+            rate = kept / judged if judged >= 1 else rate
+            reached *= rate
+            total += reached
+        return total
+
+    def acceptance(self, gamma: int) -> float:
+        """Expected accepted / drafted tokens, the figure that the report has."""
+        return (self.tokens(gamma) - 1) / gamma
 
     def steps(self, gamma: int, verify: dict[int, float]) -> float:
         """What a round takes, in plain steps; `verify` are the seconds to verify, by gamma."""
@@ -84,8 +109,7 @@ class Candidate:
 
     def speedup(self, gamma: int, verify: dict[int, float]) -> float:
         """Predicted, over plain decoding."""
-        alpha = OPTIMISTIC if self.alpha is None else self.alpha
-        return omega(gamma, alpha) / self.steps(gamma, verify)
+        return self.tokens(gamma) / self.steps(gamma, verify)
 
     def best(self, verify: dict[int, float], least: float = MARGIN) -> tuple[float, int]:
         """The largest predicted speedup and its gamma; (1, 0), plain decoding, below `least`."""
@@ -118,6 +142,7 @@ class Auto:
         self.chosen: Candidate | None = None
         self.gamma = 0
         self.predicted_speedup = 1.0  # of chosen and gamma, the decision after the probe
+        self.verify: dict[int, float] = {}  # the `verify_seconds` that it was made with
         self.last = ""  # what was used when the last row finished
 
     def prepare(self) -> None:
@@ -248,12 +273,12 @@ class Auto:
     def decode(self, on_round: Callable[[], None] = lambda: None) -> Stats:
         """Run rounds until every row is finished: probe, choose, follow."""
         self.on_round = on_round
-        verify = self.verify_now()
+        self.verify = verify = self.verify_now()
         self.probe(verify)
         for c in self.candidates:
             if c.is_lookup:  # now there is some new text to judge by
                 self.look_back(c)
-            c.probed = c.alpha
+            c.probed = replace(c, probed=None)
         self.chosen, self.gamma, self.predicted_speedup = self.pick(verify)
         self.install(self.chosen)
         self.follow()
@@ -262,14 +287,11 @@ class Auto:
     def verify_now(self) -> dict[int, float]:
         return self.verify_seconds(int(self.engine.seq_len.float().mean()))
 
-    def run(self, n: int, gamma: int) -> tuple[int, int]:
-        """Up to n rounds; how often a row was drafted for in them, and drafts accepted."""
-        engine = self.engine
-        accepted, drafted = engine.accepted.clone(), engine.drafted.clone()
-        engine.run(gamma, n, self.on_round)
-        kept = (engine.accepted - accepted).tolist()
-        n_rows = int((engine.drafted - drafted)[gamma]) if gamma else 0
-        return n_rows, sum(i * n for i, n in enumerate(kept)) if gamma else 0
+    def run(self, n: int, gamma: int) -> list[int]:
+        """Up to n rounds; how often a row kept 0, 1, .. gamma drafts in them."""
+        before = self.engine.accepted.clone()
+        self.engine.run(gamma, n, self.on_round)
+        return (self.engine.accepted - before)[: gamma + 1].tolist()
 
     def probe(self, verify: dict[int, float]) -> None:
         """A few rounds with each candidate that could still be the best one.
@@ -283,7 +305,7 @@ class Auto:
         n = math.ceil(PROBE_DRAFTS / (gamma * len(engine.rows)) / 4)
         n = max(min(n, int(PROBE_SHARE * to_come / 4)), 1)
         for c in self.candidates:
-            c.alpha, c.seen = None, 0
+            c.alpha, c.seen, c.places = None, 0.0, ()
             if c.is_lookup:
                 self.look_back(c)
         _, _, best = self.pick(verify)
@@ -293,24 +315,28 @@ class Auto:
                 continue
             self.install(c)
             for _ in range(4):
-                c.saw(*self.run(n, gamma), gamma)
+                c.saw(self.run(n, gamma))
                 if c.best(verify, least=0.9 * best)[1] == 0:
                     break
             best = max(best, c.best(verify)[0])
 
     def look_back(self, lookup: Candidate) -> None:
         """Prompt lookup's acceptance, from the text that is there."""
-        gamma = max(self.gammas)
-        lookup.saw(*lookup_rounds(self.engine, gamma), gamma, memory=0)
+        lookup.saw(lookup_rounds(self.engine, max(self.gammas)), memory=0)
 
-    def pick(self, verify: dict[int, float]) -> tuple[Candidate | None, int, float]:
-        """The candidate with the largest predicted speedup, its gamma, and that speedup."""
+    def pick(
+        self, verify: dict[int, float], stay: float = 1.0
+    ) -> tuple[Candidate | None, int, float]:
+        """The candidate with the largest predicted speedup, its gamma, and that speedup.
+
+        `stay` is what another candidate must gain over the one in use.
+        """
         options: list[tuple[Candidate | None, int, float]] = [(None, 0, 1.0)]
         for c in self.candidates:
             speedup, gamma = c.best(verify) if c.alpha is not None else (1.0, 0)
             if gamma:
                 options.append((c, gamma, speedup))
-        return max(options, key=lambda o: o[2] * (STAY if o[0] is self.current else 1.0))
+        return max(options, key=lambda o: o[2] * (stay if o[0] is self.current else 1.0))
 
     def follow(self) -> None:
         """Rounds to the end, with what the latest acceptance asks for.
@@ -321,28 +347,38 @@ class Auto:
         engine, c, gamma = self.engine, self.chosen, self.gamma
         idle, pause = 0, 8 * FOLLOW
         watching = any(other.is_lookup for other in self.candidates)
-        while not engine.finished.all():
+        while True:
+            self.last = self.describe(c, gamma)
             n = FOLLOW if gamma or watching else pause
             seen = self.run(n, gamma)
+            if engine.finished.all():
+                return
             idle = 0 if gamma else idle + n
             if gamma:
-                c.saw(*seen, gamma)
+                c.saw(seen)
             for other in self.candidates:
                 if other.is_lookup and other is not self.current:
                     self.look_back(other)
                 elif idle >= pause:
-                    other.alpha, other.seen = other.probed, 0
+                    other.alpha, other.places = other.probed.alpha, other.probed.places
+                    other.seen = 0.0  # what is seen now counts alone
             if idle >= pause:
                 idle, pause = 0, 2 * pause
             before = c, gamma
-            c, gamma, _ = self.pick(self.verify_now())
+            c, gamma, _ = self.pick(self.verify_now(), STAY)
             if (c, gamma) != before:
                 self.install(c)
-        self.last = self.describe(c, gamma)
 
     @staticmethod
     def describe(c: Candidate | None, gamma: int) -> str:
         return f"{c}, gamma {gamma}" if gamma else "no draft"
+
+    def foreseen(self, c: Candidate) -> dict:
+        """The acceptance that the first choice was made with, at the gamma best for it."""
+        if c.probed is None or c.probed.alpha is None:
+            return {}
+        _, gamma = c.probed.best(self.verify, least=0.0)
+        return {"gamma": gamma, "acceptance": c.probed.acceptance(gamma)}
 
     def decision(self) -> dict:
         """The same for the JSON; seconds."""
@@ -351,38 +387,33 @@ class Auto:
             "at_the_end": self.last,
             "fit_error": self.fit_error,
             "dropped": self.dropped,
-            "verify_seconds": self.verify_seconds(int(self.engine.prompt_len.float().mean())),
+            "verify_seconds": self.verify,
             "candidates": [
-                {"draft": str(c), "t_draft": c.t_draft, "t_select": c.t_select}
-                | ({} if c.alpha is None else {"acceptance": c.alpha})
+                {"draft": str(c), "t_draft": c.t_draft, "t_select": c.t_select} | self.foreseen(c)
                 for c in self.candidates
             ],
         }
 
     def explain(self) -> str:
         """The decision and the numbers behind it, in two lines."""
-        length = int(self.engine.prompt_len.float().mean())
-        verify = self.verify_seconds(length)
-        steps = ", ".join(f"T_V({g}) {1e3 * t:.1f}" for g, t in verify.items() if g)
-        seen = "; ".join(
-            f"{c}: T_D {1e3 * c.t_draft:.1f} ms, "
-            + ("not probed" if c.alpha is None else f"acceptance {c.alpha:.2f}")
-            for c in self.candidates
-        )
-        what = self.describe(self.chosen, self.gamma)
-        seen = "; ".join([seen, *self.dropped]) if seen else "; ".join(self.dropped)
+        steps = [f"T_V({g}) {1e3 * t:.1f}" if g else f"T_T {1e3 * t:.1f} ms"
+                 for g, t in self.verify.items()]  # fmt: skip
+        about = []
+        for c in self.candidates:
+            seen = self.foreseen(c)
+            words = "acceptance {acceptance:.2f} at gamma {gamma}" if seen else "not probed"
+            about.append(f"{c}: T_D {1e3 * c.t_draft:.1f} ms, {words.format(**seen)}")
         return (
-            f"auto: {what}, predicted speedup {self.predicted_speedup:.2f}; "
-            f"at the end {self.last}\n"
-            f"      T_T {1e3 * verify[0]:.1f} ms, {steps} ms (fit within {self.fit_error:.0%}); "
-            f"{seen}"
+            f"auto: {self.describe(self.chosen, self.gamma)}, "
+            f"predicted speedup {self.predicted_speedup:.2f}; at the end {self.last}\n"
+            f"      {', '.join(steps)} ms (fit within {self.fit_error:.0%}); "
+            f"{'; '.join(about + self.dropped)}"
         )
 
 
-def lookup_rounds(engine: Engine, gamma: int) -> tuple[int, int]:
-    """The rounds that prompt lookup would have taken for the last tokens, and drafts kept in them.
-
-    All rows of the batch together, without the finished ones.
+def lookup_rounds(engine: Engine, gamma: int) -> list[int]:
+    """How often prompt lookup would have kept 0, 1, .. gamma drafts, in the rounds that it would
+    have taken for the last tokens of the rows that are not finished.
     """
     n = min(max(64 // len(engine.rows), 4), 12)  # tokens per row
     back = torch.arange(gamma + n - 1, gamma - 1, -1, device=engine.rows.device)
@@ -391,12 +422,13 @@ def lookup_rounds(engine: Engine, gamma: int) -> tuple[int, int]:
     actual = tokens.gather(1, length + torch.arange(gamma, device=length.device))
     same = lookup(tokens, length[:, 0], gamma) == actual
     kept = same.long().cumprod(dim=1).sum(dim=1).view(-1, n)[~engine.finished]
-    rounds = total = 0
+    histogram = [0] * (gamma + 1)
     for row in kept.tolist():
         i = 0
         while i < n:
-            rounds, total, i = rounds + 1, total + row[i], i + row[i] + 1
-    return rounds, total
+            histogram[row[i]] += 1
+            i += row[i] + 1
+    return histogram
 
 
 def calibration_file() -> Path:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from auto import MARGIN, Auto, Candidate, calibration_file, lookup_rounds
-from cost_model import Timing, Workload, alpha_of, omega
+from auto import MARGIN, STAY, Auto, Candidate, calibration_file, lookup_rounds
+from cost_model import Timing, Workload, omega
 from drafters import Drafting
 from spec_decode import Engine, Sampling, generate
 from tests.reference import plain_greedy, tiny_model
@@ -53,6 +53,11 @@ def test_whatever_it_decides_the_output_is_the_models_own(monkeypatch, verify):
         assert sum(stats.drafted_histogram) == stats.row_rounds > 0
 
 
+def reject(draft, logits):
+    """In place of Engine.accept: no draft is kept."""
+    return torch.zeros(len(logits), dtype=torch.int64), logits[:, 0].argmax(dim=-1)
+
+
 def test_where_nothing_can_win_no_round_is_spent_on_it(monkeypatch):
     auto = prefilled(candidates("ngram", "streaming"), {0: 1.0, 1: 3.0, 3: 9.0}, monkeypatch)
     stats = auto.decode()
@@ -67,7 +72,7 @@ def test_a_good_draft_is_chosen_and_kept(monkeypatch):
     auto = prefilled([*candidates("ngram"), everything], CHEAP, monkeypatch)
     stats = auto.decode()
     assert auto.chosen is everything and auto.gamma == 3
-    assert everything.alpha > 0.99 and auto.predicted_speedup > 3
+    assert everything.acceptance(3) > 0.99 and auto.predicted_speedup > 3
     assert stats.rounds <= 4 + 15
     assert "streaming 400, gamma 3" in auto.explain()
     drafts = [c["draft"] for c in auto.decision()["candidates"]]
@@ -80,24 +85,97 @@ def test_what_prompt_lookup_would_have_had_accepted():
     engine.prefill([[5, 6, 7] * 20, list(range(60)), [5, 6, 7] * 20], [9] * 3)
     engine.tokens[0, 60], engine.tokens[1, 60], engine.tokens[2, 60] = 5, 90, 5
     # 12 tokens back: 3 rounds of 4 drafts and one token where all are kept, else 12
-    assert lookup_rounds(engine, 4) == (3 + 12 + 3, 12 + 0 + 12)
+    assert lookup_rounds(engine, 4) == [12, 0, 0, 0, 3 + 3]
     engine.finished[1] = True
-    assert lookup_rounds(engine, 4) == (6, 24)
+    assert lookup_rounds(engine, 4) == [0, 0, 0, 0, 6]
+
+
+def test_every_place_in_a_round_has_an_acceptance_of_its_own():
+    """Acceptance comes in runs: one number, measured at gamma 5, says 2.01 tokens at gamma 2."""
+    c = Candidate(Drafting("ngram"))
+    c.saw([70, 0, 0, 0, 0, 30])
+    assert c.tokens(2) == pytest.approx(1.6) and c.tokens(5) == pytest.approx(2.5)
+    assert c.acceptance(2) == pytest.approx(0.3)
+    for gamma in (1, 2, 3):  # of a shorter round, whatever the histogram: its drafts are a prefix
+        c = Candidate(Drafting("ngram"))
+        c.saw([7, 3, 5, 4])
+        kept = 7 * 0 + 3 * min(1, gamma) + 5 * min(2, gamma) + 4 * min(3, gamma)
+        assert c.tokens(gamma) == pytest.approx(1 + kept / 19)
+
+
+def test_longer_rounds_than_seen_go_on_like_the_last_place():
+    c = Candidate(Drafting("ngram"))
+    c.saw([4, 4, 2])  # 6 of 10 keep the first draft, 2 of these 6 the second
+    known = 1 + 0.6 + 0.2
+    assert c.tokens(2) == pytest.approx(known)
+    assert c.tokens(4) == pytest.approx(known + 0.2 / 3 + 0.2 / 9)
+    c.saw([5, 0, 0, 5])  # later, with 3 drafts: 11 of 20, 7 of 11, 5 of 5
+    assert c.tokens(3) == pytest.approx(1 + 11 / 20 + 7 / 20 + 7 / 20)
+    assert c.tokens(4) == pytest.approx(c.tokens(3) + 7 / 20)
+    c.saw([0, 10])  # with one draft: nothing new of the others
+    first = (11 * 16 / 20 + 10) / (16 + 10)
+    assert c.tokens(3) == pytest.approx(1 + first * (1 + 7 / 11 + 7 / 11))
+    for _ in range(5):
+        c.saw([0, 16])
+    assert c.places[1][0] < 1  # so long ago that it is not known any more
+    assert c.tokens(3) == pytest.approx(4, rel=0.02)
 
 
 def test_what_was_seen_before_counts_for_a_few_rounds_at_most():
     c = Candidate(Drafting("ngram"))
-    c.saw(10, 0, 3)
-    assert (c.alpha, c.seen) == (pytest.approx(0, abs=1e-9), 10)
-    c.saw(10, 30, 3)
-    assert c.alpha == pytest.approx(alpha_of(1 + 1.5, 3)) and c.seen == 20
-    c.saw(16, 48, 3)  # the 20 before weigh as much as 16
-    assert c.alpha == pytest.approx(alpha_of(1 + (16 * 1.5 + 48) / 32, 3))
-    before = c.alpha
-    c.saw(0, 0, 3)
-    assert c.alpha == before
-    c.saw(5, 5, 1, memory=0)
-    assert c.alpha == pytest.approx(1) and c.seen == 5
+    c.saw([10, 0, 0, 0])
+    assert (c.tokens(3), c.seen) == (1, 10)
+    c.saw([0, 0, 0, 10])
+    assert c.tokens(3) == pytest.approx(1 + 1.5) and c.seen == 20
+    c.saw([0, 0, 0, 16])  # the 20 before weigh as much as 16
+    assert c.tokens(3) == pytest.approx(1 + (16 * 1.5 + 48) / 32)
+    before = c.tokens(3)
+    c.saw([0, 0, 0, 0])
+    assert c.tokens(3) == before and c.seen == 32
+    c.saw([0, 5], memory=0)
+    assert c.tokens(1) == 2 and c.seen == 5
+
+
+def test_the_first_choice_has_the_least_predicted_time_whoever_was_probed_last(monkeypatch):
+    better, later = candidates("streaming", "snapkv")
+    better.t_draft, later.t_draft = 0.10, 0.112
+    auto = prefilled([better, later], CHEAP, monkeypatch)
+
+    def probe(verify):
+        for c in (better, later):
+            auto.install(c)
+            c.saw([10, 10, 10, 70])
+
+    monkeypatch.setattr(auto, "probe", probe)
+    gain = better.best(CHEAP)[0] / later.best(CHEAP)[0]
+    assert 1 < gain < STAY  # the one in use would be kept
+    auto.decode()
+    assert auto.chosen is better
+
+
+def test_nothing_is_decided_any_more_when_all_rows_are_finished(monkeypatch):
+    """The rows end at the first look; what it would change to is neither made nor reported."""
+    auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=4)
+    (c,) = auto.candidates
+    monkeypatch.setattr(auto, "probe", lambda verify: c.saw([1, 0, 0, 3]))
+    monkeypatch.setattr(auto.engine, "accept", reject)
+    auto.decode()
+    assert auto.last == "streaming 24, gamma 3" and auto.current is c
+
+
+def test_the_acceptance_of_the_first_prediction_is_printed_beside_it(monkeypatch):
+    """And not that of the end, when all drafts have been rejected for a while."""
+    auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=30)
+    (c,) = auto.candidates
+    monkeypatch.setattr(auto, "probe", lambda verify: c.saw([1, 0, 0, 9]))
+    monkeypatch.setattr(auto.engine, "accept", reject)
+    auto.decode()
+    assert c.acceptance(3) < 0.2 and auto.last == "no draft"
+    assert auto.predicted_speedup == pytest.approx((1 + 3 * 0.9) / 1.9)
+    assert "acceptance 0.90 at gamma 3" in auto.explain()
+    (said,) = auto.decision()["candidates"]
+    assert (said["gamma"], said["acceptance"]) == (3, pytest.approx(0.9))
+    assert auto.decision()["verify_seconds"] == {0: 1.0, 1: 1.4, 3: 1.9}
 
 
 def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
@@ -121,10 +199,6 @@ def test_a_draft_that_turns_bad_is_given_up(monkeypatch):
     auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=200)
     (c,) = auto.candidates
     monkeypatch.setattr(auto, "probe", lambda verify: setattr(c, "alpha", 0.99))
-
-    def reject(draft, logits):
-        return torch.zeros(len(logits), dtype=torch.int64), logits[:, 0].argmax(dim=-1)
-
     monkeypatch.setattr(auto.engine, "accept", reject)
     stats = auto.decode()
     assert auto.chosen is c and auto.predicted_speedup > 1.5
