@@ -16,6 +16,7 @@ probed, and a probe puts few tokens at stake. The choice follows the clock, so t
 seed fixes the output only together with a fixed `--draft` and `--speculate_k`.
 """
 
+import fcntl
 import math
 import os
 import platform
@@ -122,6 +123,9 @@ class Candidate:
         return who + d.policy + (f" {d.budget}" if d.policy in POLICIES else "")
 
 
+Choice = tuple[Candidate | None, int, float]  # who drafts, gamma, predicted speedup
+
+
 class Auto:
     """Decides for one engine: `prepare` before the prefill, `decode` after it."""
 
@@ -130,8 +134,10 @@ class Auto:
         engine: Engine,
         candidates: list[Candidate],  # with drafting.gamma the largest of gammas
         gammas: tuple[int, ...] = GAMMAS,
+        named: bool = False,  # the candidate was asked for: it drafts from the first round on
     ) -> None:
-        self.engine, self.candidates, self.gammas = engine, candidates, gammas
+        self.engine, self.candidates, self.gammas = engine, list(candidates), gammas
+        self.named, self.least = named, 0.0 if named else MARGIN  # predicted speedup to draft at
         self.hardware: Hardware | None = None
         self.fit_error = 0.0
         self.residual: dict[int, float] = {}  # gamma -> measured / predicted
@@ -146,32 +152,41 @@ class Auto:
         self.last = ""  # what was used when the last row finished
 
     def prepare(self) -> None:
-        """Calibrate and time, compiling what could win. Writes into the empty caches."""
-        possible = []
-        for c in self.candidates:
-            try:
+        """Calibrate and time, compiling what could win. Writes into the empty caches.
+
+        ValueError if a draft that was asked for by name cannot be.
+        """
+        for c in list(self.candidates):
+            if self.install(c):
                 self.measure(c)
-                possible.append(c)
-            except ValueError as e:  # does not fit, or does not go with this length
-                self.dropped.append(f"{c}: {e}")
-        self.candidates = possible
         self.calibrate()
         verify = self.verify_seconds(self.engine.max_len)
-        self.candidates = [c for c in possible if c.best(verify)[1]]
-        self.dropped += [
-            f"{c}: T_D {1e3 * c.t_draft:.1f} ms, could not win"
-            for c in possible
-            if c not in self.candidates
-        ]
+        for c in list(self.candidates):
+            if not c.best(verify, self.least)[1]:
+                self.drop(c, f"T_D {1e3 * c.t_draft:.1f} ms, could not win")
         self.install(self.candidates[0] if len(self.candidates) == 1 else None)
 
-    def install(self, c: Candidate | None) -> None:
-        """Make the engine draft like this from here on; nothing to do if it does already."""
-        if c is None:
-            self.engine.use(Drafting())
-        elif c is not self.current or self.engine.drafter is not self.drafter:
-            self.engine.use(c.drafting, c.draft_model)
+    def drop(self, c: Candidate, why: str) -> None:
+        """Consider it no further."""
+        self.candidates = [other for other in self.candidates if other is not c]
+        self.dropped.append(f"{c}: {why}")
+
+    def install(self, c: Candidate | None) -> bool:
+        """Make the engine draft like this from here on; nothing to do if it does already.
+
+        False, and it is dropped, if it does not go with this length, or does not fit: memory that
+        was free may not be any more.
+        """
+        try:
+            if c is not self.current or self.engine.drafter is not self.drafter:
+                self.engine.use(*((c.drafting, c.draft_model) if c else (Drafting(),)))
+        except ValueError as e:
+            if self.named:
+                raise
+            self.drop(c, str(e))
+            return False
         self.current, self.drafter = c, self.engine.drafter
+        return True
 
     def calibrate(self) -> None:
         """Fit the cost model to forwards of this batch.
@@ -181,13 +196,9 @@ class Auto:
         versions and batch. It is taken from there if a plain step still takes as long as it says:
         shared machines change.
         """
-        engine, path = self.engine, calibration_file()
+        engine, path, key = self.engine, calibration_file(), self.key()
         engine.use(Drafting("ngram", max(self.gammas)))  # verifies with the full cache alone
-        key, known = self.key(), {}
-        with suppress(OSError, ValueError):  # none, or a broken one: measure again
-            known = read_json(path)
-        if key in known:
-            self.load(known[key])
+        if self.load(kept_calibrations(path).get(key)):
             now = self.time(0, engine.max_len).seconds
             if abs(now / self.verify_seconds(engine.max_len)[0] - 1) < STILL_TRUE:
                 return
@@ -198,25 +209,24 @@ class Auto:
             replace(same[0], seconds=statistics.median(t.seconds for t in same))
             for same in zip(*sweeps, strict=True)
         ]
-        w = timings[-1].workload
-        for c in self.candidates:
-            if c.t_draft and c.draft_model is None and not c.is_lookup:
-                context = min(c.drafting.budget, engine.max_len)
-                timings.append(Timing(w, 1, context, c.t_draft))
+        drafts = [
+            Timing(timings[-1].workload, 1, min(c.drafting.budget, engine.max_len), c.t_draft)
+            for c in self.candidates
+            if c.t_draft and c.draft_model is None and not c.is_lookup
+        ]
         kind = "h200" if engine.rows.device.type == "cuda" else "cpu"
         config = engine.model.config
-        self.hardware, self.fit_error = fit(config, HARDWARE[kind], timings)
+        self.hardware, self.fit_error = fit(config, HARDWARE[kind], timings + drafts)
         for gamma in (0, *self.gammas):
             self.residual[gamma] = statistics.median(
                 t.seconds / step(config, self.hardware, t.workload, t.T).total
                 for t in timings
-                if gamma + 1 == t.T and t.context == t.workload.prefix_len
+                if gamma + 1 == t.T
             )
         entry = {"hardware": asdict(self.hardware), "fit_error": self.fit_error}
         entry["residual"] = list(self.residual.items())
-        with suppress(OSError):  # nowhere to keep it
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(known | {key: entry}, path)
+        with suppress(OSError, RecursionError):  # nowhere to keep it
+            keep_calibration(path, key, entry)
 
     def time(self, gamma: int, length: int) -> Timing:
         """A verification of gamma drafts, all rows of this length."""
@@ -240,10 +250,19 @@ class Auto:
         )  # fmt: skip
         return " ".join(map(str, parts))
 
-    def load(self, entry: dict) -> None:
-        self.hardware = Hardware(**entry["hardware"])
-        self.fit_error = entry["fit_error"]
-        self.residual = dict(map(tuple, entry["residual"]))
+    def load(self, entry: object) -> bool:
+        """Take over a kept calibration; False if it is not one, or one of another version."""
+        try:
+            hardware = Hardware(**entry["hardware"])
+            residual = dict(map(tuple, entry["residual"]))
+            numbers = [v for name, v in entry["hardware"].items() if name != "name"]
+            numbers += [*residual.values(), 1 + entry["fit_error"]]
+            if residual.keys() != {0, *self.gammas} or not all(1e-30 < v < 1e30 for v in numbers):
+                return False
+        except (KeyError, TypeError, ValueError):
+            return False
+        self.hardware, self.fit_error, self.residual = hardware, entry["fit_error"], residual
+        return True
 
     def verify_seconds(self, length: int) -> dict[int, float]:
         """T_V by gamma, for this batch at that length; gamma 0 is T_T."""
@@ -253,21 +272,15 @@ class Auto:
         return {g: step(config, hw, w, g + 1).total * r for g, r in self.residual.items()}
 
     def measure(self, c: Candidate) -> None:
-        """Time its draft step and its selection, and compile its verifications.
-
-        ValueError if the engine cannot draft like this.
-        """
-        engine = self.engine
-        engine.use(c.drafting, c.draft_model)
-        drafter = engine.drafter
+        """Time its draft step and its selection, and compile what it runs."""
+        engine, drafter = self.engine, self.engine.drafter
         engine.warm_up()
         engine.seq_len.fill_(engine.max_len)
         c.t_select = median_seconds(engine, drafter.select, 1)
         for gamma in self.gammas:
             engine.verify(engine.draft(gamma).tokens)
         draft = engine.capture(lambda: engine.draft(max(self.gammas)))
-        c.t_draft = median_seconds(engine, draft)
-        c.t_draft /= max(self.gammas)
+        c.t_draft = median_seconds(engine, draft) / max(self.gammas)
         c.select_every = drafter.select_every
 
     def decode(self, on_round: Callable[[], None] = lambda: None) -> Stats:
@@ -279,8 +292,7 @@ class Auto:
             if c.is_lookup:  # now there is some new text to judge by
                 self.look_back(c)
             c.probed = replace(c, probed=None)
-        self.chosen, self.gamma, self.predicted_speedup = self.pick(verify)
-        self.install(self.chosen)
+        self.chosen, self.gamma, self.predicted_speedup = self.choose(verify)
         self.follow()
         return self.engine.stats()
 
@@ -298,7 +310,8 @@ class Auto:
 
         At most PROBE_SHARE of the tokens still to come are at stake, less than the candidate may
         be hoped to save on them, and one that is hopeless after a quarter of its rounds has no
-        more of them. Prompt lookup needs no rounds.
+        more of them. Prompt lookup needs no rounds. A draft that was asked for by name has them
+        in any case.
         """
         engine, gamma = self.engine, max(self.gammas)
         to_come = float((engine.limit - engine.seq_len).float().mean())
@@ -308,12 +321,12 @@ class Auto:
             c.alpha, c.seen, c.places = None, 0.0, ()
             if c.is_lookup:
                 self.look_back(c)
-        _, _, best = self.pick(verify)
+        best = max([1.0, *(c.best(verify)[0] for c in self.candidates if c.alpha is not None)])
         for c in sorted(self.candidates, key=lambda c: -c.best(verify)[0]):
             saved = to_come / best - to_come / c.best(verify)[0]  # in plain steps, at its best
-            if c.is_lookup or HOPE * saved < n * (c.steps(gamma, verify) - 1):
+            hopeless = HOPE * saved < n * (c.steps(gamma, verify) - 1)
+            if c.is_lookup or (hopeless and not self.named) or not self.install(c):
                 continue
-            self.install(c)
             for _ in range(4):
                 c.saw(self.run(n, gamma))
                 if c.best(verify, least=0.9 * best)[1] == 0:
@@ -324,19 +337,20 @@ class Auto:
         """Prompt lookup's acceptance, from the text that is there."""
         lookup.saw(lookup_rounds(self.engine, max(self.gammas)), memory=0)
 
-    def pick(
-        self, verify: dict[int, float], stay: float = 1.0
-    ) -> tuple[Candidate | None, int, float]:
-        """The candidate with the largest predicted speedup, its gamma, and that speedup.
+    def choose(self, verify: dict[int, float], stay: float = 1.0) -> Choice:
+        """Draft from here on as has the largest predicted speedup: who, gamma, and that speedup.
 
         `stay` is what another candidate must gain over the one in use.
         """
-        options: list[tuple[Candidate | None, int, float]] = [(None, 0, 1.0)]
-        for c in self.candidates:
-            speedup, gamma = c.best(verify) if c.alpha is not None else (1.0, 0)
-            if gamma:
-                options.append((c, gamma, speedup))
-        return max(options, key=lambda o: o[2] * (stay if o[0] is self.current else 1.0))
+        while True:
+            options: list[Choice] = [] if self.named else [(None, 0, 1.0)]
+            for c in self.candidates:
+                speedup, gamma = c.best(verify, self.least)
+                if gamma and (self.named or c.alpha is not None):
+                    options.append((c, gamma, speedup))
+            best = max(options, key=lambda o: o[2] * (stay if o[0] is self.current else 1.0))
+            if self.install(best[0]):
+                return best
 
     def follow(self) -> None:
         """Rounds to the end, with what the latest acceptance asks for.
@@ -364,10 +378,7 @@ class Auto:
                     other.seen = 0.0  # what is seen now counts alone
             if idle >= pause:
                 idle, pause = 0, 2 * pause
-            before = c, gamma
-            c, gamma, _ = self.pick(self.verify_now(), STAY)
-            if (c, gamma) != before:
-                self.install(c)
+            c, gamma, _ = self.choose(self.verify_now(), STAY)
 
     @staticmethod
     def describe(c: Candidate | None, gamma: int) -> str:
@@ -403,8 +414,9 @@ class Auto:
             seen = self.foreseen(c)
             words = "acceptance {acceptance:.2f} at gamma {gamma}" if seen else "not probed"
             about.append(f"{c}: T_D {1e3 * c.t_draft:.1f} ms, {words.format(**seen)}")
+        named = " (the draft as asked)" if self.named else ""
         return (
-            f"auto: {self.describe(self.chosen, self.gamma)}, "
+            f"auto: {self.describe(self.chosen, self.gamma)}{named}, "
             f"predicted speedup {self.predicted_speedup:.2f}; at the end {self.last}\n"
             f"      {', '.join(steps)} ms (fit within {self.fit_error:.0%}); "
             f"{'; '.join(about + self.dropped)}"
@@ -412,19 +424,22 @@ class Auto:
 
 
 def lookup_rounds(engine: Engine, gamma: int) -> list[int]:
-    """How often prompt lookup would have kept 0, 1, .. gamma drafts, in the rounds that it would
-    have taken for the last tokens of the rows that are not finished.
+    """How often prompt lookup would have kept 0, 1, .. gamma drafts in the rounds that it would
+    have taken for the last tokens, of all rows that are not finished, as far back as text goes.
     """
     n = min(max(64 // len(engine.rows), 4), 12)  # tokens per row
     back = torch.arange(gamma + n - 1, gamma - 1, -1, device=engine.rows.device)
-    length = (engine.seq_len[:, None] - back).clamp_min(2).reshape(-1, 1)  # [B * n, 1]
+    length = engine.seq_len[:, None] - back  # [B, n]
+    exists = length >= 2
+    length = length.clamp_min(2).reshape(-1, 1)  # [B * n, 1]
     tokens = engine.tokens.repeat_interleave(n, dim=0)
     actual = tokens.gather(1, length + torch.arange(gamma, device=length.device))
     same = lookup(tokens, length[:, 0], gamma) == actual
-    kept = same.long().cumprod(dim=1).sum(dim=1).view(-1, n)[~engine.finished]
+    kept = same.long().cumprod(dim=1).sum(dim=1).view(-1, n)
+    kept = kept.masked_fill(~exists, -1)[~engine.finished]
     histogram = [0] * (gamma + 1)
     for row in kept.tolist():
-        i = 0
+        i = row.count(-1)
         while i < n:
             histogram[row[i]] += 1
             i += row[i] + 1
@@ -442,6 +457,22 @@ def calibration_file() -> Path:
         home = Path(os.devnull)
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (given if given.is_absolute() else home) / "magicdec.json"
+
+
+def kept_calibrations(path: Path) -> dict:
+    """The entries of the file by key; none if there is no file, or a broken one."""
+    with suppress(OSError, ValueError, RecursionError):
+        return read_json(path)
+    return {}
+
+
+def keep_calibration(path: Path, key: str, entry: dict) -> None:
+    """Add an entry to the file; of two processes that do so at once, neither loses its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        write_json(kept_calibrations(path) | {key: entry}, path)
 
 
 def median_seconds(engine: Engine, work: Callable[[], object], repeats: int = 3) -> float:

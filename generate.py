@@ -375,7 +375,8 @@ def prepare(
     if draft_model:
         named = "streaming" if args.draft == "auto" else args.draft
         found += [Candidate(d, draft_model) for d in draftings if d.policy == named]
-    return engine, Auto(engine, found, gammas(args)), tokenizer, chat, prompts
+    auto = Auto(engine, found, gammas(args), named=args.draft != "auto")
+    return engine, auto, tokenizer, chat, prompts
 
 
 def check_rows(args: argparse.Namespace, config: ModelConfig, n_rows: int, n_tokens: int) -> None:
@@ -518,7 +519,8 @@ def describe(args: argparse.Namespace, engine: Engine, auto: Auto | None, prompt
     draft = "no draft: plain decoding"
     if auto:
         what = ", ".join(map(str, auto.candidates))
-        draft = f"auto: {what}; gamma of {', '.join(map(str, auto.gammas))}, or no draft"
+        draft = f"auto: {what}; gamma of {', '.join(map(str, auto.gammas))}"
+        draft += "" if auto.named else ", or no draft"
     elif engine.gamma:
         draft = describe_draft(args.draft_checkpoint_path, engine)
     return (

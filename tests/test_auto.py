@@ -1,11 +1,19 @@
 """--draft auto: lossless whatever it decides, and it decides by the numbers it was given."""
 
+import json
+import math
+from dataclasses import replace
+from threading import Thread
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from auto import MARGIN, STAY, Auto, Candidate, calibration_file, lookup_rounds
-from cost_model import Timing, Workload, omega
+import auto as auto_module
+from auto import MARGIN, STAY, Auto, Candidate, calibration_file, keep_calibration, lookup_rounds
+from cost_model import HARDWARE, Timing, Workload, omega, step
 from drafters import Drafting
+from kv_cache import SparseKVCache
 from spec_decode import Engine, Sampling, generate
 from tests.reference import plain_greedy, tiny_model
 from tests.test_spec_decode import PROMPTS
@@ -19,10 +27,12 @@ def candidates(*policies: str) -> list[Candidate]:
     return [Candidate(Drafting(p, max(GAMMAS), 24, 3, obs_window=7)) for p in policies]
 
 
-def prefilled(found: list[Candidate], verify: dict[int, float], monkeypatch, n: int = 60) -> Auto:
+def prefilled(
+    found: list[Candidate], verify: dict[int, float], monkeypatch, n: int = 60, named: bool = False
+) -> Auto:
     """An Auto that has these candidates and believes these times."""
     engine = Engine(tiny_model(), 4, 80 + n, Drafting(), Sampling())
-    auto = Auto(engine, found, GAMMAS)
+    auto = Auto(engine, found, GAMMAS, named)
     monkeypatch.setattr(auto, "verify_seconds", lambda length: verify)
     engine.prefill(PROMPTS, [n] * 4)
     return auto
@@ -66,6 +76,57 @@ def test_where_nothing_can_win_no_round_is_spent_on_it(monkeypatch):
     assert "no draft" in auto.explain()
 
 
+@pytest.mark.parametrize("policy", ["streaming", "ngram"])
+def test_a_named_draft_is_used_from_the_first_round_to_the_last(monkeypatch, policy):
+    """Also where it cannot win: only its gamma is chosen, here the shorter one soon."""
+    auto = prefilled(candidates(policy), {0: 1.0, 1: 2.5, 3: 6.0}, monkeypatch, named=True)
+    stats = auto.decode()
+    assert stats.drafts == stats.row_rounds > 0
+    assert (len(stats.drafted_histogram) == 4) == (policy == "streaming")  # the probe's gamma
+    assert auto.gamma == 1
+    assert auto.chosen is auto.candidates[0] is auto.current
+    assert 0 < auto.predicted_speedup < 1
+    assert auto.engine.outputs() == [plain_greedy(tiny_model(), p, 60) for p in PROMPTS]
+    assert f"{auto.chosen}, gamma 1 (the draft as asked), predicted speedup 0." in auto.explain()
+
+
+def test_a_named_draft_is_never_dropped_but_refused(monkeypatch):
+    engine = Engine(tiny_model(), 2, 300, Drafting(), Sampling())
+    auto = Auto(engine, candidates("streaming"), GAMMAS, named=True)
+    monkeypatch.setattr(auto, "calibrate", lambda: None)
+    monkeypatch.setattr(auto, "verify_seconds", lambda length: {0: 1.0, 1: 30.0, 3: 90.0})
+    auto.prepare()  # an unnamed one could not win
+    assert auto.candidates == [auto.current] and not auto.dropped
+    auto = Auto(engine, [Candidate(Drafting("full", 3))], GAMMAS, named=True)
+    with pytest.raises(ValueError, match="needs a draft model"):
+        auto.prepare()
+
+
+@pytest.mark.parametrize("when", ["probing", "choosing"])
+def test_a_candidate_that_the_engine_refuses_is_dropped_for_the_others(monkeypatch, when):
+    """Memory that was free when it was measured need not be free when it is its turn."""
+    everything = Candidate(Drafting("streaming", 3, 400), t_draft=0.01)
+    auto = prefilled([*candidates("snapkv"), everything], CHEAP, monkeypatch)
+    refused, use = auto.candidates[0], auto.engine.use
+
+    def scarce(drafting, draft_model=None):
+        if drafting == refused.drafting:
+            raise ValueError("the KV caches need 9 GiB")
+        use(drafting, draft_model)
+
+    def probe(verify):
+        refused.saw([0, 0, 0, 50])
+        everything.saw([5, 0, 0, 45])
+
+    monkeypatch.setattr(auto.engine, "use", scarce)
+    if when == "choosing":
+        monkeypatch.setattr(auto, "probe", probe)
+    auto.decode()
+    assert auto.chosen is everything and auto.candidates == [everything]
+    assert auto.dropped == ["snapkv 24: the KV caches need 9 GiB"]
+    assert auto.engine.outputs() == [plain_greedy(tiny_model(), p, 60) for p in PROMPTS]
+
+
 def test_a_good_draft_is_chosen_and_kept(monkeypatch):
     """A budget for everything is always accepted; the lookup in random text hardly ever."""
     everything = Candidate(Drafting("streaming", 3, 400), t_draft=0.01)
@@ -88,6 +149,16 @@ def test_what_prompt_lookup_would_have_had_accepted():
     assert lookup_rounds(engine, 4) == [12, 0, 0, 0, 3 + 3]
     engine.finished[1] = True
     assert lookup_rounds(engine, 4) == [0, 0, 0, 0, 6]
+
+
+def test_prompt_lookup_is_judged_by_decided_text_alone():
+    """What a run before left behind a short text must not be looked at."""
+    engine = Engine(tiny_model(), 1, 100, Drafting(), Sampling())
+    engine.prefill([[5]], [60])
+    engine.tokens.fill_(5)  # all of it would be foreseen
+    assert engine.seq_len.item() == 2 and lookup_rounds(engine, 4) == [0] * 5
+    engine.seq_len.fill_(7)  # from 2 tokens on: 4 drafts, and the newest token
+    assert lookup_rounds(engine, 4) == [0, 0, 0, 0, 1]
 
 
 def test_every_place_in_a_round_has_an_acceptance_of_its_own():
@@ -235,17 +306,136 @@ def test_a_kept_calibration_is_used_while_it_is_true(monkeypatch):
     assert again.verify_seconds(300)[0] > 1.5 * true
 
 
-def test_calibration_explains_the_steps_it_saw():
-    """Eager and tiny, so only roughly; but it must be of the right size at another length."""
+def test_a_calibration_that_cannot_be_used_is_measured_again(tmp_path, monkeypatch):
+    """One of another version, or damaged: never a traceback."""
+    engine = Engine(tiny_model(), 2, 300, Drafting(), Sampling())
+    measured = []
+
+    def time(gamma, length):
+        measured.append(gamma)
+        w = Workload(2, length, itemsize=4)
+        return Timing(w, gamma + 1, length, step(engine.model.config, HARDWARE["cpu"], w).total)
+
+    def calibrate() -> int:
+        """How many steps it timed."""
+        measured.clear()
+        auto = Auto(engine, candidates("ngram"), GAMMAS)
+        monkeypatch.setattr(auto, "time", time)
+        auto.calibrate()
+        return len(measured)
+
+    file = tmp_path / "magicdec.json"
+    assert calibrate() == 27 and calibrate() == 1
+    ((key, good),) = json.loads(file.read_text()).items()
+    hardware, residual = good["hardware"], good["residual"]
+    deep = json.loads("[" * 900 + "]" * 900)
+    for entry in [
+        None, "x", 5, [], {}, deep, {"hardware": hardware},
+        *(good | {"hardware": h} for h in (
+            None, "x", [], {}, hardware | {"speed": 1}, hardware | {"memory": None},
+            hardware | {"peak_flops": "1e12"}, hardware | {"peak_bandwidth": 0},
+            hardware | {"layer_seconds": math.nan}, hardware | {"flop_efficiency": 10**400},
+            hardware | {"bandwidth_efficiency": -0.5}, {**hardware, "peak_flops": deep},
+        )),
+        *(good | {"residual": r} for r in (
+            None, {}, residual[1:], [*residual, [7, 1.0]], [[0, 1.0], [1, 1.0], [3, math.inf]],
+            [[0, 1.0], [1, 1.0], [3, "1"]], [[[0], 1.0]], [1, 2, 3],
+        )),
+        good | {"fit_error": None}, good | {"fit_error": math.nan},
+    ]:  # fmt: skip
+        file.write_text(json.dumps({key: entry}))
+        assert calibrate() == 27, entry
+        assert json.loads(file.read_text()) == {key: good}
+    file.write_text(json.dumps({"another": deep}))
+    assert calibrate() == 27
+    for text in ["", "{", "[1]", "null", "[" * 10**6, '{"a": ' * 10**5, "\udce4"]:
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
+        assert calibrate() == 27 and calibrate() == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # no directory can be there
+    assert calibrate() == 27
+
+
+def test_two_processes_that_calibrate_at_once_keep_both_entries(tmp_path, monkeypatch):
+    """The second one has to wait where the first one has read the file and not yet written it."""
+    file, write, others = tmp_path / "magicdec.json", auto_module.write_json, []
+
+    def slowly(value, path):
+        if not others:
+            others.append(Thread(target=keep_calibration, args=(file, "b", {"of": 2})))
+            others[0].start()
+            others[0].join(0.3)
+        write(value, path)
+
+    monkeypatch.setattr(auto_module, "write_json", slowly)
+    keep_calibration(file, "a", {"of": 1})
+    others[0].join()
+    assert json.loads(file.read_text()) == {"a": {"of": 1}, "b": {"of": 2}}
+    keep_calibration(file, "a", {"of": 3})
+    assert json.loads(file.read_text()) == {"a": {"of": 3}, "b": {"of": 2}}
+
+
+def test_what_another_process_kept_during_a_calibration_is_not_lost(tmp_path, monkeypatch):
+    engine = Engine(tiny_model(), 2, 300, Drafting(), Sampling())
+    auto = Auto(engine, candidates("ngram"), GAMMAS)
+
+    def time(gamma, length):
+        keep_calibration(tmp_path / "magicdec.json", "another", {})
+        return Timing(Workload(2, length, itemsize=4), gamma + 1, length, 1e-3)
+
+    monkeypatch.setattr(auto, "time", time)
+    auto.calibrate()
+    assert json.loads((tmp_path / "magicdec.json").read_text()).keys() == {"another", auto.key()}
+
+
+MACHINE = replace(HARDWARE["cpu"], flop_efficiency=0.05, layer_seconds=1e-6)
+T_SELECT = 0.5  # seconds of a selection's forward
+
+
+def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) -> None:
+    """Forwards take what the cost model says of MACHINE, times a factor by drafts verified.
+
+    A draft step reads 24 tokens. No time passes otherwise.
+    """
+    clock, model, config = [0.0], engine.model, engine.model.config
+    hidden, queries = model.hidden, model.queries
+
+    def timed_hidden(tokens, pos, cache=None):
+        w, T = Workload(len(tokens), int(pos[0, 0]) + 1, itemsize=4), tokens.shape[1]
+        context, share = (
+            (24, 1.0) if isinstance(cache, SparseKVCache) else (None, factor.get(T - 1))
+        )
+        clock[0] += step(config, MACHINE, w, T, context).total * (share or 1.0)
+        return hidden(tokens, pos, cache)
+
+    def timed_queries(*args):
+        clock[0] += T_SELECT
+        return queries(*args)
+
+    monkeypatch.setattr(model, "hidden", timed_hidden)
+    monkeypatch.setattr(model, "queries", timed_queries)
+    monkeypatch.setattr(auto_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+
+@pytest.mark.parametrize(
+    "factor, within", [({0: 1.0, 1: 1.0, 3: 1.0}, 0.003), ({0: 1.0, 1: 2.0, 3: 1.2}, 0.05)]
+)
+def test_calibration_finds_the_times_of_a_known_machine(monkeypatch, factor, within):
+    """At lengths that it did not time, too; the second machine is none that a formula explains."""
     engine = Engine(tiny_model(), 4, 800, Drafting(), Sampling())
+    on_a_known_machine(engine, factor, monkeypatch)
     auto = Auto(engine, candidates("streaming", "snapkv", "ngram"), GAMMAS)
+    measured = list(auto.candidates)
     auto.prepare()
-    seconds = auto.verify_seconds(400)
-    assert set(seconds) == {0, *GAMMAS} and auto.fit_error < 0.5
-    assert all(1e-5 < s < 1 for s in seconds.values())
-    for c in auto.candidates:
-        assert 0 < c.t_draft < 1
-        assert (c.t_select > 1e-5) == (c.drafting.policy != "ngram")
+    config = engine.model.config
+    for length in (100, 300, 800):
+        w = Workload(4, length, itemsize=4)
+        true = {g: step(config, MACHINE, w, g + 1).total * f for g, f in factor.items()}
+        assert auto.verify_seconds(length) == pytest.approx(true, rel=within)
+    draft = step(config, MACHINE, Workload(4, 800, itemsize=4), 1, 24).total
+    for c in measured:
+        assert c.t_draft == pytest.approx(0 if c.is_lookup else draft)
+        assert c.t_select == pytest.approx(T_SELECT if c.drafting.policy == "snapkv" else 0)
+        assert c.select_every == (16 if c.drafting.policy == "snapkv" else 0)
     outputs, _ = generate(engine, PROMPTS, 20)  # what it wrote into the caches does no harm
     assert outputs == [plain_greedy(tiny_model(), p, 20) for p in PROMPTS]
 
