@@ -34,7 +34,7 @@ from cost_model import HARDWARE, Hardware, Timing, Workload, fit, step
 from drafters import Drafter, Drafting, lookup
 from kv_cache import POLICIES
 from model import Transformer, read_json, write_json
-from spec_decode import Engine, Stats
+from spec_decode import Draft, Engine, Stats
 
 GAMMAS = (2, 5)  # compiled draft lengths
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
@@ -67,24 +67,28 @@ class Candidate:
     def is_lookup(self) -> bool:
         return self.drafting.policy == "ngram"
 
-    def saw(self, histogram: list[int], memory: int = MEMORY) -> None:
-        """Take in rounds of a row: histogram[n] of them kept n of their len(histogram) - 1 drafts.
+    def saw(self, accepted: list[int], drafted: list[int], memory: int = MEMORY) -> None:
+        """Take in rounds of a row: how many kept n drafts, and how many had n, at index n.
 
         A draft is judged if all before it were kept. Each place in the round has a rate of its
         own, because acceptance comes in runs: where four drafts were kept, the fifth mostly is.
         All earlier rounds together count for `memory` rounds at most.
         """
-        if not any(histogram):
+        if not any(accepted):
             return
         before = min(self.seen, memory)
         share = before / self.seen if self.seen else 0.0
         old = [(share * judged, share * kept) for judged, kept in self.places]
-        new = [(sum(histogram[i:]), sum(histogram[i + 1 :])) for i in range(len(histogram) - 1)]
+        new = []
+        for i in range(1, len(accepted)):
+            reached, kept = sum(accepted[i - 1 :]), sum(accepted[i:])
+            room = sum(drafted[i:]) / max(sum(drafted[i - 1 :]), 1)  # of those, had an i-th draft
+            new.append((max(reached * room, kept), kept))
         pairs = zip_longest(old, new, fillvalue=(0.0, 0.0))
         self.places = tuple((a + c, b + d) for (a, b), (c, d) in pairs)
-        self.seen = before + sum(histogram)
+        self.seen = before + sum(accepted)
         judged, kept = map(sum, zip(*self.places, strict=True))
-        self.alpha = kept / judged
+        self.alpha = kept / judged if judged else self.alpha
 
     def tokens(self, gamma: int) -> float:
         """Expected of a round, the target's own included.
@@ -229,12 +233,16 @@ class Auto:
             keep_calibration(path, key, entry)
 
     def time(self, gamma: int, length: int) -> Timing:
-        """A verification of gamma drafts, all rows of this length."""
+        """A verification of gamma drafts and what is decided by it, all rows of this length."""
         engine = self.engine
         engine.seq_len.fill_(length)
         if gamma not in self.verifications:
-            drafts = engine.tokens[:, :gamma]
-            self.verifications[gamma] = engine.capture(lambda: engine.verify(drafts))
+            draft = Draft(engine.tokens[:, :gamma], None)
+            if not engine.sampling.greedy:  # accepting reads them, whatever they are
+                V = engine.model.config.vocab_size
+                probs = torch.full((*draft.tokens.shape, V), 1 / V, device=engine.rows.device)
+                draft = draft._replace(probs=probs)
+            self.verifications[gamma] = engine.capture(lambda: engine.decide(draft))
         seconds = median_seconds(engine, self.verifications[gamma])
         w = Workload(len(engine.rows), length, itemsize=engine.full.spec.dtype.itemsize)
         return Timing(w, gamma + 1, length, seconds)
@@ -246,7 +254,7 @@ class Auto:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         parts = (
             name, torch.get_num_threads(), torch.__version__, model.compiled, self.gammas,
-            model.config, engine.full.spec.dtype, len(engine.rows), engine.max_len,
+            model.config, engine.full.spec.dtype, engine.sampling, len(engine.rows), engine.max_len,
         )  # fmt: skip
         return " ".join(map(str, parts))
 
@@ -278,7 +286,7 @@ class Auto:
         engine.seq_len.fill_(engine.max_len)
         c.t_select = median_seconds(engine, drafter.select, 1)
         for gamma in self.gammas:
-            engine.verify(engine.draft(gamma).tokens)
+            engine.decide(engine.draft(gamma))
         draft = engine.capture(lambda: engine.draft(max(self.gammas)))
         c.t_draft = median_seconds(engine, draft) / max(self.gammas)
         c.select_every = drafter.select_every
@@ -299,11 +307,13 @@ class Auto:
     def verify_now(self) -> dict[int, float]:
         return self.verify_seconds(int(self.engine.seq_len.float().mean()))
 
-    def run(self, n: int, gamma: int) -> list[int]:
-        """Up to n rounds; how often a row kept 0, 1, .. gamma drafts in them."""
-        before = self.engine.accepted.clone()
+    def run(self, n: int, gamma: int) -> tuple[list[int], list[int]]:
+        """Up to n rounds; how often a row kept 0, 1, .. gamma drafts in them, and had so many."""
+        counts = torch.stack((self.engine.accepted, self.engine.drafted))
         self.engine.run(gamma, n, self.on_round)
-        return (self.engine.accepted - before)[: gamma + 1].tolist()
+        counts = torch.stack((self.engine.accepted, self.engine.drafted)) - counts
+        accepted, drafted = counts[:, : gamma + 1].tolist()
+        return accepted, drafted
 
     def probe(self, verify: dict[int, float]) -> None:
         """A few rounds with each candidate that could still be the best one.
@@ -328,14 +338,14 @@ class Auto:
             if c.is_lookup or (hopeless and not self.named) or not self.install(c):
                 continue
             for _ in range(4):
-                c.saw(self.run(n, gamma))
+                c.saw(*self.run(n, gamma))
                 if c.best(verify, least=0.9 * best)[1] == 0:
                     break
             best = max(best, c.best(verify)[0])
 
     def look_back(self, lookup: Candidate) -> None:
         """Prompt lookup's acceptance, from the text that is there."""
-        lookup.saw(lookup_rounds(self.engine, max(self.gammas)), memory=0)
+        lookup.saw(*lookup_rounds(self.engine, max(self.gammas)), memory=0)
 
     def choose(self, verify: dict[int, float], stay: float = 1.0) -> Choice:
         """Draft from here on as has the largest predicted speedup: who, gamma, and that speedup.
@@ -369,7 +379,7 @@ class Auto:
                 return
             idle = 0 if gamma else idle + n
             if gamma:
-                c.saw(seen)
+                c.saw(*seen)
             for other in self.candidates:
                 if other.is_lookup and other is not self.current:
                     self.look_back(other)
@@ -423,9 +433,9 @@ class Auto:
         )
 
 
-def lookup_rounds(engine: Engine, gamma: int) -> list[int]:
-    """How often prompt lookup would have kept 0, 1, .. gamma drafts in the rounds that it would
-    have taken for the last tokens, of all rows that are not finished, as far back as text goes.
+def lookup_rounds(engine: Engine, gamma: int) -> tuple[list[int], list[int]]:
+    """How often prompt lookup would have kept 0, 1, .. gamma drafts, and had so many, in the rounds
+    that it would have taken for the last tokens of all rows that are not finished.
     """
     n = min(max(64 // len(engine.rows), 4), 12)  # tokens per row
     back = torch.arange(gamma + n - 1, gamma - 1, -1, device=engine.rows.device)
@@ -443,7 +453,7 @@ def lookup_rounds(engine: Engine, gamma: int) -> list[int]:
         while i < n:
             histogram[row[i]] += 1
             i += row[i] + 1
-    return histogram
+    return histogram, [0] * gamma + [sum(histogram)]
 
 
 def calibration_file() -> Path:

@@ -27,6 +27,11 @@ def candidates(*policies: str) -> list[Candidate]:
     return [Candidate(Drafting(p, max(GAMMAS), 24, 3, obs_window=7)) for p in policies]
 
 
+def saw(c: Candidate, accepted: list[int], **memory: int) -> None:
+    """All of these rounds had as many drafts as some of them kept."""
+    c.saw(accepted, [0] * (len(accepted) - 1) + [sum(accepted)], **memory)
+
+
 def prefilled(
     found: list[Candidate], verify: dict[int, float], monkeypatch, n: int = 60, named: bool = False
 ) -> Auto:
@@ -81,7 +86,7 @@ def test_a_named_draft_is_used_from_the_first_round_to_the_last(monkeypatch, pol
     """Also where it cannot win: only its gamma is chosen, here the shorter one soon."""
     auto = prefilled(candidates(policy), {0: 1.0, 1: 2.5, 3: 6.0}, monkeypatch, named=True)
     stats = auto.decode()
-    assert stats.drafts == stats.row_rounds > 0
+    assert stats.drafted_histogram[0] <= 4  # the last round of a row has room for no draft
     assert (len(stats.drafted_histogram) == 4) == (policy == "streaming")  # the probe's gamma
     assert auto.gamma == 1
     assert auto.chosen is auto.candidates[0] is auto.current
@@ -115,8 +120,8 @@ def test_a_candidate_that_the_engine_refuses_is_dropped_for_the_others(monkeypat
         use(drafting, draft_model)
 
     def probe(verify):
-        refused.saw([0, 0, 0, 50])
-        everything.saw([5, 0, 0, 45])
+        saw(refused, [0, 0, 0, 50])
+        saw(everything, [5, 0, 0, 45])
 
     monkeypatch.setattr(auto.engine, "use", scarce)
     if when == "choosing":
@@ -146,9 +151,9 @@ def test_what_prompt_lookup_would_have_had_accepted():
     engine.prefill([[5, 6, 7] * 20, list(range(60)), [5, 6, 7] * 20], [9] * 3)
     engine.tokens[0, 60], engine.tokens[1, 60], engine.tokens[2, 60] = 5, 90, 5
     # 12 tokens back: 3 rounds of 4 drafts and one token where all are kept, else 12
-    assert lookup_rounds(engine, 4) == [12, 0, 0, 0, 3 + 3]
+    assert lookup_rounds(engine, 4) == ([12, 0, 0, 0, 3 + 3], [0, 0, 0, 0, 18])
     engine.finished[1] = True
-    assert lookup_rounds(engine, 4) == [0, 0, 0, 0, 6]
+    assert lookup_rounds(engine, 4) == ([0, 0, 0, 0, 6], [0, 0, 0, 0, 6])
 
 
 def test_prompt_lookup_is_judged_by_decided_text_alone():
@@ -156,54 +161,65 @@ def test_prompt_lookup_is_judged_by_decided_text_alone():
     engine = Engine(tiny_model(), 1, 100, Drafting(), Sampling())
     engine.prefill([[5]], [60])
     engine.tokens.fill_(5)  # all of it would be foreseen
-    assert engine.seq_len.item() == 2 and lookup_rounds(engine, 4) == [0] * 5
+    assert engine.seq_len.item() == 2 and lookup_rounds(engine, 4) == ([0] * 5, [0] * 5)
     engine.seq_len.fill_(7)  # from 2 tokens on: 4 drafts, and the newest token
-    assert lookup_rounds(engine, 4) == [0, 0, 0, 0, 1]
+    assert lookup_rounds(engine, 4) == ([0, 0, 0, 0, 1], [0, 0, 0, 0, 1])
 
 
 def test_every_place_in_a_round_has_an_acceptance_of_its_own():
     """Acceptance comes in runs: one number, measured at gamma 5, says 2.01 tokens at gamma 2."""
     c = Candidate(Drafting("ngram"))
-    c.saw([70, 0, 0, 0, 0, 30])
+    saw(c, [70, 0, 0, 0, 0, 30])
     assert c.tokens(2) == pytest.approx(1.6) and c.tokens(5) == pytest.approx(2.5)
     assert c.acceptance(2) == pytest.approx(0.3)
     for gamma in (1, 2, 3):  # of a shorter round, whatever the histogram: its drafts are a prefix
         c = Candidate(Drafting("ngram"))
-        c.saw([7, 3, 5, 4])
+        saw(c, [7, 3, 5, 4])
         kept = 7 * 0 + 3 * min(1, gamma) + 5 * min(2, gamma) + 4 * min(3, gamma)
         assert c.tokens(gamma) == pytest.approx(1 + kept / 19)
 
 
+def test_drafts_that_the_end_of_a_row_cuts_off_are_not_judged():
+    """Of 10 rounds, 4 had room for one draft only; they kept it, the others kept 1 of 3 or all."""
+    c = Candidate(Drafting("ngram"))
+    c.saw([0, 7, 0, 3], [0, 4, 0, 6])
+    assert c.places == ((10, 10), (6, 3), (3, 3))
+    assert c.tokens(3) == pytest.approx(1 + 1 + 0.5 + 0.5)
+    c = Candidate(Drafting("ngram"))
+    c.saw([5, 0, 0], [5, 0, 0])  # there was room for none
+    assert c.tokens(2) == Candidate(Drafting("ngram")).tokens(2)
+
+
 def test_longer_rounds_than_seen_go_on_like_the_last_place():
     c = Candidate(Drafting("ngram"))
-    c.saw([4, 4, 2])  # 6 of 10 keep the first draft, 2 of these 6 the second
+    saw(c, [4, 4, 2])  # 6 of 10 keep the first draft, 2 of these 6 the second
     known = 1 + 0.6 + 0.2
     assert c.tokens(2) == pytest.approx(known)
     assert c.tokens(4) == pytest.approx(known + 0.2 / 3 + 0.2 / 9)
-    c.saw([5, 0, 0, 5])  # later, with 3 drafts: 11 of 20, 7 of 11, 5 of 5
+    saw(c, [5, 0, 0, 5])  # later, with 3 drafts: 11 of 20, 7 of 11, 5 of 5
     assert c.tokens(3) == pytest.approx(1 + 11 / 20 + 7 / 20 + 7 / 20)
     assert c.tokens(4) == pytest.approx(c.tokens(3) + 7 / 20)
-    c.saw([0, 10])  # with one draft: nothing new of the others
+    saw(c, [0, 10])  # with one draft: nothing new of the others
     first = (11 * 16 / 20 + 10) / (16 + 10)
     assert c.tokens(3) == pytest.approx(1 + first * (1 + 7 / 11 + 7 / 11))
     for _ in range(5):
-        c.saw([0, 16])
+        saw(c, [0, 16])
     assert c.places[1][0] < 1  # so long ago that it is not known any more
     assert c.tokens(3) == pytest.approx(4, rel=0.02)
 
 
 def test_what_was_seen_before_counts_for_a_few_rounds_at_most():
     c = Candidate(Drafting("ngram"))
-    c.saw([10, 0, 0, 0])
+    saw(c, [10, 0, 0, 0])
     assert (c.tokens(3), c.seen) == (1, 10)
-    c.saw([0, 0, 0, 10])
+    saw(c, [0, 0, 0, 10])
     assert c.tokens(3) == pytest.approx(1 + 1.5) and c.seen == 20
-    c.saw([0, 0, 0, 16])  # the 20 before weigh as much as 16
+    saw(c, [0, 0, 0, 16])  # the 20 before weigh as much as 16
     assert c.tokens(3) == pytest.approx(1 + (16 * 1.5 + 48) / 32)
     before = c.tokens(3)
-    c.saw([0, 0, 0, 0])
+    saw(c, [0, 0, 0, 0])
     assert c.tokens(3) == before and c.seen == 32
-    c.saw([0, 5], memory=0)
+    saw(c, [0, 5], memory=0)
     assert c.tokens(1) == 2 and c.seen == 5
 
 
@@ -215,7 +231,7 @@ def test_the_first_choice_has_the_least_predicted_time_whoever_was_probed_last(m
     def probe(verify):
         for c in (better, later):
             auto.install(c)
-            c.saw([10, 10, 10, 70])
+            saw(c, [10, 10, 10, 70])
 
     monkeypatch.setattr(auto, "probe", probe)
     gain = better.best(CHEAP)[0] / later.best(CHEAP)[0]
@@ -228,7 +244,7 @@ def test_nothing_is_decided_any_more_when_all_rows_are_finished(monkeypatch):
     """The rows end at the first look; what it would change to is neither made nor reported."""
     auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=4)
     (c,) = auto.candidates
-    monkeypatch.setattr(auto, "probe", lambda verify: c.saw([1, 0, 0, 3]))
+    monkeypatch.setattr(auto, "probe", lambda verify: saw(c, [1, 0, 0, 3]))
     monkeypatch.setattr(auto.engine, "accept", reject)
     auto.decode()
     assert auto.last == "streaming 24, gamma 3" and auto.current is c
@@ -238,7 +254,7 @@ def test_the_acceptance_of_the_first_prediction_is_printed_beside_it(monkeypatch
     """And not that of the end, when all drafts have been rejected for a while."""
     auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=30)
     (c,) = auto.candidates
-    monkeypatch.setattr(auto, "probe", lambda verify: c.saw([1, 0, 0, 9]))
+    monkeypatch.setattr(auto, "probe", lambda verify: saw(c, [1, 0, 0, 9]))
     monkeypatch.setattr(auto.engine, "accept", reject)
     auto.decode()
     assert c.acceptance(3) < 0.2 and auto.last == "no draft"
@@ -391,10 +407,10 @@ MACHINE = replace(HARDWARE["cpu"], flop_efficiency=0.05, layer_seconds=1e-6)
 T_SELECT = 0.5  # seconds of a selection's forward
 
 
-def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) -> None:
+def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) -> list[float]:
     """Forwards take what the cost model says of MACHINE, times a factor by drafts verified.
 
-    A draft step reads 24 tokens. No time passes otherwise.
+    A draft step reads 24 tokens. No time passes otherwise. Returns the clock.
     """
     clock, model, config = [0.0], engine.model, engine.model.config
     hidden, queries = model.hidden, model.queries
@@ -414,6 +430,7 @@ def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) ->
     monkeypatch.setattr(model, "hidden", timed_hidden)
     monkeypatch.setattr(model, "queries", timed_queries)
     monkeypatch.setattr(auto_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    return clock
 
 
 @pytest.mark.parametrize(
@@ -454,3 +471,21 @@ def test_calibrations_are_kept_only_where_there_is_a_place(monkeypatch):
     assert not path.exists()
     with pytest.raises(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def test_what_is_decided_after_a_forward_is_part_of_its_time(monkeypatch):
+    """Sampling from a large vocabulary takes longer than the forward here."""
+    engine = Engine(tiny_model(), 2, 200, Drafting(), Sampling(1.0, top_p=0.9))
+    clock, accept = on_a_known_machine(engine, {}, monkeypatch), engine.accept
+
+    def slow(draft, logits):
+        clock[0] += logits.shape[1]
+        return accept(draft, logits)
+
+    monkeypatch.setattr(engine, "accept", slow)
+    auto = Auto(engine, candidates("ngram"), GAMMAS)
+    auto.calibrate()
+    for gamma, seconds in auto.verify_seconds(100).items():
+        assert seconds == pytest.approx(gamma + 1, rel=0.05)
+    greedy = Engine(tiny_model(), 2, 200, Drafting(), Sampling())
+    assert Auto(greedy, candidates("ngram"), GAMMAS).key() != auto.key()
