@@ -66,7 +66,7 @@ class Drafting:
     gamma: int = 5  # draft tokens per round
     budget: int = 128  # K, tokens of draft KV per row: sinks, selected ones and window
     n_sink: int = 4  # of them, always the first ones of the text
-    obs_window: int = 8  # newest tokens whose queries snapkv observes
+    obs_window: int | None = None  # newest tokens whose queries are observed; None: the policy's
     reselect_every: int | None = None  # rounds; 0: never; None: the policy's own default
     synthetic_acceptance: float | None = None  # benchmarks only: draw who is accepted; not lossless
 
@@ -81,11 +81,11 @@ class Drafting:
             raise ValueError(f"speculate_k {self.gamma} must be in 0..{MAX_GAMMA}")
         if self.n_sink < 0:
             raise ValueError(f"n_sink {self.n_sink} must be at least 0")
-        if not 1 <= self.obs_window <= 128:
-            raise ValueError(f"obs_window {self.obs_window} must be in 1..128")
+        if not 1 <= self.n_observed <= 128:
+            raise ValueError(f"obs_window {self.n_observed} must be in 1..128")
         policy = POLICIES.get(self.policy)
         observing = policy is not None and policy.observes
-        least = self.n_sink + 1 + (self.obs_window if observing else 0)
+        least = self.n_sink + 1 + (self.n_observed if observing else 0)
         if self.budget < least:
             terms = "n_sink + obs_window + 1" if observing else "n_sink + 1"
             raise ValueError(f"draft_budget {self.budget} must be at least {terms} = {least}")
@@ -105,6 +105,12 @@ class Drafting:
         return self.policy != "none" and self.gamma > 0
 
     @property
+    def n_observed(self) -> int:
+        """Newest tokens whose queries a policy that observes is shown."""
+        own = POLICIES[self.policy].obs_window if self.policy in POLICIES else 1
+        return own if self.obs_window is None else self.obs_window
+
+    @property
     def select_every(self) -> int:
         """Rounds from one selection to the next; 0: never again."""
         if self.policy not in POLICIES:
@@ -118,7 +124,7 @@ class Drafting:
 
     def split(self, capacity: int) -> tuple[int, int]:
         """How a budget is divided: n_selected, n_recent."""
-        n_recent = POLICIES[self.policy].n_recent(self.budget, self.n_sink, self.obs_window)
+        n_recent = POLICIES[self.policy].n_recent(self.budget, self.n_sink, self.n_observed)
         return min(self.budget - n_recent, capacity), min(n_recent, capacity)
 
 
@@ -174,7 +180,7 @@ def select(
     policy = POLICIES[drafting.policy]
     queries: Iterator[Tensor | None] = repeat(None)
     if policy.observes:
-        pos = observed(n_cached, drafting.obs_window)
+        pos = observed(n_cached, drafting.n_observed)
         tokens = known_to(model, text.tokens.gather(1, pos))
         queries = model.queries(tokens, pos, ReadOnlyCache(full))
     for i, q in zip(range(full.spec.n_layer), queries, strict=False):

@@ -107,7 +107,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                    help="tokens of KV that the draft reads per row, sinks included")  # fmt: skip
     p.add_argument("--n_sink", type=int, default=Drafting().n_sink)
     p.add_argument("--obs_window", type=int, default=Drafting().obs_window,
-                   help="newest tokens whose queries snapkv observes")  # fmt: skip
+                   help="newest tokens that are observed; default: the policy's own")  # fmt: skip
     p.add_argument("--reselect_every", type=int, metavar="ROUNDS",
                    help="how often to select the draft's KV again; 0: never")  # fmt: skip
     p.add_argument("--synthetic_acceptance", type=float, metavar="RATE",

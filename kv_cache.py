@@ -366,6 +366,7 @@ class Policy(NamedTuple):
     recent_share: float  # of the budget, for the window of newest tokens (what the sinks leave)
     observes: bool = False  # wants Layer.queries
     reselect_every: int = 16  # rounds until it is asked again by default; 0: its answer is final
+    obs_window: int = 8  # newest tokens whose queries it observes by default
 
     def n_recent(self, budget: int, n_sink: int, obs_window: int) -> int:
         """Tokens of the budget that go to the window; an observed window lies in it."""

@@ -9,7 +9,7 @@ import torch
 
 import kv_cache
 from drafters import Drafting, StreamingModelDrafter, lookup
-from kv_cache import NEVER, POLICIES, POOL
+from kv_cache import NEVER, POLICIES, POOL, Policy, select_snapkv
 from model import Transformer, compile_blocks
 from spec_decode import Engine, Sampling, decode, generate
 from tests.reference import (
@@ -31,15 +31,27 @@ def draft_model(context: int = 4096, vocab_size: int = 97, seed: int = 5) -> Tra
     return tiny_model(2, 1, vocab_size, seed, max_seq_len=context)
 
 
+RESELECTING = [name for name, policy in POLICIES.items() if policy.reselect_every]
+
+
+def settings_of(policy: str, **more) -> dict:
+    """Of Drafting: a budget that leaves out much of the text."""
+    own = {"budget": 24, "obs_window": 7} if POLICIES[policy].observes else {"budget": 12}
+    return own | more
+
+
 # name -> policy, other settings of Drafting, and the draft model's context or None
 STRATEGIES = {
-    "streaming": ("streaming", {"budget": 12}, None),
-    "snapkv": ("snapkv", {"budget": 24, "obs_window": 7, "reselect_every": 2}, None),
-    "snapkv once": ("snapkv", {"budget": 24, "obs_window": 7, "reselect_every": 0}, None),
+    **{
+        p: (p, settings_of(p, reselect_every=2 if p in RESELECTING else None), None)
+        for p in POLICIES
+    },
+    **{f"{p} once": (p, settings_of(p, reselect_every=0), None) for p in RESELECTING},
     "ngram": ("ngram", {}, None),
     "draft model, full": ("full", {}, 4096),
-    "draft model, streaming": ("streaming", {"budget": 12}, 30),
-    "draft model, snapkv": ("snapkv", {"budget": 24, "obs_window": 7}, 4096),
+    **{
+        f"draft model, {p}": (p, settings_of(p), 30 if p == "streaming" else 4096) for p in POLICIES
+    },
 }
 
 
@@ -80,8 +92,8 @@ def test_greedy_output_is_the_same_compiled(strategy, gamma):
 def test_the_sampled_loop_has_the_targets_distribution(strategy, sampling):
     policy, settings, context = STRATEGIES[strategy]
     draft = draft_model(context, vocab_size=5) if context else None
-    small = {"streaming": {"budget": 2}, "snapkv": {"budget": 4, "obs_window": 2}}
-    drafting = Drafting(policy, 2, n_sink=1, **settings | small.get(policy, {}))
+    small = {"budget": 4, "obs_window": 2} if "obs_window" in settings else {"budget": 2}
+    drafting = Drafting(policy, 2, n_sink=1, **settings | (small if policy in POLICIES else {}))
     model, prompt = tiny_model(vocab_size=5), [1, 4, 2, 0, 3, 1, 1, 2]
     assert chi_square_excess(model, prompt, sampling, drafting, rows=4000, draft=draft) < 4
     engine = Engine(model, 200, 12, drafting, sampling, draft_model=draft)
@@ -332,7 +344,7 @@ def test_a_streaming_draft_model_sees_sinks_and_window_at_positions_of_its_own(l
         engine.drafter.select()
 
 
-@pytest.mark.parametrize("policy", ["full", "streaming", "snapkv"])
+@pytest.mark.parametrize("policy", ["full", *POLICIES])
 @pytest.mark.parametrize("vocab_size", [60, 97, 128])
 def test_padded_vocabularies_are_cut_to_the_targets(vocab_size, policy):
     """A draft with fewer rows never proposes the rest; one with more never proposes its own."""
@@ -445,7 +457,7 @@ def test_lookup_against_a_loop():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: Drafting("snapkw"), "known: none, streaming, snapkv, full, ngram"),
+        (lambda: Drafting("snapkw"), f"known: none, {', '.join(POLICIES)}, full, ngram"),
         (
             lambda: Drafting("snapkv", budget=36, n_sink=4, obs_window=32),
             "n_sink [+] obs_window [+] 1 = 37",
@@ -453,7 +465,7 @@ def test_lookup_against_a_loop():
         (lambda: Drafting("snapkv", obs_window=0), "obs_window 0 must be in 1..128"),
         (
             lambda: Drafting("streaming", reselect_every=4),
-            "nothing to reselect; use it with snapkv",
+            f"nothing to reselect; use it with {', '.join(RESELECTING)}",
         ),
         (lambda: Drafting("ngram", reselect_every=4), "ngram has nothing to reselect"),
         (lambda: Drafting("snapkv", reselect_every=-1), "at least 0"),
@@ -467,6 +479,32 @@ def test_lookup_against_a_loop():
 def test_impossible_settings_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_policy_brings_the_number_of_tokens_that_it_observes(monkeypatch):
+    """What is asked for comes first; without either it is 8, as for snapkv."""
+    seen = []
+
+    def select(layer, n_selected):
+        seen.append(layer.queries.shape[1])
+        return select_snapkv(layer, n_selected)
+
+    for own, asked, n in [({"obs_window": 5}, None, 5), ({"obs_window": 5}, 7, 7), ({}, None, 8)]:
+        policy = Policy(select, recent_share=0.1, observes=True, **own)
+        monkeypatch.setitem(POLICIES, "mine", policy)
+        drafting = Drafting("mine", 3, n + 4, n_sink=3, obs_window=asked)
+        assert drafting.split(100) == (4, n)  # all that is observed lies in the window
+        engine = Engine(tiny_model(), 4, 100, drafting, GREEDY)
+        assert generate(engine, PROMPTS, 9)[0] == [
+            plain_greedy(tiny_model(), p, 9) for p in PROMPTS
+        ]
+        assert set(seen) == {n}
+        seen.clear()
+        with pytest.raises(ValueError, match=f"n_sink [+] obs_window [+] 1 = {n + 4}"):
+            Drafting("mine", 3, n + 3, n_sink=3, obs_window=asked)
+    monkeypatch.setitem(POLICIES, "mine", Policy(select, 0.5, observes=True, obs_window=129))
+    with pytest.raises(ValueError, match="obs_window 129 must be in 1..128"):
+        Drafting("mine")
 
 
 def test_the_readmes_policy_works(monkeypatch):
