@@ -12,8 +12,9 @@
 
 Few values of gamma are compiled (`GAMMAS`); a draft cache made for the largest serves them all.
 A candidate that would not win at an acceptance of `OPTIMISTIC`, by its measured draft step, is not
-probed, and a probe puts few tokens at stake. The choice follows the clock, so that with sampling a
-seed fixes the output only together with a fixed `--draft` and `--speculate_k`.
+probed, and a probe puts few tokens at stake. A draft that the user named is used in any case: only
+its gamma is chosen. The choice follows the clock, so that with sampling a seed fixes the output
+only together with a fixed `--draft` and `--speculate_k`.
 """
 
 import fcntl
@@ -153,6 +154,7 @@ class Auto:
         self.gamma = 0
         self.predicted_speedup = 1.0  # of chosen and gamma, the decision after the probe
         self.verify: dict[int, float] = {}  # the `verify_seconds` that it was made with
+        self.on_round: Callable[[], None] = lambda: None  # called after every round
         self.last = ""  # what was used when the last row finished
 
     def prepare(self) -> None:
@@ -402,7 +404,7 @@ class Auto:
         return {"gamma": gamma, "acceptance": c.probed.acceptance(gamma)}
 
     def decision(self) -> dict:
-        """The same for the JSON; seconds."""
+        """What was decided first, and by which numbers, for the JSON; seconds."""
         return {
             "predicted_speedup": self.predicted_speedup,
             "at_the_end": self.last,

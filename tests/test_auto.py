@@ -10,7 +10,16 @@ import pytest
 import torch
 
 import auto as auto_module
-from auto import MARGIN, STAY, Auto, Candidate, calibration_file, keep_calibration, lookup_rounds
+from auto import (
+    FOLLOW,
+    MARGIN,
+    STAY,
+    Auto,
+    Candidate,
+    calibration_file,
+    keep_calibration,
+    lookup_rounds,
+)
 from cost_model import HARDWARE, Timing, Workload, omega, step
 from drafters import Drafting
 from kv_cache import SparseKVCache
@@ -281,17 +290,30 @@ def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
     assert engine.outputs() == [plain_greedy(tiny_model(), p, 120) for p in PROMPTS]
 
 
-def test_a_draft_that_turns_bad_is_given_up(monkeypatch):
-    """It is chosen at a high acceptance and then sees only its own sinks: gamma goes to 0."""
-    auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=200)
+def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_longer(monkeypatch):
+    """Its first rounds were good. When it is tried again, the latest rounds alone count."""
+    auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=250)
     (c,) = auto.candidates
-    monkeypatch.setattr(auto, "probe", lambda verify: setattr(c, "alpha", 0.99))
+    monkeypatch.setattr(auto, "probe", lambda verify: saw(c, [10, 0, 0, 90]))
     monkeypatch.setattr(auto.engine, "accept", reject)
+    runs, run = [], auto.run
+    monkeypatch.setattr(auto, "run", lambda *what: runs.append(what) or run(*what))
     stats = auto.decode()
     assert auto.chosen is c and auto.predicted_speedup > 1.5
-    assert 0 < stats.drafts <= 4 * 64  # some looks later
-    assert stats.drafted_histogram[0] == stats.row_rounds - stats.drafts > 4 * 100
-    assert auto.engine.outputs() == [plain_greedy(tiny_model(), p, 200) for p in PROMPTS]
+    tried = (FOLLOW, 3)
+    assert runs == [tried, tried, (32, 0), tried, (64, 0), tried, (128, 0), tried, (256, 0)]
+    assert stats.drafted_histogram[0] == stats.row_rounds - stats.drafts > 4 * 200
+    assert auto.engine.outputs() == [plain_greedy(tiny_model(), p, 250) for p in PROMPTS]
+
+
+def test_a_draft_that_did_not_pay_is_not_tried_for_what_one_acceptance_would_say(monkeypatch):
+    """All drafts are kept or none: 1.9 tokens a round. 90 of 160 judged would say 2.06."""
+    auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.8, 3: 1.92}, monkeypatch, n=80)
+    (c,) = auto.candidates
+    monkeypatch.setattr(auto, "probe", lambda verify: saw(c, [70, 0, 0, 30]))
+    stats = auto.decode()
+    assert c.alpha == 90 / 160 and omega(3, c.alpha) > STAY * 1.92
+    assert stats.rounds == 79 and stats.drafts == 0
 
 
 @pytest.fixture(autouse=True)
