@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from cost_model import MODELS, known, total_params
-from kv_cache import Step, check_fits
+from kv_cache import Step, check_fits, seen
 
 # What a family's code fixes, or assumes where its config.json is silent.
 ARCHITECTURES = {
@@ -348,14 +348,17 @@ def attend(
     k: Tensor,  # [B, Hkv, S, D]
     v: Tensor,  # [B, Hkv, S, D]
     step: Step | None,  # with a mask over folded queries, see the module docstring; None: causal
+    window: int | None = None,  # without a step: newest tokens that a query sees; None: all
 ) -> Tensor:  # [B, T, H * D]
     """Attention of every query head to its KV head, with G folded into the query length."""
     B, T, H, D = q.shape
     Hkv = k.shape[1]
     G = H // Hkv
     if step is None:
+        p = torch.arange(T, device=q.device)
+        mask = None if window is None else seen(p, p[:, None], window)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, is_causal=True, enable_gqa=G > 1
+            q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=G > 1
         )
         return y.transpose(1, 2).reshape(B, T, H * D)
     q = q.view(B, T, Hkv, G, D).permute(0, 2, 3, 1, 4).reshape(B, Hkv, G * T, D)
@@ -402,7 +405,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if step is None:
-            return self.wo(attend(q, k.transpose(1, 2), v.transpose(1, 2), step))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            return self.wo(attend(q, k, v, step, c.sliding_window))
         rows = torch.arange(B, device=x.device)[:, None]
         for (k_buffer, v_buffer), slot in zip(buffers, step.slots, strict=False):
             k_buffer[rows, :, slot] = k  # this form stays in place under torch.compile

@@ -98,6 +98,19 @@ def test_a_sliding_window_is_the_same_compiled():
     assert (got - expected).abs().max() < 1e-4 * expected.std()
 
 
+@pytest.mark.parametrize("window", [1, 5, 29, 30, None])
+def test_without_a_cache_a_sliding_window_is_the_same(window):
+    model, rows = tiny_model(sliding_window=window), random_rows(2, 30)
+    got = model(torch.tensor(rows), torch.arange(30).expand(2, 30)).double()
+
+    def visible(q: int, p: int) -> bool:
+        return q - (window or 30) < p <= q
+
+    expected = torch.stack([reference_logits(model, row, visible) for row in rows])
+    assert (got - expected).abs().max() < 1e-4 * expected.std()
+    assert (got - cached_logits(model, rows, [30])).abs().max() < 1e-4 * expected.std()
+
+
 @pytest.mark.parametrize("window", [1, 50, 300, 444, 445, None])
 def test_a_sliding_window_visits_only_its_blocks(window):
     spec = CacheSpec.for_model(tiny_model(sliding_window=window), 2)
