@@ -552,7 +552,8 @@ def compile_blocks(model: Transformer) -> None:
 
 def flex_runs(device: torch.device) -> bool:
     """Whether compiled flex_attention has a kernel for the device (CPU: x86 with AVX2)."""
-    return device.type == "cuda" or "AVX" in torch.backends.cpu.get_cpu_capability()
+    # Not `in`: a CPU without it is said to have "NO AVX".
+    return device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def compiler_runs(device: torch.device) -> bool:

@@ -22,6 +22,7 @@ from model import (
     check_writable,
     compile_blocks,
     eos_token_ids,
+    flex_runs,
     load_config,
     load_model,
     rope_frequencies,
@@ -109,6 +110,16 @@ def test_without_a_cache_a_sliding_window_is_the_same(window):
     expected = torch.stack([reference_logits(model, row, visible) for row in rows])
     assert (got - expected).abs().max() < 1e-4 * expected.std()
     assert (got - cached_logits(model, rows, [30])).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize(
+    "capability, runs",
+    [("AVX2", True), ("AVX512", True), ("NO AVX", False), ("DEFAULT", False), ("SVE256", False)],
+)
+def test_flex_attention_on_the_cpu_needs_avx2(monkeypatch, capability, runs):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert flex_runs(torch.device("cpu")) == runs
+    assert flex_runs(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("window", [1, 50, 300, 444, 445, None])
