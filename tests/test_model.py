@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from cost_model import MODELS, Dimensions
-from kv_cache import CacheSpec, KVCache
+from kv_cache import CacheSpec, KVCache, Step
 from model import (
     Block,
     ModelConfig,
     RopeScaling,
     Transformer,
+    attend,
     check_writable,
     compile_blocks,
     eos_token_ids,
@@ -110,6 +111,31 @@ def test_without_a_cache_a_sliding_window_is_the_same(window):
     expected = torch.stack([reference_logits(model, row, visible) for row in rows])
     assert (got - expected).abs().max() < 1e-4 * expected.std()
     assert (got - cached_logits(model, rows, [30])).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention_with_a_mask_in_every_dtype(dtype):
+    """Against a loop in float64. What is masked is large, so that a leak cannot be missed."""
+    B, T, H, Hkv, S, D = 2, 3, 6, 2, 11, 8
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (
+        torch.randn(B, *shape, D, generator=generator).to(dtype)
+        for shape in ((T, H), (Hkv, S), (Hkv, S))
+    )
+    mask = torch.rand(B, Hkv, H // Hkv * T, S, generator=generator) < 0.4
+    mask[..., 0] = True  # every query sees something
+    hidden = ~mask.any(dim=2)[..., None]  # of slots that no query sees
+    assert hidden.any()
+    k, v = k + 5 * hidden, v + 100 * hidden
+    got = attend(q, k.to(dtype), v.to(dtype), Step((), mask)).view(B, T, H, D)
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                seen = mask[b, h // 3, h % 3 * T + t]
+                scores = k[b, h // 3, seen].double() @ q[b, t, h].double() / D**0.5
+                expected = scores.softmax(0) @ v[b, h // 3, seen].double()
+                tolerance = 1e-5 if dtype == torch.float32 else 0.05
+                assert (got[b, t, h] - expected).abs().max() < tolerance
 
 
 @pytest.mark.parametrize(
