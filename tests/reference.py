@@ -116,10 +116,13 @@ def reference_logits(
     return torch.stack([out @ normed(x, model.norm.weight, c.norm_eps) for x in xs])
 
 
-def snapkv_scores(queries: list, keys: list, obs_window: int, pool: int) -> list[list[float]]:
+def snapkv_scores(
+    queries: list, keys: list, obs_window: int, pool: int, window: int | None = None
+) -> list[list[float]]:
     """Per KV head, the pooled attention that each token before the window receives from it.
 
-    queries [token][head] and keys [token][KV head] are those of one layer.
+    queries [token][head] and keys [token][KV head] are those of one layer; `window` is how many
+    of the newest tokens the model's attention sees.
     """
     n, H, Hkv = len(keys), len(queries[0]), len(keys[0])
     start = max(n - obs_window, 0)
@@ -132,6 +135,8 @@ def snapkv_scores(queries: list, keys: list, obs_window: int, pool: int) -> list
             for q in range(start, n):
                 x = [float(queries[q][head] @ keys[p][h]) for p in range(q + 1)]
                 x = [math.exp(v / math.sqrt(len(keys[0][h]))) for v in x]
+                if window is not None:
+                    x = [v if p > q - window else 0.0 for p, v in enumerate(x)]
                 for p in range(start):
                     received[p] += x[p] / sum(x) / (H // Hkv) / (n - start)
         reach = pool // 2

@@ -9,7 +9,16 @@ import torch
 
 import kv_cache
 from drafters import Drafting, StreamingModelDrafter, lookup
-from kv_cache import NEVER, POLICIES, POOL, Policy, select_snapkv
+from kv_cache import (
+    NEVER,
+    POLICIES,
+    POOL,
+    Policy,
+    ReadOnlyCache,
+    attention_received,
+    observed,
+    select_snapkv,
+)
 from model import Transformer, compile_blocks
 from spec_decode import Engine, Sampling, decode, generate
 from tests.reference import (
@@ -163,6 +172,32 @@ def test_snapkv_selects_what_a_loop_selects(heads, chunk):
                     if p != NEVER:  # and it holds that token's K
                         expected = keys[p][h].float()
                         assert torch.allclose(sparse.k[i][b, h, slot], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [5, 12, 20])
+def test_snapkv_scores_only_what_the_models_window_lets_a_query_see(window):
+    """A model window within the observed tokens, and two that reach back before them."""
+    model, W, n_sink = tiny_model(sliding_window=window), 7, 2
+    (prompt,) = prompts_of([50])
+    drafting = Drafting("snapkv", 2, budget=17, n_sink=n_sink, obs_window=W)
+    engine = Engine(model, 1, 60, drafting, GREEDY)
+    engine.prefill([prompt], [9])
+    engine.refresh()
+    sparse, full, trace = engine.drafter.sparse, engine.full, []
+    reference_logits(model, prompt, lambda q, p: q - window < p <= q, trace)
+    pos = observed(torch.tensor([50]), W)
+    ours = model.queries(torch.tensor([prompt])[:, -W:], pos, ReadOnlyCache(full))
+    for i, ((queries, keys), q) in enumerate(zip(trace, ours, strict=True)):
+        got = attention_received(full.k[i], q, torch.tensor([50]), window)[0, :, : 50 - W]
+        expected = torch.tensor(snapkv_scores(queries, keys, W, 1, window))
+        assert (got - expected).abs().max() < 1e-5
+        assert (expected > 0).sum(dim=1).tolist() == [max(window - 1, 0)] * 2
+        pooled = torch.tensor(snapkv_scores(queries, keys, W, POOL, window))
+        for h in range(2):
+            kept = sparse.selected_pos[i, 0, h]
+            left_out = [p for p in range(n_sink, 50 - W) if p not in kept]
+            assert set(range(n_sink)) < set(kept.tolist())
+            assert pooled[h, kept[kept >= n_sink]].min() > pooled[h, left_out].max() - 1e-6
 
 
 def test_snapkv_scores_do_not_depend_on_how_rows_are_split(monkeypatch):

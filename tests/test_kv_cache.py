@@ -110,8 +110,10 @@ def test_ring_positions_follow_from_the_newest_one():
         assert {held[slot] for slot in range(cache.ring_size) if visible[slot]} == window
 
 
-def test_no_token_is_seen_twice():
-    spec = CacheSpec.for_model(tiny_model(), 1)
+@pytest.mark.parametrize("window", [None, 1, 4, 6, 8, 20])
+def test_no_token_is_seen_twice_nor_outside_the_models_window(window):
+    """Windows of the model shorter than the ring's, as long, and longer: sinks fall out of them."""
+    spec = CacheSpec.for_model(tiny_model(sliding_window=window), 1)
     cache = SparseKVCache(spec, n_selected=4, n_recent=6, gamma=2)
     full = KVCache.empty(spec, 40)
     for n_cached in range(1, 30):
@@ -119,8 +121,9 @@ def test_no_token_is_seen_twice():
         visible = cache.visible(torch.tensor([[n_cached]]))[1, 0, 0, 0]
         seen = cache.selected_pos[1, 0, 0][visible[:4]].tolist()
         seen += cache.ring_pos(torch.tensor([n_cached]))[0][visible[4:]].tolist()
-        sinks = set(range(min(4, n_cached)))
-        assert sorted(seen) == sorted(sinks | set(range(max(n_cached - 5, 0), n_cached + 1)))
+        expected = set(range(min(4, n_cached))) | set(range(max(n_cached - 5, 0), n_cached + 1))
+        first = 0 if window is None else n_cached - window + 1
+        assert sorted(seen) == sorted(p for p in expected if p >= first)
 
 
 def test_positions_not_cached_yet_are_never_seen():
