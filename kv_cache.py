@@ -22,8 +22,11 @@ Which token a visible ring slot holds follows from the newest written position a
 of its residue class that does not exceed it. A query at q sees the ring's tokens with
 q - n_recent < p <= q, and a selected slot only if its token lies before that window, so no token is
 seen twice, also when the prompt is shorter than the budget. The slack is why rejected drafts never
-damage the window: a round writes gamma + 1 positions, the newest decided token's and those of gamma
-drafts, and the tokens they overwrite are ring_size older, outside every window still to come.
+damage the window: what a round writes overwrites tokens that are ring_size older. If it rejects all
+of its gamma drafts, the next query is at the first one's position, and the last one lies gamma - 1
+positions further, so a slack of gamma - 1 keeps the window whole. A draft model needs at least 1,
+because it is fed two tokens at once: the second is written before the first one's query looks. The
+rest of gamma + 1 is a margin.
 
 A **policy** is a pure function that looks at one layer of the full cache and returns the positions
 to keep, ``[B, Hkv, n_selected]``; each layer and each KV head may keep others. `SparseKVCache.fill`

@@ -126,6 +126,46 @@ def test_no_token_is_seen_twice_nor_outside_the_models_window(window):
         assert sorted(seen) == sorted(p for p in expected if p >= first)
 
 
+def window_is_whole(cache: SparseKVCache, gamma: int, n_fed: int, accepted: list[int]) -> bool:
+    """Whether every query of a draft finds its whole window in the ring, by doing all writes.
+
+    The first step of a round feeds the newest n_fed tokens, 1 or 2, and each later one a draft.
+    With 1 the verification writes all of the round's tokens, self-speculation; with 2 only the
+    drafts that were fed are written, a draft model.
+    """
+    n, writes = 20, [list(range(20 - n_fed))]  # n decided tokens
+    for n_accepted in accepted:
+        for i in range(gamma):
+            fed = list(range(n - n_fed, n)) if i == 0 else [n + i - 1]
+            writes.append(fed)
+            visible = cache.visible(torch.tensor([fed]))[0, 0, 0]
+            held = ring_after(writes, cache.ring_size)
+            for q, row in zip(fed, visible, strict=True):
+                found = {held[slot] for slot in range(cache.ring_size) if row[slot]}
+                if found != set(range(q - cache.n_recent + 1, q + 1)):
+                    return False
+        if n_fed == 1:
+            writes.append(list(range(n - 1, n + gamma)))
+        n += n_accepted + 1
+    return True
+
+
+@pytest.mark.parametrize("n_fed", [1, 2])
+@pytest.mark.parametrize("gamma", [1, 2, 3, 5])
+@pytest.mark.parametrize("n_recent", [2, 7])
+def test_how_much_slack_the_ring_needs(n_recent, gamma, n_fed):
+    """With one slot less than the module docstring says, a token of the window is overwritten."""
+    spec = CacheSpec.for_model(tiny_model(), 1)
+    needed = max(gamma - 1, n_fed - 1)
+    for slack in range(gamma + 2):
+        cache = SparseKVCache(spec, 0, n_recent, gamma)
+        assert cache.ring_size >= n_recent + needed
+        cache.ring_size = n_recent + slack
+        rounds = [[a, b, c] for a in range(gamma + 1) for b in (0, gamma) for c in (0, 1)]
+        whole = all(window_is_whole(cache, gamma, n_fed, accepted) for accepted in rounds)
+        assert whole == (slack >= needed)
+
+
 def test_positions_not_cached_yet_are_never_seen():
     spec = CacheSpec.for_model(tiny_model(), 1)
     cache = SparseKVCache(spec, n_selected=4, n_recent=2, gamma=1)
