@@ -10,7 +10,7 @@ import torch
 
 import spec_decode
 from cost_model import work_bytes
-from drafters import Drafting
+from drafters import MAX_GAMMA, Drafting
 from kv_cache import SparseKVCache
 from model import Transformer, compile_blocks
 from spec_decode import (
@@ -271,17 +271,25 @@ def test_drafting_and_verifying_decide_nothing():
 
 
 def test_nothing_recompiles_while_lengths_grow():
+    """Also where rows accept different numbers of drafts and pass from one KV block to the next."""
     model = tiny_model()
     compile_blocks(model)
     engine = Engine(model, 3, 700, streaming(3), GREEDY)
-    engine.prefill(prompts_of([400, 3, 77]), [200] * 3)
+    engine.prefill(prompts_of([490, 3, 230]), [200] * 3)
     for gamma in (0, 3):  # warm-up: every shape twice
         engine.round(gamma)
         engine.round(gamma)
+    blocks, ragged, accepted = engine.seq_len // 256, False, engine.accepted.clone()
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(25):
+            before = engine.seq_len.clone()
             engine.round(3)
+            ragged |= len((engine.seq_len - before).unique()) > 1
             engine.round(0)
+        assert (engine.seq_len // 256 - blocks).tolist() == [1, 0, 1]
+        accepted = (engine.accepted - accepted).tolist()
+        plain = 3 * 25  # rows of plain rounds, which accept no draft
+        assert ragged and accepted[0] > plain and accepted[3] > 0
         engine.prefill(prompts_of([613, 3, 77]), [50] * 3)
         engine.round(3)
 
@@ -549,3 +557,40 @@ def test_stats_have_vllms_definitions():
 def test_impossible_settings_are_refused(make, word):
     with pytest.raises(ValueError, match=word):
         make()
+
+
+@pytest.mark.parametrize("max_len", [224, 256])  # with a round's overshoot 256; a whole KV block
+def test_the_buffers_hold_what_a_round_writes_behind_max_len(max_len):
+    """Row 0 ends there and takes part in all later rounds, of as many drafts as there can be."""
+    model = tiny_model()
+    engine = Engine(model, 2, max_len, streaming(MAX_GAMMA, 64), GREEDY)
+    assert max_len % engine.full.spec.kv_block == 0 or max_len + MAX_GAMMA == 256
+    prompts, limits = prompts_of([max_len - 2, 5]), [2, 80]
+    engine.prefill(prompts, limits)
+    decode(engine)
+    assert engine.seq_len[0] == max_len
+    expected = [plain_greedy(model, p, n) for p, n in zip(prompts, limits, strict=True)]
+    assert engine.outputs() == expected
+
+
+def test_an_empty_residual_is_answered_with_a_token_of_the_target():
+    """The target is nowhere above the draft, and below it by one rounding where it was drafted."""
+    drafted, target = torch.tensor([[0.0, 0.5, 0.5, 0.0], [0.0, 0.5 - 2**-25, 0.5, 0.0]])
+    draft = Draft(torch.ones(2, 1, dtype=torch.int64), drafted.expand(2, 1, 4))
+    u_accept, u_next = torch.full((2, 1), 1 - 2**-24), torch.tensor([0.25, 0.75])
+    n_accepted, token = accept_sampled(draft, target.expand(2, 2, 4), u_accept, u_next)
+    assert n_accepted.tolist() == [0, 0] and token.tolist() == [1, 2]
+
+
+def test_ties_at_a_cut_are_kept():
+    logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 2.0])
+    weights = [0.0, math.e, 1.0, 1.0, 0.0, 1.0]
+    expected = [w / (math.e + 3) for w in weights]
+    for k in (2, 3, 4):
+        assert logits_to_probs(logits, Sampling(1.0, k)).tolist() == pytest.approx(expected)
+    for p in (0.45, 0.6, 0.9):  # 3.0 has 0.44 of the probability, each 2.0 has 0.16
+        sampling = Sampling(1.0, top_p=p)
+        assert logits_to_probs(logits, sampling).tolist() == pytest.approx(expected)
+    alone = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    for sampling in (Sampling(1.0, 1), Sampling(1.0, top_p=0.3)):
+        assert logits_to_probs(logits, sampling).tolist() == alone
