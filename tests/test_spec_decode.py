@@ -573,6 +573,40 @@ def test_the_buffers_hold_what_a_round_writes_behind_max_len(max_len):
     assert engine.outputs() == expected
 
 
+@pytest.mark.parametrize("scale", [2.0**-149, 2.0**-140, 2.0**-127, 1e-30, 1 / 3, 1.0, 1e30])
+@pytest.mark.parametrize("u", [0.0, 2**-24, 1 / 3, 0.5, 0.75, 1 - 2**-23, 1 - 2**-24])
+def test_sample_never_draws_weight_zero(u, scale):
+    """Down to the smallest denormal number, where a sum times u is rounded up to the sum."""
+    generator = torch.Generator().manual_seed(8)
+    for size, share in [(3, 0.0), (7, 0.5), (100, 0.9), (4099, 0.01), (4099, 0.999)]:
+        weights = torch.rand(60, size, generator=generator)
+        if scale < 2.0**-126:
+            weights = (weights * 4).ceil()  # the smallest denormal has no fractions
+        weights *= (torch.rand(60, size, generator=generator) >= share) * scale
+        weights[:, 0] = weights[:, -1] = 0
+        weights[:, size // 2] = scale  # none without any
+        drawn = sample(weights, torch.full((60,), u))
+        assert (weights.gather(1, drawn[:, None]) > 0).all()
+
+
+def test_sample_trusts_no_sum_to_be_monotone(monkeypatch):
+    """A GPU sums in parallel: the sums before and after a weight of 0 may differ, either way."""
+    generator = torch.Generator().manual_seed(9)
+    weights = (torch.rand(200, 100, generator=generator) < 0.2).float()
+    weights[:, 50] = 1
+    number = weights.sum(dim=1)
+    cumsum = torch.Tensor.cumsum
+
+    def parallel(self: torch.Tensor, dim: int) -> torch.Tensor:
+        noise = torch.randint(-1, 2, self.shape, generator=generator)
+        return cumsum(self, dim) * (1 + noise * 2**-23)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", parallel)
+    for n in range(8):  # a point at the sum of some weights
+        drawn = sample(weights, (n / number).clamp_max(1 - 2**-24))
+        assert (weights.gather(1, drawn[:, None]) > 0).all()
+
+
 def test_an_empty_residual_is_answered_with_a_token_of_the_target():
     """The target is nowhere above the draft, and below it by one rounding where it was drafted."""
     drafted, target = torch.tensor([[0.0, 0.5, 0.5, 0.0], [0.0, 0.5 - 2**-25, 0.5, 0.0]])
