@@ -313,7 +313,8 @@ def demo(device: str, out: Path, smoke: bool) -> dict:
     file = out.with_suffix(".demo.json")
     flags = ["--device", device, "--dtype", "float32", "--json", str(file), "--check_lossless"]
     if smoke:
-        flags += ["--batch_size", "2", "--max_new_tokens", "8", "--no-compile"]
+        flags += ["--batch_size", "2", "--max_new_tokens", "8", "--max_context", "300"]
+        flags += ["--no-compile"]
     status = generate_main([*flags, "--draft", "streaming", "--speculate_k", "5"])
     result = {"flags": flags, "status": status}
     if file.exists():
