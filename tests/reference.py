@@ -1,6 +1,11 @@
 """Slow twins: the same results in another style (loops, float64, no cache), and a tiny model.
 
 Nothing here shares code with what it checks, except the weights of the model.
+
+Compiling a block for one shape takes as long as a hundred other tests. So tests of compiled models
+have the same shapes where they can, and the second one finds them compiled: `tiny_model()`,
+COMPILED_ROWS rows of at most COMPILED_LEN tokens, prefilled in chunks of COMPILED_CHUNK, gamma 3,
+and a draft budget of COMPILED_BUDGET.
 """
 
 import math
@@ -11,6 +16,11 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, RopeScaling, Transformer
+
+COMPILED_ROWS = 4
+COMPILED_LEN = 735  # a round's overshoot makes it 768, three KV blocks
+COMPILED_CHUNK = 128
+COMPILED_BUDGET = 24
 
 
 def tiny_model(

@@ -2,9 +2,11 @@
 
 import random
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch._functorch.config
 from torch._inductor.utils import run_and_get_code
 
 import kv_cache
@@ -22,13 +24,22 @@ from kv_cache import (
 )
 from model import Transformer, compile_blocks
 from spec_decode import Engine, Sampling
-from tests.reference import reference_logits, ring_after, sinks_and_window, tiny_model
+from tests.reference import (
+    COMPILED_BUDGET,
+    COMPILED_CHUNK,
+    COMPILED_LEN,
+    COMPILED_ROWS,
+    reference_logits,
+    ring_after,
+    sinks_and_window,
+    tiny_model,
+)
 
 
 def joint_cache(model: Transformer, n_rows: int, n_sink: int, n_recent: int, gamma: int):
     spec = CacheSpec.for_model(model, n_rows)
     sparse = SparseKVCache(spec, n_sink, n_recent, gamma)
-    return JointCache(KVCache.empty(spec, 200), sparse)
+    return JointCache(KVCache.empty(spec, COMPILED_LEN), sparse)
 
 
 def prefill(model: Transformer, cache: JointCache, rows: list[list[int]]) -> None:
@@ -187,21 +198,34 @@ def cache_sized_buffers(code: str, cache: KVCache) -> list[str]:
     return [s for s, n in zip(sizes, numel, strict=True) if n >= cache.k[0].numel()]
 
 
+@contextmanager
+def generated_anew():
+    """Inside, code is generated again; what a C++ compiler has made of the same code is used."""
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
 @pytest.mark.parametrize("step", ["decode", "verify", "draft", "prefill"])
 def test_a_compiled_step_does_not_copy_the_cache(step):
     """Only the full cache is large; the sparse one counts as a cache too when it is attended to."""
-    model = tiny_model()
+    model, B = tiny_model(), COMPILED_ROWS
     compile_blocks(model)
-    joint = joint_cache(model, 2, n_sink=40, n_recent=160, gamma=3)
+    torch._dynamo.reset()  # what other tests compiled would be taken, and no code seen
+    n_recent = 400 if step == "draft" else COMPILED_BUDGET - 3
+    joint = joint_cache(model, B, n_sink=3, n_recent=n_recent, gamma=3)
     B, T, cache = {
-        "decode": (2, 1, joint.attended),
-        "verify": (2, 4, joint),
-        "draft": (2, 1, joint.written),
-        "prefill": (1, 30, joint.attended.row(1)),
+        "decode": (B, 1, joint.attended),
+        "verify": (B, 4, joint),
+        "draft": (B, 1, joint.written),
+        "prefill": (1, COMPILED_CHUNK, joint.attended.row(1)),
     }[step]
-    pos = torch.tensor([[9], [33]])[:B] + torch.arange(T)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    pos = torch.tensor([[9], [33], [600], [0]])[:B] + torch.arange(T)
+    with generated_anew():
         _, code = run_and_get_code(model, torch.zeros(B, T, dtype=torch.int64), pos, cache)
+    assert code
     attended = joint.written if step == "draft" else joint.attended.row(0)
     assert not cache_sized_buffers("".join(code), attended)
     assert ("kernel_micro_gemm" in "".join(code)) == (step != "draft")  # flex's CPU template
@@ -232,7 +256,7 @@ def test_the_copy_detector_detects():
         k.scatter_(2, index, new)
         return k.sum()
 
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with generated_anew():
         _, code = run_and_get_code(torch.compile(write), cache.k[0], torch.ones(2, 2, 1, 16))
     assert cache_sized_buffers("".join(code), cache)
 
@@ -240,15 +264,15 @@ def test_the_copy_detector_detects():
 def test_a_finished_row_visits_no_block_and_changes_no_other_row():
     model = tiny_model()
     compile_blocks(model)
-    cache = KVCache.empty(CacheSpec.for_model(model, 3), 600)
+    cache = KVCache.empty(CacheSpec.for_model(model, COMPILED_ROWS), COMPILED_LEN)
     for buffer in cache.k + cache.v:
         buffer.normal_(generator=torch.Generator().manual_seed(4))
-    tokens, pos = torch.tensor([[3], [1], [4]]), torch.tensor([[20], [590], [300]])
+    tokens, pos = torch.tensor([[3], [1], [4], [1]]), torch.tensor([[20], [590], [300], [700]])
     everyone = model(tokens, pos, cache)
-    cache.finished = torch.tensor([False, True, False])
-    assert cache.steps(pos)[0].mask.kv_num_blocks[:, 0, 0].tolist() == [1, 0, 2]
+    cache.finished = torch.tensor([False, True, False, False])
+    assert cache.steps(pos)[0].mask.kv_num_blocks[:, 0, 0].tolist() == [1, 0, 2, 3]
     some = model(tokens, pos, cache)
-    assert torch.equal(some[[0, 2]], everyone[[0, 2]])
+    assert torch.equal(some[[0, 2, 3]], everyone[[0, 2, 3]])
     assert some.isfinite().all() and not torch.equal(some[1], everyone[1])
 
 

@@ -30,7 +30,13 @@ from model import (
     save_model,
     write_json,
 )
-from tests.reference import reference_logits, tiny_model
+from tests.reference import (
+    COMPILED_CHUNK,
+    COMPILED_LEN,
+    COMPILED_ROWS,
+    reference_logits,
+    tiny_model,
+)
 
 RATIOS = [(3, 3), (4, 2), (4, 1), (7, 1)]  # H, Hkv: G = 1, 2, 4, 7
 LLAMA3 = RopeScaling("llama3", 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -79,25 +85,59 @@ def test_llama3_scaling_changes_something():
     assert difference.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("heads", RATIOS)
-def test_compiled_flex_equals_reference(heads):
-    """One chunk that is a multiple of the query block and one that is not, then single tokens."""
-    model = tiny_model(*heads)
+def test_compiled_flex_equals_reference():
+    """One chunk that is a multiple of the query block, row by row, then four tokens and one.
+
+    Other numbers of heads: tests/test_spec_decode.py.
+    """
+    model = tiny_model()
     compile_blocks(model)
-    rows = random_rows(2, 134)
-    expected = torch.stack([reference_logits(model, row) for row in rows])
-    got = cached_logits(model, rows, [128, 5, 1]).double()
-    assert (got - expected).abs().max() < 1e-4 * expected.std()
+    n, rows = COMPILED_CHUNK, random_rows(COMPILED_ROWS, COMPILED_CHUNK + 5)
+    tokens, pos = torch.tensor(rows), torch.arange(n + 5).expand(COMPILED_ROWS, -1)
+    cache = KVCache.empty(CacheSpec.for_model(model, COMPILED_ROWS), COMPILED_LEN)
+    pieces = [
+        torch.cat([model(tokens[b : b + 1, :n], pos[:1, :n], cache.row(b)) for b in range(4)]),
+        model(tokens[:, n : n + 4], pos[:, n : n + 4], cache),
+        model(tokens[:, n + 4 :], pos[:, n + 4 :], cache),
+    ]
+    for row, got in zip(rows[:2], torch.cat(pieces, dim=1), strict=False):
+        expected = reference_logits(model, row)
+        assert (got.double() - expected).abs().max() < 1e-4 * expected.std()
 
 
 def test_a_sliding_window_is_the_same_compiled():
     """Eager, it is held against transformers (tests/test_checkpoints.py)."""
     eager, compiled = (tiny_model(sliding_window=50) for _ in range(2))
     compile_blocks(compiled)
-    rows, chunks = random_rows(2, 644), [640, 4]
-    expected = cached_logits(eager, rows, chunks)
-    got = cached_logits(compiled, rows, chunks)
+    tokens, pos = torch.tensor(random_rows(4, 644)), torch.arange(644).expand(4, 644)
+    cache = KVCache.empty(CacheSpec.for_model(eager, 4), COMPILED_LEN)
+    eager(tokens[:, :640], pos[:, :640], cache)
+    expected = eager(tokens[:, 640:], pos[:, 640:], cache)
+    flex = KVCache(replace(cache.spec, flex=True), cache.k, cache.v)
+    got = compiled(tokens[:, 640:], pos[:, 640:], flex)
     assert (got - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, 300])
+@pytest.mark.parametrize(
+    "n_group, n_tokens", [(1, 1), (7, 5), (7, 33), (1, 256), (2, 128), (3, 384)]
+)
+def test_the_block_mask_is_the_dense_mask(n_group, n_tokens, window):
+    """The rule inside the blocks; and those that are not visited hold nothing that is seen."""
+    spec = CacheSpec.for_model(tiny_model(n_group, 1, sliding_window=window), 3)
+    cache = KVCache.empty(replace(spec, flex=True), 1200)
+    pos = torch.tensor([[0], [250], [701]]) + torch.arange(n_tokens)
+    mask, dense = cache.block_mask(pos), cache.dense_mask(pos)[:, 0]  # [B, G * T, S]
+    assert mask.seq_lengths == dense.shape[1:]
+    b, q, slot = (torch.arange(n) for n in dense.shape)
+    assert torch.equal(mask.mask_mod(b[:, None, None], 0, q[:, None], slot), dense)
+    for b in range(3):
+        for i, part in enumerate(dense[b].split(128)):
+            needed = part.any(dim=0).view(-1, spec.kv_block).any(dim=1).nonzero()[:, 0].tolist()
+            visited = mask.kv_indices[b, 0, i, : mask.kv_num_blocks[b, 0, i]].tolist()
+            assert visited == sorted(set(visited)) and set(needed) <= set(visited)
+            if n_tokens % 128 == 0 or len(dense[b]) <= 128:
+                assert needed == visited
 
 
 @pytest.mark.parametrize("window", [1, 5, 29, 30, None])
@@ -164,14 +204,14 @@ def test_a_sliding_window_visits_only_its_blocks(window):
 def test_rows_at_different_lengths_equal_the_rows_alone(compiled, n_tokens):
     """A batch step where every row stands somewhere else; also with garbage in unseen slots."""
     model = tiny_model()
-    if compiled:
-        compile_blocks(model)
-    lengths = [3, 100, 61]
-    rows = random_rows(3, 104)
-    spec = CacheSpec.for_model(model, 3)
-    cache = KVCache.empty(spec, 600)
+    lengths = [3, 100, 61, 1]
+    rows = random_rows(COMPILED_ROWS, 104)
+    cache = KVCache.empty(CacheSpec.for_model(model, COMPILED_ROWS), COMPILED_LEN)
     for b, n in enumerate(lengths):
         model(torch.tensor([rows[b][:n]]), torch.arange(n)[None], cache.row(b))
+    if compiled:
+        compile_blocks(model)
+        cache = KVCache(CacheSpec.for_model(model, COMPILED_ROWS), cache.k, cache.v)
     pos = torch.tensor(lengths)[:, None] + torch.arange(n_tokens)
     tokens = torch.tensor([rows[b][n : n + n_tokens] for b, n in enumerate(lengths)])
     together = model(tokens, pos, cache)
