@@ -56,6 +56,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 NEVER = 2**62  # position of a selected slot that holds nothing: later than any query
 Q_BLOCK = 128  # queries per flex_attention block
+PROGRAMS_PER_SM = 2  # of the split-KV kernel; see KVCache.kernel_options
 POOL = 31  # SnapKV's scores are averaged over this many neighbours, an odd number (LOG.md)
 SCORE_BYTES = 2**28  # most memory that SnapKV's scores may take at a time
 
@@ -81,6 +82,7 @@ class CacheSpec:
     device: torch.device
     flex: bool  # mask the full cache for flex_attention; False: boolean masks
     window: int | None = None  # newest tokens that the model's attention sees; None: all
+    programs_per_sm: int = PROGRAMS_PER_SM  # that the split-KV kernel is divided into
 
     @classmethod
     def for_model(cls, model, batch_size: int) -> "CacheSpec":
@@ -151,6 +153,11 @@ def fold_mask(visible: Tensor, n_group: int) -> Tensor:  # [..., T, S] -> [..., 
     return visible.unsqueeze(-3).expand(*lead, n_group, T, S).flatten(-3, -2)
 
 
+def query_tile(n_query: int) -> int:
+    """Folded queries that the split-KV kernel computes for so many: a power of two, at least 16."""
+    return max(1 << (n_query - 1).bit_length(), 16)
+
+
 class KVCache:
     """The full cache: position p in slot p."""
 
@@ -198,21 +205,31 @@ class KVCache:
         return [step] * self.spec.n_layer
 
     def kernel_options(self, B: int, T: int) -> dict | None:
-        """Settings of the split-KV kernel that CUDA uses for fewer than 128 folded queries.
+        """Settings of the kernels of flex_attention on CUDA; None where its own are good.
 
-        Its default for Hopper has one pipeline stage, and splits a row's blocks among too few
-        programs for ragged rows; about four programs per multiprocessor keep all of them busy.
+        A tile of queries that registers cannot hold is spilled to memory, hundreds of times per
+        tile of K. So warps grow with the tile, and float32, which multiplies without tensor
+        cores, has small tiles (`scripts/check_cuda_offline.py` counts the spills).
+
+        Fewer than 128 folded queries take the split-KV kernel. By itself it has no pipeline on
+        Hopper, and too few programs for ragged rows. All of its programs should run at once:
+        shared memory holds 3 on a multiprocessor up to 16 queries, and 2 up to 64 (D = 128, 16
+        bits), hence PROGRAMS_PER_SM.
         """
-        if self.spec.device.type != "cuda" or self.spec.n_group * T >= Q_BLOCK:
+        spec, n_query = self.spec, self.spec.n_group * T
+        if spec.device.type != "cuda":
             return None
-        n_sm = torch.cuda.get_device_properties(self.spec.device).multi_processor_count
-        options = {
-            "SPLIT_KV": max(4 * n_sm // (B * self.spec.n_kv_head), 1),
-            "BLOCKS_ARE_CONTIGUOUS": True,
-        }
-        if self.spec.dtype != torch.float32:  # in float32 three stages outgrow shared memory
-            options["num_stages"] = 3
-        return options
+        tile, options = query_tile(n_query), {}
+        if spec.dtype == torch.float32:
+            tile = min(tile, 32)
+            options = {"BLOCK_M": tile, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+        if n_query >= Q_BLOCK:
+            return options or None
+        n_sm = torch.cuda.get_device_properties(spec.device).multi_processor_count
+        n_pieces = B * spec.n_kv_head * -(-n_query // tile)
+        split = max(spec.programs_per_sm * n_sm // n_pieces, 1)
+        decoding = {"SPLIT_KV": split, "BLOCKS_ARE_CONTIGUOUS": True}
+        return {"num_warps": max(tile // 16, 2), "num_stages": 3} | decoding | options
 
     def dense_mask(self, pos: Tensor) -> Tensor:
         """[B, 1, G * T, S] bool: slot <= q, and within the model's window if it has one."""

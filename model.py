@@ -540,14 +540,20 @@ class Transformer(nn.Module):
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Compile every block, in place, into one shared function per (T, cache geometry)."""
+    """Compile every block, in place, into one shared function per (T, cache geometry).
+
+    On CUDA no elementwise kernel is autotuned. Inductor would time two versions of the cache's
+    write, each on copies of all that it writes to: two whole buffers of the cache.
+    """
     torch._dynamo.config.recompile_limit = (
         64  # static shapes: one entry per T and cache, few in all
     )
+    device = model.norm.weight.device
+    options = {"triton.autotune_pointwise": False} if device.type == "cuda" else None
     for layer in model.layers:
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(fullgraph=True, dynamic=False, options=options)
     model.compiled = True
-    model.flex = flex_runs(model.norm.weight.device)
+    model.flex = flex_runs(device)
 
 
 def flex_runs(device: torch.device) -> bool:

@@ -3,6 +3,8 @@
 import random
 import re
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from kv_cache import (
     Layer,
     SparseKVCache,
     check_fits,
+    query_tile,
     select_streaming,
 )
 from model import Transformer, compile_blocks
@@ -303,3 +306,54 @@ def test_the_largest_batch_that_fits_is_computed(monkeypatch):
     monkeypatch.setattr(kv_cache, "free_memory", lambda device: n_bytes + chunk - 1)
     with pytest.raises(ValueError, match="free; use a smaller --max_context"):
         Engine(model, 1, 500, drafting, Sampling())
+
+
+def cuda_options(monkeypatch, B: int, T: int, **changes) -> dict | None:
+    """The kernel options on a GPU of 132 multiprocessors; 8 KV heads of 4 query heads each."""
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    spec = CacheSpec(2, B, 8, 128, 4, torch.bfloat16, torch.device("cuda"), True)
+    return KVCache(replace(spec, **changes), [], []).kernel_options(B, T)
+
+
+def test_a_query_tile_is_a_power_of_two_of_at_least_16():
+    sizes = {n: query_tile(n) for n in (1, 15, 16, 17, 32, 33, 64, 65, 127)}
+    assert sizes == {1: 16, 15: 16, 16: 16, 17: 32, 32: 32, 33: 64, 64: 64, 65: 128, 127: 128}
+
+
+@pytest.mark.parametrize("G, T, warps", [
+    (4, 1, 2), (4, 4, 2), (4, 8, 2), (4, 9, 4), (4, 16, 4), (4, 17, 8), (4, 31, 8),
+    (7, 4, 2), (7, 9, 4), (7, 10, 8), (1, 1, 2), (1, 33, 4),
+])  # fmt: skip
+def test_warps_grow_with_the_folded_queries(monkeypatch, G, T, warps):
+    """With two warps for a tile of 128 queries ptxas spills 50 KB per thread block."""
+    options = cuda_options(monkeypatch, 8, T, n_group=G)
+    assert options["num_warps"] == warps and options["num_stages"] == 3
+    assert "BLOCK_M" not in options and "BLOCK_N" not in options  # the kernel's own, 64 slots
+
+
+@pytest.mark.parametrize("G, T, tile", [(4, 1, 16), (4, 6, 32), (4, 17, 32), (1, 33, 32)])
+def test_float32_has_small_tiles(monkeypatch, G, T, tile):
+    """Its products are not on tensor cores: every other tile spills where D is 128."""
+    options = cuda_options(monkeypatch, 8, T, n_group=G, dtype=torch.float32)
+    assert (options["BLOCK_M"], options["BLOCK_N"]) == (tile, 32)
+    assert (options["num_warps"], options["num_stages"]) == (8, 2)
+
+
+def test_prefill_keeps_the_kernels_own_options_but_in_float32(monkeypatch):
+    assert cuda_options(monkeypatch, 1, 2048) is None
+    assert cuda_options(monkeypatch, 8, 32) is None  # 128 folded queries
+    options = cuda_options(monkeypatch, 1, 2048, dtype=torch.float32)
+    assert options == {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    spec = CacheSpec.for_model(tiny_model(), 1)
+    assert KVCache(spec, [], []).kernel_options(1, 1) is None  # on the CPU
+
+
+def test_a_rows_slots_are_split_among_so_many_programs_per_multiprocessor(monkeypatch):
+    splits = [cuda_options(monkeypatch, B, 1)["SPLIT_KV"] for B in (1, 8, 16, 24, 64)]
+    assert splits == [33, 4, 2, 1, 1]  # 2 * 132 programs for B * 8 heads
+    swept = [cuda_options(monkeypatch, 8, 6, programs_per_sm=n)["SPLIT_KV"] for n in (1, 2, 3, 4)]
+    assert swept == [2, 4, 6, 8]
+    f32 = {"dtype": torch.float32}
+    splits = [cuda_options(monkeypatch, 8, T, **f32)["SPLIT_KV"] for T in (1, 9, 17)]
+    assert splits == [4, 2, 1]  # 1, 2 and 3 tiles of 32 queries

@@ -8,6 +8,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,21 @@ def test_llama3_scaling_changes_something():
     plain, scaled = (tiny_model(rope_scaling=s) for s in (None, LLAMA3))
     difference = cached_logits(plain, rows, [90]) - cached_logits(scaled, rows, [90])
     assert difference.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("device, options", [
+    ("cpu", None), ("cuda", {"triton.autotune_pointwise": False}),
+])  # fmt: skip
+def test_no_elementwise_kernel_is_autotuned_on_cuda(device, options):
+    """Autotuning copies what a kernel writes to: whole buffers of the cache."""
+    compiled = []
+    block = SimpleNamespace(compile=lambda **settings: compiled.append(settings))
+    weight = SimpleNamespace(device=torch.device(device))
+    compile_blocks(SimpleNamespace(layers=[block] * 2, norm=SimpleNamespace(weight=weight)))
+    assert compiled == [{"fullgraph": True, "dynamic": False, "options": options}] * 2
+    for name, value in (options or {}).items():
+        with torch._inductor.config.patch({name: value}):  # an error if there is no such setting
+            pass
 
 
 def test_compiled_flex_equals_reference():
