@@ -110,9 +110,18 @@ class CacheSpec:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device; None where the system does not tell."""
+    """Bytes that can still be allocated on the device; None where the system does not tell.
+
+    On CUDA also what PyTorch keeps for its next tensors, but not what a CUDA graph's own pool
+    keeps: only that graph's replays, and captures into its pool, ever use it.
+    """
     if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        reusable = sum(
+            segment["total_size"] - segment["active_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if segment["device"] == index and tuple(segment["segment_pool_id"]) == (0, 0)
+        )
         return torch.cuda.mem_get_info(device)[0] + reusable
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():

@@ -285,6 +285,22 @@ def test_too_little_memory_is_said_with_both_numbers():
     check_fits(2**20, torch.device("cpu"), "they", lambda share: "less")
 
 
+def test_the_pools_of_cuda_graphs_are_not_free(monkeypatch):
+    """Free is what the driver says, and what this GPU's shared pool holds without using it."""
+
+    def segment(total: int, active: int, pool=(0, 0), device: int = 1) -> dict:
+        return {"device": device, "segment_pool_id": pool, "total_size": total,
+                "active_size": active, "allocated_size": active - 1}  # fmt: skip
+
+    segments = [segment(100, 60), segment(30, 1), segment(5000, 2000, pool=(0, 3)),
+                segment(700, 1, pool=(2, 0)), segment(900, 1, device=0)]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 10**9))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name, free in (("cuda:1", 10**6 + 40 + 29), ("cuda", 10**6 + 69), ("cuda:0", 10**6 + 899)):
+        assert kv_cache.free_memory(torch.device(name)) == free
+
+
 def test_the_largest_batch_that_fits_is_computed(monkeypatch):
     """And it does fit, to the byte; one byte less and it does not."""
     model, drafting = tiny_model(), Drafting("streaming", 3, 24)
