@@ -10,7 +10,7 @@
     follow      use the candidate and gamma with the least predicted time per token; every few
                 rounds look at the acceptance of the latest ones, and change either, down to none
 
-Few values of gamma are compiled (`GAMMAS`); a draft cache made for the largest serves them all.
+Few values of gamma are compiled (`draft_lengths`); the largest one's draft cache serves them all.
 A candidate that would not win at an acceptance of `OPTIMISTIC`, by its measured draft step, is not
 probed, and a probe puts few tokens at stake. A draft that the user named is used in any case: only
 its gamma is chosen. The choice follows the clock, so that with sampling a seed fixes the output
@@ -37,7 +37,7 @@ from kv_cache import POLICIES
 from model import Transformer, read_json, write_json
 from spec_decode import Draft, Engine, Stats
 
-GAMMAS = (2, 5)  # compiled draft lengths
+GAMMAS = (2, 5)  # compiled draft lengths on the CPU
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
@@ -456,6 +456,18 @@ def lookup_rounds(engine: Engine, gamma: int) -> tuple[list[int], list[int]]:
             histogram[row[i]] += 1
             i += row[i] + 1
     return histogram, [0] * gamma + [sum(histogram)]
+
+
+def draft_lengths(device_type: str, n_group: int) -> tuple[int, ...]:
+    """The values of gamma that are worth compiling, ascending; n_group is G, heads per KV head.
+
+    On CUDA attention computes a tile of 16, 32 or 64 queries whatever G * (gamma + 1) is, so the
+    most drafts that a tile has room for are free: up to 11, beyond which drafts are rarely kept.
+    """
+    if device_type != "cuda":
+        return GAMMAS
+    n_tokens = {2, 4} | {min(tile // n_group, 12) for tile in (16, 32, 64)}
+    return tuple(sorted(n - 1 for n in n_tokens if n > 1))
 
 
 def calibration_file() -> Path:

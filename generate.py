@@ -39,7 +39,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import torch
 
-from auto import GAMMAS, Auto, Candidate, timed
+from auto import Auto, Candidate, draft_lengths, timed
 from chat import Chat, load_chat
 from cost_model import Parser, kv_bytes_per_token
 from drafters import NGRAM, Drafting, ModelDrafter, check_drafting
@@ -347,7 +347,7 @@ def prepare(
     prompts = read_prompts(args, tokenizer, chat, longest, partial(check_rows, args, config))
     if not args.interactive:
         longest = max(map(len, prompts)) + args.max_new_tokens
-    draftings, draft_config = read_drafting(args), None
+    draftings, draft_config = read_drafting(args, config), None
     if args.draft_checkpoint_path:
         draft_config, draft_tokenizer = load_text_side(args.draft_checkpoint_path)
         check_same_vocabulary(args, tokenizer, draft_tokenizer)
@@ -375,7 +375,7 @@ def prepare(
     if draft_model:
         named = "streaming" if args.draft == "auto" else args.draft
         found += [Candidate(d, draft_model) for d in draftings if d.policy == named]
-    auto = Auto(engine, found, gammas(args), named=args.draft != "auto")
+    auto = Auto(engine, found, gammas(args, config), named=args.draft != "auto")
     return engine, auto, tokenizer, chat, prompts
 
 
@@ -407,9 +407,9 @@ def automatic(args: argparse.Namespace) -> bool:
         args.draft, args.speculate_k)  # fmt: skip
 
 
-def read_drafting(args: argparse.Namespace) -> list[Drafting]:
+def read_drafting(args: argparse.Namespace, config: ModelConfig) -> list[Drafting]:
     """What the flags allow: one way to draft, or with --draft auto several."""
-    gamma = max(gammas(args))
+    gamma = max(gammas(args, config))
     if args.draft == "none" or gamma == 0:
         return [Drafting(gamma=gamma)]
 
@@ -431,9 +431,11 @@ def read_drafting(args: argparse.Namespace) -> list[Drafting]:
     return found
 
 
-def gammas(args: argparse.Namespace) -> tuple[int, ...]:
-    """Draft lengths that may be used."""
-    return GAMMAS if args.speculate_k == "auto" else (args.speculate_k,)
+def gammas(args: argparse.Namespace, config: ModelConfig) -> tuple[int, ...]:
+    """Draft lengths that may be used; config is the target's."""
+    if args.speculate_k == "auto":
+        return draft_lengths(args.device.type, config.n_group)
+    return (args.speculate_k,)
 
 
 def load_text_side(checkpoint_dir: Path) -> tuple[ModelConfig, Tokenizer]:

@@ -17,6 +17,7 @@ from auto import (
     Auto,
     Candidate,
     calibration_file,
+    draft_lengths,
     keep_calibration,
     lookup_rounds,
 )
@@ -511,3 +512,12 @@ def test_what_is_decided_after_a_forward_is_part_of_its_time(monkeypatch):
         assert seconds == pytest.approx(gamma + 1, rel=0.05)
     greedy = Engine(tiny_model(), 2, 200, Drafting(), Sampling())
     assert Auto(greedy, candidates("ngram"), GAMMAS).key() != auto.key()
+
+
+@pytest.mark.parametrize("G, gammas", [
+    (1, (1, 3, 11)), (2, (1, 3, 7, 11)), (3, (1, 3, 4, 9, 11)), (4, (1, 3, 7, 11)),
+    (7, (1, 3, 8)), (8, (1, 3, 7)), (16, (1, 3)), (64, (1, 3)),
+])  # fmt: skip
+def test_on_cuda_drafts_fill_a_tile_of_queries(G, gammas):
+    assert draft_lengths("cuda", G) == gammas
+    assert draft_lengths("cpu", G) == (2, 5)

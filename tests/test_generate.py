@@ -649,3 +649,14 @@ def test_demo_checkpoint_reproduces_recorded_logits():
     values = torch.tensor(recorded["last_logits"])
     assert (logits[0] - values).abs().max() < 1e-4 * values.std()
     assert logits[:-1].argmax(dim=-1).tolist() == greedy  # each follows from those before it
+
+
+def test_on_a_gpu_the_draft_lengths_follow_from_the_heads():
+    config = tiny_model(8, 2).config
+    args = generate.parse_args(["--device", "cpu"])
+    assert generate.gammas(args, config) == (2, 5)
+    args.device = torch.device("cuda")
+    assert generate.gammas(args, config) == (1, 3, 7, 11)
+    assert {d.gamma for d in generate.read_drafting(args, config)} == {11}
+    args.speculate_k = 5
+    assert generate.gammas(args, config) == (5,)
