@@ -11,9 +11,11 @@ finished, Omega tokens a round. Real acceptance comes from the demo checkpoint, 
 Times are medians of CUDA graph replays by device events (on a CPU: of calls by clock). A floor is
 the bytes that must be read, over the bandwidth measured at the start.
 
-The points are ordered by what they are needed for; the first `--detailed` ones have all. Results
-are written after every part, JSON and a Markdown table beside it; a part that fails is recorded and
-the others go on. When `--minutes` are over, points left are skipped and named: keep them well below
+The points are ordered by what they are needed for; the first `--detailed` ones have all, and the
+first one also a sweep of the split-KV kernel's programs per multiprocessor (PROGRAMS_PER_SM in
+kv_cache.py). Results are written after every part, JSON and a Markdown table beside it; a part that
+fails is recorded and the others go on. What the tests print is in a file beside it from the moment
+they print it. When `--minutes` are over, points left are skipped and named: keep them well below
 the limit of the machine, because a point that has begun is finished.
 """
 
@@ -25,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,7 +54,6 @@ from model import (
 from report import environment
 from spec_decode import Engine, Sampling
 
-CHECK_SECONDS = 200  # that the tests may take
 ACCEPTED = (  # policy, budget, acceptance of each draft: arXiv 2408.11049, at 32k
     ("streaming", 512, 0.81),
     ("snapkv", 2048, 0.895),
@@ -69,15 +71,16 @@ class Settings:
     budgets: tuple[int, ...]  # of T_D, at detailed points
     gammas: tuple[int, ...]  # of T_V, at detailed points
     round_gammas: tuple[int, ...]  # of whole rounds
+    programs_per_sm: tuple[int, ...]  # of the split-KV kernel, swept at the first detailed point
     repeats: int
 
 
 FULL = Settings(
     "random:llama-3.1-8b", "bfloat16",
     ((24, 32768), (16, 32768), (1, 32768), (8, 32768), (32, 16384), (64, 8192), (128, 4096)),
-    (256, 512, 1024, 2048), (1, 2, 3, 4, 5, 6, 7, 8), (3, 5), 20,
+    (256, 512, 1024, 2048), (1, 2, 3, 4, 5, 6, 7, 8), (3, 5), (1, 2, 3, 4), 20,
 )  # fmt: skip
-SMOKE = Settings(None, "float32", ((2, 300), (1, 100)), (16, 32), (1, 2), (2,), 2)
+SMOKE = Settings(None, "float32", ((2, 300), (1, 100)), (16, 32), (1, 2), (2,), (1, 2), 2)
 TOY = ModelConfig(64, 2, 4, 2, 32, 96, 500, max_seq_len=2048)
 
 
@@ -174,12 +177,25 @@ class Point:
         work = self.engine.capture(lambda: self.engine.draft(drafting.gamma))
         return self.against_floor(self.time(work) / drafting.gamma, min(drafting.budget, self.S))
 
-    def decide(self, drafts: torch.Tensor) -> torch.Tensor:
-        """A forward of the target alone, reading the full cache and writing only that."""
+    def decide(self, drafts: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """A forward of the target alone, reading the full cache (None) and writing only that."""
         token, pos = self.engine.newest()
         pos = pos + torch.arange(drafts.shape[1] + 1, device=pos.device)
         tokens = torch.cat((token, drafts), dim=1)
-        return self.model(tokens, pos, self.engine.full).argmax(dim=-1)
+        return self.model(tokens, pos, cache or self.engine.full).argmax(dim=-1)
+
+    def split_sweep(self) -> dict[str, dict[int, float]]:
+        """T_T and T_V by split-KV programs per multiprocessor; ms. On a CPU there are none."""
+        engine, full = self.engine, self.engine.full
+        engine.use(Drafting())
+        found = {}
+        for gamma in (0, max(self.settings.round_gammas)):
+            drafts, times = engine.tokens[:, :gamma].contiguous(), {}
+            for n in self.settings.programs_per_sm:
+                cache = KVCache(replace(full.spec, programs_per_sm=n), full.k, full.v)
+                times[n] = self.time(engine.capture(partial(self.decide, drafts, cache)))
+            found[f"T_V({gamma})" if gamma else "T_T"] = times
+        return found
 
     def tokens_per_second(self, gamma: int, rate: float = 0.0) -> float:
         """Of whole rounds, selections and the host's part included, while no row is finished."""
@@ -296,16 +312,28 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def checks() -> dict:
+def run_logged(command: list[str], log: Path, seconds: float) -> int | None:
+    """Exit status of a command, None if it was ended for taking longer; its output is in `log`."""
+    with log.open("w") as file:
+        try:
+            return subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds,
+                check=False,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return None
+
+
+def checks(log: Path, seconds: float) -> dict:
     """The tests that need a GPU, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=CHECK_SECONDS
-    )
-    last = (done.stdout.strip() or done.stderr.strip()).split("\n")[-1]
+    command = [sys.executable, "-m", "pytest", "-v", "tests/test_cuda.py"]
+    status = run_logged(command, log, seconds)
+    output = log.read_text()
+    last = "" if status is None else output.strip().split("\n")[-1]
+    last = last or f"not done in {seconds:.0f} s, see {log}"
     print(f"checks: {last}", flush=True)
-    return {"command": " ".join(command[1:]), "status": done.returncode, "last_line": last,
-            "output": done.stdout[-4000:] if done.returncode else ""}  # fmt: skip
+    return {"command": " ".join(command[1:]), "status": status, "last_line": last,
+            "output": output[-4000:] if status != 0 else ""}  # fmt: skip
 
 
 def demo(device: str, out: Path, smoke: bool) -> dict:
@@ -344,6 +372,7 @@ def main() -> None:
     parser.add_argument("--points", nargs="+", type=batch_and_length, metavar="B,S")
     parser.add_argument("--detailed", type=int, default=2, metavar="N",
                         help="points with all gammas and budgets, profile, baselines")  # fmt: skip
+    parser.add_argument("--check_seconds", type=float, default=420, help="that tests may take")
     parser.add_argument("--skip", nargs="*", default=[], choices=("checks", "demo"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -374,7 +403,8 @@ def main() -> None:
         out.with_suffix(".md").write_text(markdown(result))
 
     if "checks" not in args.skip:
-        part(result, "checks", checks)
+        log = out.with_suffix(".checks.txt")
+        part(result, "checks", lambda: checks(log, args.check_seconds))
     if "demo" not in args.skip:
         part(result, "demo", lambda: demo(device.type, out, args.smoke))
     with torch.inference_mode():
@@ -393,7 +423,8 @@ def main() -> None:
             found = {"batch_size": B, "prefix_len": S,
                      "itemsize": DTYPES[settings.dtype].itemsize}  # fmt: skip
             result["points"].append(found)
-            measure(model, found, i < args.detailed, per_second, settings, part)
+            here = replace(settings, programs_per_sm=settings.programs_per_sm if i == 0 else ())
+            measure(model, found, i < args.detailed, per_second, here, part)
             free(device)
         if any("steps" in p for p in result["points"]):
             kind = "cpu" if args.smoke else "h200"
@@ -412,6 +443,8 @@ def measure(model, found: dict, detailed: bool, per_second: float, settings: Set
     point = Point(model, B, S, per_second, settings)
     part(found, "steps", lambda: point.steps(detailed))
     part(found, "rounds", point.rounds)
+    if detailed and settings.programs_per_sm:
+        part(found, "split_kv", point.split_sweep)
     part(found, "prefill", point.prefill)
     if point.device.type == "cuda":
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(point.device)
@@ -420,6 +453,9 @@ def measure(model, found: dict, detailed: bool, per_second: float, settings: Set
     if "steps" in found:
         t = found["steps"]["T_T"]
         print(f"B {B} S {S}: T_T {t['ms']:.2f} ms, {t['over_floor']:.2f} x floor", flush=True)
+    for name, times in found.get("split_kv", {}).items():
+        swept = ", ".join(f"{n}: {ms:.3f} ms" for n, ms in times.items())
+        print(f"    {name} by split-KV programs per multiprocessor: {swept}", flush=True)
 
 
 def free(device: torch.device) -> None:

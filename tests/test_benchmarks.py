@@ -52,13 +52,31 @@ def test_gpu_benchmark_runs_at_toy_sizes_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert "skipped" in result["checks"]["last_line"] and result["demo"]["identical"]
+    assert "test_cuda.py" in out.with_suffix(".checks.txt").read_text()
     assert [(p["batch_size"], p["prefix_len"]) for p in result["points"]] == [(2, 300), (1, 100)]
     for p in result["points"]:
         assert {"T_T", "T_V(1)", "T_V(2)", "T_D(16)", "T_D(32)"} <= p["steps"].keys()
         assert all(r["tokens_per_s"] > 0 for r in p["rounds"]["runs"])
         assert p["baselines"]["gpt_fast_style_ms"] > 0
+    first, second = result["points"]
+    assert {n: sorted(t) for n, t in first["split_kv"].items()} == {
+        "T_T": ["1", "2"],
+        "T_V(2)": ["1", "2"],
+    }
+    assert "split_kv" not in second
     assert out.with_suffix(".md").read_text().count("\n") == 4
     if not torch.cuda.is_available():
         command = [sys.executable, "benchmarks/gpu.py"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 1 and "torch sees no GPU here" in done.stderr
+
+
+def test_a_time_out_does_not_lose_what_the_tests_printed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    log = tmp_path / "log.txt"
+    assert gpu.run_logged(["sh", "-c", "echo one; echo two >&2; exec sleep 60"], log, 1.0) is None
+    assert log.read_text() == "one\ntwo\n"
+    assert gpu.run_logged(["sh", "-c", "echo three; exit 3"], log, 60) == 3
+    assert log.read_text() == "three\n"
