@@ -56,7 +56,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 NEVER = 2**62  # position of a selected slot that holds nothing: later than any query
 Q_BLOCK = 128  # queries per flex_attention block
-PROGRAMS_PER_SM = 2  # of the split-KV kernel; see KVCache.kernel_options
+# Programs of the split-KV kernel that a multiprocessor of Hopper runs at once, by tile of queries:
+# as many as its shared memory holds, and for 128 its registers (D = 128, 16 bits).
+PROGRAMS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1}
 POOL = 31  # SnapKV's scores are averaged over this many neighbours, an odd number (LOG.md)
 SCORE_BYTES = 2**28  # most memory that SnapKV's scores may take at a time
 
@@ -82,7 +84,7 @@ class CacheSpec:
     device: torch.device
     flex: bool  # mask the full cache for flex_attention; False: boolean masks
     window: int | None = None  # newest tokens that the model's attention sees; None: all
-    programs_per_sm: int = PROGRAMS_PER_SM  # that the split-KV kernel is divided into
+    programs_per_sm: int | None = None  # of the split-KV kernel; None: PROGRAMS_PER_SM
 
     @classmethod
     def for_model(cls, model, batch_size: int) -> "CacheSpec":
@@ -221,9 +223,7 @@ class KVCache:
         cores, has small tiles (`scripts/check_cuda_offline.py` counts the spills).
 
         Fewer than 128 folded queries take the split-KV kernel. By itself it has no pipeline on
-        Hopper, and too few programs for ragged rows. All of its programs should run at once:
-        shared memory holds 3 on a multiprocessor up to 16 queries, and 2 up to 64 (D = 128, 16
-        bits), hence PROGRAMS_PER_SM.
+        Hopper, and too few programs for ragged rows. Here it has as many as run at once.
         """
         spec, n_query = self.spec, self.spec.n_group * T
         if spec.device.type != "cuda":
@@ -236,7 +236,7 @@ class KVCache:
             return options or None
         n_sm = torch.cuda.get_device_properties(spec.device).multi_processor_count
         n_pieces = B * spec.n_kv_head * -(-n_query // tile)
-        split = max(spec.programs_per_sm * n_sm // n_pieces, 1)
+        split = max((spec.programs_per_sm or PROGRAMS_PER_SM[tile]) * n_sm // n_pieces, 1)
         decoding = {"SPLIT_KV": split, "BLOCKS_ARE_CONTIGUOUS": True}
         return {"num_warps": max(tile // 16, 2), "num_stages": 3} | decoding | options
 

@@ -365,11 +365,13 @@ def test_prefill_keeps_the_kernels_own_options_but_in_float32(monkeypatch):
     assert KVCache(spec, [], []).kernel_options(1, 1) is None  # on the CPU
 
 
-def test_a_rows_slots_are_split_among_so_many_programs_per_multiprocessor(monkeypatch):
+def test_slots_are_split_among_as_many_programs_as_run_at_once(monkeypatch):
     splits = [cuda_options(monkeypatch, B, 1)["SPLIT_KV"] for B in (1, 8, 16, 24, 64)]
-    assert splits == [33, 4, 2, 1, 1]  # 2 * 132 programs for B * 8 heads
+    assert splits == [49, 6, 3, 2, 1]  # 3 * 132 programs for B * 8 heads
+    splits = [cuda_options(monkeypatch, 4, T)["SPLIT_KV"] for T in (1, 8, 16, 17)]
+    assert splits == [12, 8, 8, 4]  # 3, 2, 2 and 1 programs per multiprocessor
     swept = [cuda_options(monkeypatch, 8, 6, programs_per_sm=n)["SPLIT_KV"] for n in (1, 2, 3, 4)]
     assert swept == [2, 4, 6, 8]
     f32 = {"dtype": torch.float32}
     splits = [cuda_options(monkeypatch, 8, T, **f32)["SPLIT_KV"] for T in (1, 9, 17)]
-    assert splits == [4, 2, 1]  # 1, 2 and 3 tiles of 32 queries
+    assert splits == [6, 2, 1]  # 1, 2 and 3 tiles of at most 32 queries
