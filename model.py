@@ -542,14 +542,16 @@ class Transformer(nn.Module):
 def compile_blocks(model: Transformer) -> None:
     """Compile every block, in place, into one shared function per (T, cache geometry).
 
-    On CUDA no elementwise kernel is autotuned. Inductor would time two versions of the cache's
-    write, each on copies of all that it writes to: two whole buffers of the cache.
+    On CUDA nothing is autotuned. Inductor would time several versions of the kernel that writes
+    the cache, each on copies of all that it writes to: two whole buffers of the cache. That kernel
+    is elementwise, or, where keys are normalised, a reduction.
     """
     torch._dynamo.config.recompile_limit = (
         64  # static shapes: one entry per T and cache, few in all
     )
     device = model.norm.weight.device
-    options = {"triton.autotune_pointwise": False} if device.type == "cuda" else None
+    one_version = {"triton.autotune_pointwise": False, "deterministic": True}
+    options = one_version if device.type == "cuda" else None
     for layer in model.layers:
         layer.compile(fullgraph=True, dynamic=False, options=options)
     model.compiled = True
