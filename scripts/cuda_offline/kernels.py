@@ -1,0 +1,193 @@
+"""The Triton kernels of the model's blocks, as Inductor generates and ptxas compiles them.
+
+Two kinds of cases. *Blocks* are the real ones of Llama-3.1-8B, of Qwen3-8B's kind and of the demo,
+with the caches of every part of a round: all their kernels are compiled. *Attention* are narrow
+blocks with attention's real geometry, for many head ratios and lengths: the kernels of attention
+alone are compiled.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from kv_cache import CacheSpec, JointCache, KVCache, ReadOnlyCache, SparseKVCache
+from model import ModelConfig, compile_blocks
+from scripts.cuda_offline import inductor, pretend
+from scripts.cuda_offline.inductor import Kernel, Recorder
+from scripts.cuda_offline.report import Report
+
+SLOTS = 65536 - 64  # of the full cache, so that nothing else is as large as one of its buffers
+LENGTHS = (1, 4, 6, 8, 12, 17, 33)
+CHUNK = 2048  # a prefill's
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def full(spec: CacheSpec) -> KVCache:
+    return KVCache.empty(spec, SLOTS)
+
+
+def sparse(spec: CacheSpec) -> SparseKVCache:
+    return SparseKVCache(spec, n_selected=4, n_recent=508, gamma=5)
+
+
+def joint(spec: CacheSpec) -> JointCache:
+    return JointCache(full(spec), sparse(spec))
+
+
+def observed(spec: CacheSpec) -> ReadOnlyCache:
+    return ReadOnlyCache(full(spec))
+
+
+def drafting(spec: CacheSpec) -> JointCache:
+    """What a draft model that selects from its own full cache drafts with."""
+    return JointCache(sparse(spec), full(spec))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    config: ModelConfig  # of two layers
+    dtype: str
+    B: int
+    T: int
+    cache: Callable[[CacheSpec], object] = full
+    all_kernels: bool = False  # not only those of attention
+
+    @property
+    def splits(self) -> bool:
+        """Whether attention is to be the split-KV kernel."""
+        return self.cache not in (sparse, drafting) and self.config.n_group * self.T < 128
+
+
+def config(dim: int, H: int, Hkv: int, D: int, ffn: int, **more) -> ModelConfig:
+    return ModelConfig(dim, 2, H, Hkv, D, ffn, 1000, max_seq_len=131072, **more)
+
+
+LLAMA = config(4096, 32, 8, 128, 14336)  # Llama-3.1-8B
+QWEN = config(4096, 32, 8, 128, 12288, qk_norm=True)  # Qwen3-8B
+DEMO = config(256, 4, 4, 128, 704)  # checkpoints/demo
+
+
+def blocks() -> Iterator[Case]:
+    """Real blocks, all of their kernels."""
+    parts = [("plain", 8, 1, full), ("plain", 24, 1, full), ("verify", 8, 6, joint),
+             ("draft", 8, 1, sparse), ("draft model", 8, 2, drafting),
+             ("observe", 8, 8, observed), ("prefill", 1, CHUNK, full)]  # fmt: skip
+    for what, B, T, cache in parts:
+        yield Case(f"block Llama {what} bfloat16 B {B} T {T}", LLAMA, "bfloat16", B, T, cache, True)
+    yield Case("block Qwen verify bfloat16 B 8 T 4", QWEN, "bfloat16", 8, 4, joint, True)
+    for T, B, cache in ((1, 16, full), (6, 16, joint), (CHUNK, 1, full)):
+        yield Case(f"block demo float32 B {B} T {T}", DEMO, "float32", B, T, cache, True)
+
+
+def attention(dtype: str, G: int, T: int, D: int = 128) -> Case:
+    B = 1 if T == CHUNK else 8
+    narrow = config(128, 8 * G, 8, D, 128)
+    return Case(f"attention {dtype} G {G} T {T} D {D}", narrow, dtype, B, T)
+
+
+def attentions() -> Iterator[Case]:
+    """In bfloat16 all; in float32 every tile of queries, and other head dimensions."""
+    for G in (1, 4, 7):
+        for T in (*LENGTHS, CHUNK):
+            yield attention("bfloat16", G, T)
+    for G, T in ((1, 33), (4, 1), (4, 4), (4, 12), (4, 17), (4, 33), (4, CHUNK), (7, 6)):
+        yield attention("float32", G, T)
+    for D in (16, 32, 64):
+        yield attention("float32", 4, 6, D)
+    yield attention("bfloat16", 4, 17, 64)
+
+
+def check_kernel(report: Report, case: Case, kernel: Kernel) -> None:
+    """Registers, shared memory, candidates."""
+    shown = f"{case.name}: {kernel.name}"
+    limit = pretend.H200.shared_memory_per_block_optin
+    for build in kernel.builds:
+        if build.shared > limit:
+            report.fail(f"{shown} needs {build.shared} bytes of shared memory, of {limit}")
+        if build.spilled and kernel.is_attention:
+            report.fail(f"{shown} spills: ptxas counts {build.spilled} bytes of loads and stores")
+        if not build.registers:
+            report.fail(f"{shown}: no registers in what ptxas reported")
+    if kernel.n_candidates != 1 and kernel.writes:
+        report.fail(
+            f"{shown} writes to {', '.join(kernel.writes)} and has {kernel.n_candidates} "
+            f"candidates: to time them Inductor copies what they write to"
+        )
+
+
+def programs_at_once(kernel: Kernel) -> int:
+    """How many programs a multiprocessor holds, by shared memory and registers."""
+    gpu, build = pretend.H200, kernel.builds[0]
+    by_shared = gpu.shared_memory_per_multiprocessor // (build.shared + 1024)
+    by_registers = gpu.regs_per_multiprocessor // (32 * kernel.n_warps * build.registers)
+    return min(by_shared, by_registers)
+
+
+def check_split(report: Report, case: Case, kernel: Kernel) -> None:
+    """All programs of a split-KV kernel should run at once; there is one for each piece anyway."""
+    tile, split = kernel.settings["BLOCK_M"], kernel.settings["SPLIT_KV"]
+    pieces = case.B * case.config.n_kv_head * -(-case.config.n_group * case.T // tile)
+    room = pretend.H200.multi_processor_count * programs_at_once(kernel)
+    if split > 1 and split * pieces > room:
+        report.fail(f"{case.name}: {split * pieces} programs, of which {room} run at once")
+
+
+def describe(kernel: Kernel) -> str:
+    build, s = kernel.builds[0], kernel.settings
+    how = f"split {s['SPLIT_KV']}" if kernel.splits else "not split"
+    return (
+        f"{how}, tile {s['BLOCK_M']} x {s['BLOCK_N']}, {kernel.n_warps} warps, {build.registers} "
+        f"registers, {build.shared} bytes shared, {programs_at_once(kernel)} at once"
+    )
+
+
+def forward(case: Case, model, cache) -> None:
+    """One forward with a mask, positions and closures of its own."""
+    with torch.device("cuda"):
+        pos = torch.full((case.B, 1), 30000) + torch.arange(case.T)
+        tokens = torch.zeros_like(pos)
+    model.hidden(tokens, pos, cache)
+
+
+def one(report: Report, case: Case, recorder: Recorder) -> None:
+    """Compile the case's block; look at what comes out."""
+    recorder.clear()
+    recorder.builds = "all" if case.all_kernels else "attention"
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with report.case(case.name) as said, pretend.gpu():
+        model = pretend.model_on_gpu(case.config, DTYPES[case.dtype])
+        compile_blocks(model)
+        cache = case.cache(CacheSpec.for_model(model, case.B))
+        forward(case, model, cache)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            forward(case, model, cache)
+        n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        if n_graphs != 1:
+            report.fail(f"{case.name}: {n_graphs} compiled functions for two layers, not 1")
+        buffer = max(t.nbytes for pair in cache.layer(0) for t in pair)
+        largest = max(recorder.allocated)
+        if largest >= buffer and case.cache is not sparse:
+            report.fail(f"{case.name} allocates {largest} bytes, a buffer of the cache is {buffer}")
+        for kernel in recorder.kernels:
+            check_kernel(report, case, kernel)
+        kernels = [kernel for kernel in recorder.kernels if kernel.is_attention]
+        if case.splits and not any(kernel.splits for kernel in kernels):
+            report.fail(f"{case.name}: attention is not the split-KV kernel")
+        for kernel in kernels:
+            said.append(describe(kernel))
+            if kernel.splits:
+                check_split(report, case, kernel)
+        said.append(f"{len(recorder.launches) // 4} Triton launches a layer")
+
+
+def check(match: str) -> list[str]:
+    """The failures."""
+    pretend.install()
+    recorder, report = inductor.install(), Report(match)
+    for case in (*blocks(), *attentions()):
+        if report.wants(case.name):
+            one(report, case, recorder)
+    return report.end()

@@ -1,0 +1,184 @@
+"""The generated attention kernels in Triton's interpreter, against attention written out.
+
+This process lets Inductor generate them, for a GPU of a few multiprocessors, so that there are few
+programs. A second one interprets them, because Triton decides that when it is imported. The
+reduction after a split-KV kernel is ordinary Inductor code; here it is written out.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from kv_cache import CacheSpec, KVCache
+from model import ModelConfig, compile_blocks
+from scripts.cuda_offline import inductor, pretend
+from scripts.cuda_offline.report import ROOT, Report, scratch
+
+SLOTS = 600
+STARTS = (SLOTS - 1, 3, 254)  # where a row's tokens end, begin, begin: across two blocks
+TOLERANCE = {"float32": 1e-4, "float16": 3e-2}  # the interpreter has no bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    H: int
+    Hkv: int
+    D: int
+    B: int
+    T: int
+    dtype: str = "float32"
+    finished: bool = False  # row 1, whose result nobody needs
+    window: int | None = None  # of the model's attention
+
+    @property
+    def name(self) -> str:
+        more = " row 1 finished" * self.finished + f" window {self.window}" * bool(self.window)
+        return f"{self.dtype} H {self.H} Hkv {self.Hkv} D {self.D} B {self.B} T {self.T}{more}"
+
+
+CASES = (
+    Case(8, 2, 32, 3, 1),
+    Case(8, 2, 32, 3, 6, finished=True),
+    Case(8, 2, 32, 3, 6, window=200),
+    Case(8, 2, 32, 3, 6, "float16"),
+    Case(7, 1, 16, 3, 4),  # more programs than blocks of a short row
+    Case(8, 2, 32, 2, 17),  # three tiles of queries
+    Case(8, 2, 32, 2, 17, "float16"),
+    Case(8, 2, 32, 2, 33),  # not split, as the following
+    Case(4, 1, 32, 1, 256),
+    Case(4, 1, 32, 1, 256, window=200),
+)
+
+
+def generate(case: Case, recorder: inductor.Recorder) -> dict:
+    """Where the case's kernel is, and what it is launched with."""
+    recorder.clear()
+    torch._dynamo.reset()
+    config = ModelConfig(64, 2, case.H, case.Hkv, case.D, 64, 500, max_seq_len=4096,
+                         sliding_window=case.window)  # fmt: skip
+    with pretend.gpu():
+        model = pretend.model_on_gpu(config, getattr(torch, case.dtype))
+        compile_blocks(model)
+        cache = KVCache.empty(CacheSpec.for_model(model, case.B), SLOTS)
+        pos = torch.zeros(case.B, case.T, dtype=torch.int64, device="cuda")
+        model.hidden(torch.zeros_like(pos), pos, cache)
+    launch = next(x for x in reversed(recorder.launches) if x.kernel.is_attention)
+    return {"case": asdict(case), "file": launch.kernel.file, "name": launch.kernel.function,
+            "arguments": launch.arguments}  # fmt: skip
+
+
+def check(match: str) -> list[str]:
+    """The failures."""
+    pretend.H200.multi_processor_count = 4  # for which there are few programs
+    pretend.install()
+    recorder, report = inductor.install(), Report(match)
+    recorder.builds = "none"
+    jobs = [generate(case, recorder) for case in CASES if report.wants(case.name)]
+    file = scratch() / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    command = [sys.executable, "-W", "ignore", "-m", "scripts.cuda_offline.numbers", str(file)]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, end="")
+    report.failures += [line for line in done.stdout.splitlines() if line.startswith("FAIL ")]
+    if done.returncode and not report.failures:
+        report.fail(f"numbers: the interpreter ended with status {done.returncode}")
+    return report.end()
+
+
+def load_kernel(job: dict):
+    """The generated function, without what Inductor wraps around it."""
+    spec = importlib.util.spec_from_file_location(job["name"], job["file"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, job["name"])
+
+
+def attention(
+    q: Tensor,  # [B, Hkv, G * T, D]
+    k: Tensor,  # [B, Hkv, S, D]
+    v: Tensor,  # [B, Hkv, S, D]
+    pos: Tensor,  # [B, T], of the queries
+    window: int | None,
+) -> Tensor:  # [B, Hkv, G * T, D] float32
+    """Dense attention of every query to the slots up to its position."""
+    at = pos.repeat(1, q.shape[2] // pos.shape[1])[:, None, :, None]  # [B, 1, G * T, 1]
+    slot = torch.arange(k.shape[2])
+    hidden = slot > at if window is None else (slot > at) | (slot <= at - window)
+    scores = (q.float() @ k.float().mT).masked_fill(hidden, -torch.inf)
+    return scores.softmax(dim=-1) @ v.float()
+
+
+def reduced(out: Tensor, top: Tensor, total: Tensor) -> Tensor:
+    """Parts [B, n_split, Hkv, n_query, D] with their maxima and sums of 2 ** x, put together."""
+    most = top.amax(dim=1, keepdim=True)
+    share = torch.where(most == -torch.inf, 0, (top - most).exp2())
+    total = (total * share).sum(dim=1)
+    out = (out * share[..., None]).sum(dim=1)
+    return out / torch.where(total == 0, 1, total)[..., None]
+
+
+def interpret(job: dict) -> float:
+    """The largest error of the job's kernel, for random K, V and queries."""
+    case = Case(**job["case"])
+    G, dtype = case.H // case.Hkv, getattr(torch, case.dtype)
+    spec = CacheSpec(1, case.B, case.Hkv, case.D, G, dtype, torch.device("cpu"), True, case.window)
+    cache = KVCache.empty(spec, SLOTS)
+    first = torch.tensor([STARTS[0] - case.T, *STARTS[1:]])[: case.B]
+    cache.finished = torch.tensor([case.finished and b == 1 for b in range(case.B)])
+    pos = first[:, None] + torch.arange(case.T)
+    mask = cache.block_mask(pos)
+    q, k, v = (torch.randn(case.B, case.Hkv, n, case.D).to(dtype)
+               for n in (G * case.T, cache.capacity, cache.capacity))  # fmt: skip
+    shapes = {name: shape for name, shape in job["arguments"] if isinstance(shape, list)}
+    splits = "arg_M" in shapes
+    blank = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    values = blank | {
+        "arg_Q": q.view(shapes["arg_Q"]), "arg_K": k, "arg_V": v,
+        "arg_KV_NUM_BLKS": mask.kv_num_blocks, "arg_KV_IDX": mask.kv_indices,
+    }  # fmt: skip
+    if not splits:
+        values["out_ptr0"] = values["out_ptr0"].to(dtype)
+    values |= {name: first for name in shapes if name.startswith("in_ptr")}
+    for name, shape in shapes.items():
+        assert [*values[name].shape] == shape, f"{name}: {values[name].shape}, not {shape}"
+    grid = tuple(n for name, n in job["arguments"] if name.startswith("grid"))
+    load_kernel(job)[grid](*(values[name] for name in shapes))
+    out = values["out_ptr0"]
+    if splits:
+        parts = out.view(case.B, -1, case.Hkv, G * case.T, case.D)
+        out = reduced(parts, values["arg_M"], values["arg_L"])
+    expected = attention(q, k, v, pos, case.window)
+    expected = expected.masked_fill(cache.finished[:, None, None, None], 0)
+    return (out.view_as(expected).float() - expected).abs().max().item()
+
+
+def interpret_all(file: Path) -> int:
+    """The second process. Returns the exit status."""
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
+
+    triton_helpers.set_driver_to_gpu = lambda: None
+    triton_heuristics.template = lambda **settings: lambda function: function
+    torch.manual_seed(0)
+    report = Report("")
+    with mock.patch.object(CacheSpec, "kv_block", 128):  # a GPU's, on the CPU
+        for job in json.loads(file.read_text()):
+            case = Case(**job["case"])
+            with report.case(case.name) as said:
+                error = interpret(job)
+                said.append(f"error {error:.1e}")
+                if not error < TOLERANCE[case.dtype]:
+                    report.fail(f"{case.name}: off dense attention by {error}")
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(interpret_all(Path(sys.argv[1])))
