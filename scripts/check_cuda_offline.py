@@ -11,7 +11,7 @@ torch is told that there is an H200, see `cuda_offline/pretend.py`. Four things 
     rounds   a round and a selection of every drafter, greedy and sampled, in both dtypes, on CUDA
              tensors without data. Whatever could not be captured raises or is listed: a value that
              the host asks for, a shape that depends on values, a tensor on the CPU. The number of
-             kernels that are launched one by one, outside of the blocks, is printed
+             kernels outside of the blocks is printed, as they are without compiling
     kernels  the Triton code that Inductor generates for the model's blocks at the geometry of
              Llama-3.1-8B, compiled for Hopper (sm_90a) by the ptxas in the triton package: no
              spills, no more shared memory than there is, no copy of a cache, split-KV where it

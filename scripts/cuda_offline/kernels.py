@@ -3,7 +3,8 @@
 Two kinds of cases. *Blocks* are the real ones of Llama-3.1-8B, of Qwen3-8B's kind and of the demo,
 with the caches of every part of a round: all their kernels are compiled. *Attention* are narrow
 blocks with attention's real geometry, for many head ratios and lengths: the kernels of attention
-alone are compiled.
+alone are compiled. And two whole rounds are generated, to see that everything that is compiled on
+a GPU can be, once for all rounds; the launches that are left are counted.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from drafters import Drafting
 from kv_cache import CacheSpec, JointCache, KVCache, ReadOnlyCache, SparseKVCache
 from model import ModelConfig, compile_blocks
 from scripts.cuda_offline import inductor, pretend
 from scripts.cuda_offline.inductor import Kernel, Recorder
 from scripts.cuda_offline.report import Report
+from spec_decode import Engine, Sampling
 
 SLOTS = 65536 - 64  # of the full cache, so that nothing else is as large as one of its buffers
 LENGTHS = (1, 4, 6, 8, 12, 17, 33)
@@ -183,6 +186,22 @@ def one(report: Report, case: Case, recorder: Recorder) -> None:
         said.append(f"{len(recorder.launches) // 4} Triton launches a layer")
 
 
+def whole_round(report: Report, name: str, sampling: Sampling, recorder: Recorder) -> None:
+    """A round of a compiled engine, with what is compiled around the blocks."""
+    recorder.clear()
+    recorder.builds = "none"
+    torch._dynamo.reset()
+    with report.case(name) as said, pretend.gpu():
+        model = pretend.model_on_gpu(config(256, 8, 2, 32, 512), torch.bfloat16)
+        compile_blocks(model)
+        engine = Engine(model, 8, 4096, Drafting("streaming", 3, 128), sampling)
+        engine.eager_round(3)
+        recorder.launches.clear()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            engine.eager_round(3)
+        said.append(f"{len(recorder.launches)} Triton kernels are launched")
+
+
 def check(match: str) -> list[str]:
     """The failures."""
     pretend.install()
@@ -190,4 +209,7 @@ def check(match: str) -> list[str]:
     for case in (*blocks(), *attentions()):
         if report.wants(case.name):
             one(report, case, recorder)
+    for how, sampling in {"greedy": Sampling(), "sampled": Sampling(0.8, 50, 0.9)}.items():
+        if report.wants(name := f"block whole round {how}"):
+            whole_round(report, name, sampling, recorder)
     return report.end()

@@ -49,7 +49,7 @@ class Watch(TorchDispatchMode):
 
 
 def outside_blocks(engine: Engine, models: list) -> int:
-    """Kernels of a round without those of the blocks, which are compiled."""
+    """Kernels of an eager round without those of the blocks: what there is to be compiled."""
     layers = [layer for model in models for layer in model.layers]
     for layer in layers:
         layer.forward = lambda x, *rest: x
@@ -73,7 +73,9 @@ def one(report: Report, name: str, strategy: tuple, dtype: torch.dtype, sampling
             report.fail(f"{name}: a round touches the CPU: {where}")
         if engine.drafter:
             engine.drafter.select()
-        said.append(f"{outside_blocks(engine, models)} kernels of a round are outside of blocks")
+        said.append(
+            f"{outside_blocks(engine, models)} eager kernels of a round are outside of blocks"
+        )
 
 
 def check(match: str) -> list[str]:
