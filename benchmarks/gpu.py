@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument("--points", nargs="+", type=batch_and_length, metavar="B,S")
     parser.add_argument("--detailed", type=int, default=2, metavar="N",
                         help="points with all gammas and budgets, profile, baselines")  # fmt: skip
-    parser.add_argument("--check_seconds", type=float, default=420, help="that tests may take")
+    parser.add_argument("--check_seconds", type=float, default=240, help="that tests may take")
     parser.add_argument("--skip", nargs="*", default=[], choices=("checks", "demo"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
