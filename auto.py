@@ -284,7 +284,7 @@ class Auto:
     def measure(self, c: Candidate) -> None:
         """Time its draft step and its selection, and compile what it runs."""
         engine, drafter = self.engine, self.engine.drafter
-        engine.warm_up()
+        engine.warm_up_rounds()
         engine.seq_len.fill_(engine.max_len)
         c.t_select = median_seconds(engine, drafter.select, 1)
         for gamma in self.gammas:

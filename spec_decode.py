@@ -477,13 +477,19 @@ class Engine:
 
         It decides nothing but writes into the caches, so ValueError once they hold a text.
         """
-        if self.n_prefills:
-            raise ValueError("warm the engine up before its first prefill, not after it")
-        before = self.seq_len.clone()
-        self.seq_len.fill_(3)
+        self.refuse_text()
         for _ in range(2):
             for n_cached in (0, 1) if later_turns else (0,):
                 self.prefill_row(0, 2, n_cached)
+        self.warm_up_rounds()
+
+    @torch.inference_mode()
+    def warm_up_rounds(self) -> None:
+        """The same for rounds and the drafter alone: after `use`."""
+        self.refuse_text()
+        before = self.seq_len.clone()
+        self.seq_len.fill_(3)
+        for _ in range(2):
             if self.drafter:
                 for n_read in (0, 1):  # it may have missed a prompt, or some rounds
                     self.drafter.catch_up(torch.full_like(before, n_read))
@@ -493,6 +499,10 @@ class Engine:
         self.seq_len.copy_(before)
         for gamma in {0, self.gamma}:
             self.prepare(gamma)
+
+    def refuse_text(self) -> None:
+        if self.n_prefills:
+            raise ValueError("warm the engine up before its first prefill, not after it")
 
     def need_text(self) -> None:
         if not self.n_prefills:
