@@ -260,11 +260,19 @@ def test_selection_is_repeated_every_so_many_rounds(monkeypatch):
 
 @pytest.mark.parametrize("strategy", ["full", "snapkv", "streaming", "own snapkv"])
 def test_rounds_without_drafts_do_not_blind_the_drafter(strategy):
-    """It reads what it missed: with a budget for everything all its drafts are accepted again."""
-    model, policy = tiny_model(), strategy.removeprefix("own ")
+    """It reads what it missed: with a budget for everything all its drafts are accepted again.
+
+    No selection is due for another reason: none is repeated, and no prompt lacks a sink.
+    """
+    model, policy, prompts = (
+        tiny_model(),
+        strategy.removeprefix("own "),
+        prompts_of([33, 9, 70, 12]),
+    )
     draft = model if strategy in ("full", "own snapkv") else None
-    engine = Engine(model, 4, 230, Drafting(policy, 3, 400, 3), GREEDY, draft_model=draft)
-    engine.prefill(PROMPTS, [150] * 4)
+    drafting = Drafting(policy, 3, 400, 3, reselect_every=0 if policy == "snapkv" else None)
+    engine = Engine(model, 4, 230, drafting, GREEDY, draft_model=draft)
+    engine.prefill(prompts, [150] * 4)
     for rewind in (True, False):
         engine.run(3, 3)
         for n in (1, 70):  # the second time there is nothing more to remember
@@ -275,7 +283,7 @@ def test_rounds_without_drafts_do_not_blind_the_drafter(strategy):
     if draft:
         holds_the_same(engine)
     assert decode(engine).draft_acceptance_rate == 1.0
-    assert engine.outputs() == [plain_greedy(model, p, 150) for p in PROMPTS]
+    assert engine.outputs() == [plain_greedy(model, p, 150) for p in prompts]
     engine.rewind()
     assert decode(engine).draft_acceptance_rate == 1.0
 
