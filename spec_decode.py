@@ -551,9 +551,8 @@ class Engine:
         u = None if self.sampling.greedy else self.uniforms(gamma)
         for i in range(gamma):
             logits = self.drafter.logits(i, token)
-            token, p = self.around.pick(logits, self.sampling, None if u is None else u[:, i])
-            token = token[:, None]
-            tokens[:, i] = token[:, 0]
+            picked, p = self.around.pick(logits, self.sampling, None if u is None else u[:, i])
+            tokens[:, i], token = picked, picked[:, None]
             if probs is not None:
                 probs[:, i] = p
         return Draft(tokens, probs)
