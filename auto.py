@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -31,10 +30,13 @@ from pathlib import Path
 
 import torch
 
-from cost_model import HARDWARE, Hardware, Timing, Workload, fit, step
-from drafters import Drafter, Drafting, lookup
-from kv_cache import POLICIES
-from model import Transformer, read_json, write_json
+from checkpoint import write_json
+from config import read_json
+from device import median_seconds
+from drafters import Drafter, Strategy, lookup
+from model import Transformer
+from policies import POLICIES
+from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time
 from spec_decode import Draft, Engine, Stats
 
 GAMMAS = (2, 5)  # compiled draft lengths on the CPU
@@ -54,7 +56,7 @@ MEMORY = 16  # rounds of a row: what all earlier ones count for, at most, when n
 class Candidate:
     """A way to draft, what it costs, and how it did on this text."""
 
-    drafting: Drafting
+    strategy: Strategy
     draft_model: Transformer | None = None
     t_draft: float = 0.0  # T_D, seconds
     t_select: float = 0.0  # seconds of one selection
@@ -66,7 +68,7 @@ class Candidate:
 
     @property
     def is_lookup(self) -> bool:
-        return self.drafting.policy == "ngram"
+        return self.strategy.policy == "ngram"
 
     def saw(self, accepted: list[int], drafted: list[int], memory: int = MEMORY) -> None:
         """Take in rounds of a row: how many kept n drafts, and how many had n, at index n.
@@ -123,7 +125,7 @@ class Candidate:
         return found if found[0] > least else (1.0, 0)
 
     def __str__(self) -> str:
-        d = self.drafting
+        d = self.strategy
         who = "draft model, " if self.draft_model else ""
         return who + d.policy + (f" {d.budget}" if d.policy in POLICIES else "")
 
@@ -185,7 +187,7 @@ class Auto:
         """
         try:
             if c is not self.current or self.engine.drafter is not self.drafter:
-                self.engine.use(*((c.drafting, c.draft_model) if c else (Drafting(),)))
+                self.engine.use(*((c.strategy, c.draft_model) if c else (Strategy(),)))
         except ValueError as e:
             if self.named:
                 raise
@@ -203,7 +205,7 @@ class Auto:
         shared machines change.
         """
         engine, path, key = self.engine, calibration_file(), self.key()
-        engine.use(Drafting("ngram", max(self.gammas)))  # verifies with the full cache alone
+        engine.use(Strategy("ngram", max(self.gammas)))  # verifies with the full cache alone
         if self.load(kept_calibrations(path).get(key)):
             now = self.time(0, engine.max_len).seconds
             if abs(now / self.verify_seconds(engine.max_len)[0] - 1) < STILL_TRUE:
@@ -216,7 +218,7 @@ class Auto:
             for same in zip(*sweeps, strict=True)
         ]
         drafts = [
-            Timing(timings[-1].workload, 1, min(c.drafting.budget, engine.max_len), c.t_draft)
+            Timing(timings[-1].workload, 1, min(c.strategy.budget, engine.max_len), c.t_draft)
             for c in self.candidates
             if c.t_draft and c.draft_model is None and not c.is_lookup
         ]
@@ -225,7 +227,7 @@ class Auto:
         self.hardware, self.fit_error = fit(config, HARDWARE[kind], timings + drafts)
         for gamma in (0, *self.gammas):
             self.residual[gamma] = statistics.median(
-                t.seconds / step(config, self.hardware, t.workload, t.T).total
+                t.seconds / forward_time(config, self.hardware, t.workload, t.T).total
                 for t in timings
                 if gamma + 1 == t.T
             )
@@ -245,7 +247,7 @@ class Auto:
                 probs = torch.full((*draft.tokens.shape, V), 1 / V, device=engine.rows.device)
                 draft = draft._replace(probs=probs)
             self.verifications[gamma] = engine.capture(lambda: engine.decide(draft))
-        seconds = median_seconds(engine, self.verifications[gamma])
+        seconds = median_seconds(engine.rows.device, self.verifications[gamma])
         w = Workload(len(engine.rows), length, itemsize=engine.full.spec.dtype.itemsize)
         return Timing(w, gamma + 1, length, seconds)
 
@@ -279,18 +281,18 @@ class Auto:
         engine = self.engine
         w = Workload(len(engine.rows), length, itemsize=engine.full.spec.dtype.itemsize)
         config, hw = engine.model.config, self.hardware
-        return {g: step(config, hw, w, g + 1).total * r for g, r in self.residual.items()}
+        return {g: forward_time(config, hw, w, g + 1).total * r for g, r in self.residual.items()}
 
     def measure(self, c: Candidate) -> None:
         """Time its draft step and its selection, and compile what it runs."""
         engine, drafter = self.engine, self.engine.drafter
         engine.warm_up_rounds()
         engine.seq_len.fill_(engine.max_len)
-        c.t_select = median_seconds(engine, drafter.select, 1)
+        c.t_select = median_seconds(engine.rows.device, drafter.select, 1)
         for gamma in self.gammas:
             engine.decide(engine.draft(gamma))
         draft = engine.capture(lambda: engine.draft(max(self.gammas)))
-        c.t_draft = median_seconds(engine, draft) / max(self.gammas)
+        c.t_draft = median_seconds(engine.rows.device, draft) / max(self.gammas)
         c.select_every = drafter.select_every
 
     def decode(self, on_round: Callable[[], None] = lambda: None) -> Stats:
@@ -497,26 +499,3 @@ def keep_calibration(path: Path, key: str, entry: dict) -> None:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         write_json(kept_calibrations(path) | {key: entry}, path)
-
-
-def median_seconds(engine: Engine, work: Callable[[], object], repeats: int = 3) -> float:
-    """Median time of the work, after one run of it that may compile; short work is repeated."""
-    device, seconds = engine.rows.device, []
-    timed(device, work)
-    while len(seconds) < repeats or (sum(seconds) < 0.03 and len(seconds) < 20):
-        seconds.append(timed(device, work)[0])
-    return statistics.median(seconds)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, object]:
-    """Seconds that the work took, and what it returned."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = work()
-    synchronize(device)
-    return time.perf_counter() - start, result

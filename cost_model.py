@@ -40,183 +40,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-
-@dataclass(frozen=True, slots=True)
-class Dimensions:
-    """What is needed of a model. A model.ModelConfig has these fields too and serves as well.
-
-    The presets' are those of the published `config.json` on Hugging Face.
-    """
-
-    dim: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    head_dim: int
-    ffn_dim: int
-    vocab_size: int
-    max_seq_len: int
-    tie_embeddings: bool = False
-    sliding_window: int | None = None  # newest tokens that attention sees; None: all
-
-
-MODELS = {
-    "llama-2-7b": Dimensions(4096, 32, 32, 32, 128, 11008, 32000, 4096),
-    "llama-2-7b-32k": Dimensions(4096, 32, 32, 32, 128, 11008, 32000, 32768),
-    "llama-3.1-8b": Dimensions(4096, 32, 32, 8, 128, 14336, 128256, 131072),
-    "llama-3.1-70b": Dimensions(8192, 80, 64, 8, 128, 28672, 128256, 131072),
-    "llama-3.2-1b": Dimensions(2048, 16, 32, 8, 64, 8192, 128256, 131072, True),
-    "tinyllama-1.1b": Dimensions(2048, 22, 32, 4, 64, 5632, 32000, 2048),
-    "mistral-7b": Dimensions(4096, 32, 32, 8, 128, 14336, 32768, 32768),
-    "qwen2.5-7b": Dimensions(3584, 28, 28, 4, 128, 18944, 152064, 32768),
-    "qwen2.5-32b": Dimensions(5120, 64, 40, 8, 128, 27648, 152064, 32768),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """One device, and its link to others of its kind. Peaks are the data sheet's, dense, 16 bit."""
-
-    name: str
-    peak_flops: float  # FLOP/s
-    peak_bandwidth: float  # bytes/s
-    memory: float  # bytes
-    flop_efficiency: float = 0.6  # reached share of the peak in large matrix products
-    bandwidth_efficiency: float = 0.88  # reached share of the peak when reading
-    layer_seconds: float = 60e-6  # per layer and forward, whatever the size
-    all_reduce_seconds: float = 60e-6  # latency of an all-reduce
-    link_bandwidth: float = 50e9  # bytes/s of an all-reduce, as reached
-
-    @property
-    def flops(self) -> float:
-        return self.peak_flops * self.flop_efficiency
-
-    @property
-    def bandwidth(self) -> float:
-        return self.peak_bandwidth * self.bandwidth_efficiency
-
-
-# Peaks: NVIDIA's and AMD's data sheets. The other constants, and what they rest on (`--measured`):
-# A100  47 rows of the paper, 8 GPUs, three model pairs: the defaults above.
-# H100  4 rows of the paper, 8 GPUs, Llama-3.1-8B at 32k. They settle two numbers, the latencies and
-#       the link; the efficiencies stay the A100's. Rows of 8 GPUs alone cannot tell the time of a
-#       layer from that of its all-reduces, so the two stay equal, as they are on the A100.
-# H200  no row. It is the H100's chip and link with other memory, and takes all of its constants.
-# L40, MI300X: no row; the A100's. An L40 has PCIe 4.0 x16 (32 GB/s) and no NVLink.
-# CPU   no row; where the fit of `--draft auto` begins.
-HARDWARE = {
-    "a100": Hardware("A100-80GB SXM", 312e12, 2039e9, 80e9),
-    "h100": Hardware("H100 SXM", 989e12, 3352e9, 80e9,
-                     layer_seconds=30e-6, all_reduce_seconds=30e-6, link_bandwidth=150e9),
-    "h200": Hardware("H200 SXM", 989e12, 4800e9, 141e9,
-                     layer_seconds=30e-6, all_reduce_seconds=30e-6, link_bandwidth=150e9),
-    "l40": Hardware("L40", 181e12, 864e9, 48e9, link_bandwidth=10e9),
-    "mi300x": Hardware("MI300X", 1307e12, 5300e9, 192e9),
-    "cpu": Hardware("2 CPU cores", 300e9, 50e9, 16e9, layer_seconds=300e-6),
-}  # fmt: skip
-
-
-PREFILL_CHUNK = 2048  # prompt tokens per forward on a GPU, as in kv_cache.CacheSpec
-# Float32 numbers that sampling holds at once for a logit of the target while it becomes a
-# probability, and for one of a row while it becomes a token: measured, see the test of work_bytes.
-PROBS_PER_LOGIT = 5
-PROBS_PER_ROW = 3
-
-
-def layer_params(m: Dimensions) -> int:
-    """Numbers in the matrices of one layer: q, k, v, o and the gated feed-forward."""
-    return m.dim * m.head_dim * 2 * (m.n_head + m.n_kv_head) + 3 * m.dim * m.ffn_dim
-
-
-def matrix_params(m: Dimensions) -> int:
-    """Numbers in all matrices that a token is multiplied by, the output layer included."""
-    return m.n_layer * layer_params(m) + m.dim * m.vocab_size
-
-
-def total_params(m: Dimensions) -> int:
-    """All parameters: matrices, norms, and the embedding table where it is one of its own."""
-    table = 0 if m.tie_embeddings else m.dim * m.vocab_size
-    return matrix_params(m) + table + (2 * m.n_layer + 1) * m.dim
-
-
-def kv_bytes_per_token(m: Dimensions, itemsize: int = 2) -> int:
-    """Bytes of K and V of one token in all layers and heads."""
-    return 2 * m.n_layer * m.n_kv_head * m.head_dim * itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """A batch on some devices."""
-
-    batch_size: int  # B
-    prefix_len: int  # S, tokens of context per row
-    num_gpus: int = 1  # tensor parallelism
-    itemsize: int = 2  # bytes of a number, in weights and cache alike
-
-    def __post_init__(self) -> None:
-        for field in ("batch_size", "prefix_len", "num_gpus", "itemsize"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} {getattr(self, field)} must be at least 1")
-
-
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """Seconds of one forward, by what they go to. A stage takes the longer of read and compute."""
-
-    weights: float  # reading the matrices
-    linear_compute: float
-    kv: float  # reading K and V
-    attention_compute: float
-    activations: float  # writing and reading them, K and V of the new tokens, the logits
-    all_reduce: float
-    fixed: float
-
-    @property
-    def compute_beyond(self) -> float:
-        """What computing takes longer than the reading that goes on meanwhile, stage by stage."""
-        linear = max(self.linear_compute - self.weights, 0)
-        return linear + max(self.attention_compute - self.kv, 0)
-
-    @property
-    def total(self) -> float:
-        reading = self.weights + self.kv + self.activations
-        return reading + self.compute_beyond + self.all_reduce + self.fixed
-
-
-def activation_bytes(m: Dimensions, itemsize: int = 2) -> int:
-    """Bytes that pass through memory per new token, besides weights and cached K and V.
-
-    Per layer the residual stream (written and read twice), q, k, v and attention's output (written
-    and read), gate, up and their product (written and read, the product once); K and V into the
-    cache; logits in float32, written and read.
-    """
-    qkv = (2 * m.n_head + 2 * m.n_kv_head) * m.head_dim
-    per_layer = 4 * m.dim + 2 * qkv + 6 * m.ffn_dim
-    numbers = m.n_layer * per_layer * itemsize
-    return numbers + kv_bytes_per_token(m, itemsize) + 2 * 4 * m.vocab_size
-
-
-def step(m: Dimensions, hw: Hardware, w: Workload, T: int = 1, context: int | None = None):
-    """StepTime of T new tokens per row that each see `context` tokens (default: all of them)."""
-    S = w.prefix_len if context is None else context
-    S = min(S, m.sliding_window or S)
-    rows = w.batch_size * T
-    kv_gpus = min(w.num_gpus, m.n_kv_head)  # a KV head is not divided, it is held several times
-    kv_bytes = w.batch_size * S * kv_bytes_per_token(m, w.itemsize) / kv_gpus
-    attention_flops = 4 * m.n_layer * m.n_head * m.head_dim * S * rows / w.num_gpus
-    all_reduce = 0.0
-    if w.num_gpus > 1:  # a ring moves 2 (n - 1) / n of the bytes through each link
-        n_bytes = rows * m.dim * w.itemsize * 2 * (w.num_gpus - 1) / w.num_gpus
-        all_reduce = 2 * m.n_layer * (hw.all_reduce_seconds + n_bytes / hw.link_bandwidth)
-    return StepTime(
-        weights=matrix_params(m) * w.itemsize / w.num_gpus / hw.bandwidth,
-        linear_compute=2 * matrix_params(m) * rows / w.num_gpus / hw.flops,
-        kv=kv_bytes / hw.bandwidth,
-        attention_compute=attention_flops / hw.flops,
-        activations=rows * activation_bytes(m, w.itemsize) / w.num_gpus / hw.bandwidth,
-        all_reduce=all_reduce,
-        fixed=m.n_layer * hw.layer_seconds,
-    )
+from config import (
+    MODELS,
+    PREFILL_CHUNK,
+    ModelConfig,
+    kv_bytes_per_token,
+    load_config,
+    lookup_name,
+    total_params,
+    work_bytes,
+)
+from roofline import HARDWARE, Hardware, Workload, forward_time
 
 
 def omega(gamma: int, alpha: float) -> float:
@@ -252,7 +86,7 @@ class Draft:
     policy: str  # none, streaming, snapkv, full, ngram
     gamma: int = 0
     budget: int = 0  # tokens of draft KV per row; unused by none, full and ngram
-    model: Dimensions | None = None  # None: self-speculation
+    model: ModelConfig | None = None  # None: self-speculation
     model_name: str = ""
     select_every: int = 16  # snapkv: rounds from one selection to the next; 0: never again
     obs_window: int = 8
@@ -267,27 +101,27 @@ class Draft:
 PLAIN = Draft("none")
 
 
-def draft_step(draft: Draft, target: Dimensions, hw: Hardware, w: Workload) -> float:
+def draft_step(draft: Draft, target: ModelConfig, hw: Hardware, w: Workload) -> float:
     """T_D: seconds per draft token, the selection's share included."""
     if draft.policy in ("none", "ngram"):
         return 0.0
     m = draft.model or target
     context = w.prefix_len if draft.policy == "full" else min(draft.budget, w.prefix_len)
-    seconds = step(m, hw, w, 1, context).total
+    seconds = forward_time(m, hw, w, 1, context).total
     if draft.policy == "streaming" and draft.model:  # read again before its own context ends
         rounds = max((m.max_seq_len - draft.budget) // (draft.gamma + 1), 1)
-        seconds += step(m, hw, w, draft.budget, draft.budget).total / rounds / draft.gamma
+        seconds += forward_time(m, hw, w, draft.budget, draft.budget).total / rounds / draft.gamma
     if draft.policy == "snapkv" and draft.select_every:
         seconds += selection(draft, m, hw, w) / draft.select_every / draft.gamma
     return seconds
 
 
-def selection(draft: Draft, m: Dimensions, hw: Hardware, w: Workload) -> float:
+def selection(draft: Draft, m: ModelConfig, hw: Hardware, w: Workload) -> float:
     """Seconds of one SnapKV selection: a forward of the observed tokens, and their scores.
 
     The scores read K once more, and are themselves written and read a few times in float32.
     """
-    look = step(m, hw, w, draft.obs_window).total
+    look = forward_time(m, hw, w, draft.obs_window).total
     n_scores = m.n_layer * m.n_head * draft.obs_window * w.batch_size * w.prefix_len / w.num_gpus
     kv_gpus = min(w.num_gpus, m.n_kv_head)
     k_bytes = w.batch_size * w.prefix_len * kv_bytes_per_token(m, w.itemsize) / 2 / kv_gpus
@@ -326,10 +160,10 @@ class Prediction:
 
 
 def predict(
-    target: Dimensions, hw: Hardware, w: Workload, draft: Draft, alpha: float
+    target: ModelConfig, hw: Hardware, w: Workload, draft: Draft, alpha: float
 ) -> Prediction:
-    t_target = step(target, hw, w).total
-    t_verify = step(target, hw, w, draft.gamma + 1).total
+    t_target = forward_time(target, hw, w).total
+    t_verify = forward_time(target, hw, w, draft.gamma + 1).total
     return Prediction(draft, alpha, t_target, draft_step(draft, target, hw, w), t_verify)
 
 
@@ -390,7 +224,7 @@ def read_acceptance(path: Path) -> Acceptance:
             if field in plan:
                 raise ValueError(f"its plan has {field}")
         policies = dict.fromkeys(("streaming", "snapkv", "full", "ngram"))  # those of candidates
-        known(policies, plan["strategy"], "draft")
+        lookup_name(policies, plan["strategy"], "draft")
         return Acceptance(
             plan["strategy"],
             "draft_model" in run,
@@ -406,34 +240,8 @@ def read_acceptance(path: Path) -> Acceptance:
         ) from None
 
 
-def work_bytes(
-    m: Dimensions,
-    batch_size: int,
-    gamma: int,  # most draft tokens of a round
-    prefill_chunk: int,  # prompt tokens per forward
-    itemsize: int,  # bytes of a weight, and so of an activation and a logit
-    sampled: bool,  # at a temperature; False: greedy
-) -> int:
-    """Bytes that a prefill and a round need for a while, beside weights and caches.
-
-    A token in a block: the residual stream and its norm (4 dim), q, k and v before and after their
-    rotation, gate, up, their product and what it is made of (4 ffn). That is taken for a chunk and
-    for a round together: CUDA graphs keep a memory pool of their own.
-    A round's logits [B, gamma + 1, V]. Sampling adds float32: the draft's probabilities
-    [B, gamma, V], PROBS_PER_LOGIT times [B, gamma + 1, V], PROBS_PER_ROW times [B, V].
-
-    Not counted: the scores and masks of attention where it is not compiled, SnapKV's scores, and a
-    draft model's part, taken to be the smaller.
-    """
-    rows = batch_size * (gamma + 1)
-    qkv = (m.n_head + 2 * m.n_kv_head) * m.head_dim
-    activations = (prefill_chunk + rows) * (4 * m.dim + 2 * qkv + 4 * m.ffn_dim) * itemsize
-    probs = batch_size * (gamma + PROBS_PER_ROW) + rows * PROBS_PER_LOGIT
-    return activations + m.vocab_size * (rows * itemsize + (4 * probs if sampled else 0))
-
-
 def memory_bytes(
-    target: Dimensions, w: Workload, draft: Draft = PLAIN, new_tokens: int = 0
+    target: ModelConfig, w: Workload, draft: Draft = PLAIN, new_tokens: int = 0
 ) -> float:
     """Weights, caches and work on each GPU, the largest of them.
 
@@ -455,7 +263,7 @@ def memory_bytes(
 
 
 def largest_batch(
-    target: Dimensions, hw: Hardware, w: Workload, draft: Draft = PLAIN, new_tokens: int = 0
+    target: ModelConfig, hw: Hardware, w: Workload, draft: Draft = PLAIN, new_tokens: int = 0
 ) -> int:
     """Most rows of that length that fit into memory; 0 if not even the weights do."""
     one = memory_bytes(target, replace(w, batch_size=1), draft, new_tokens)
@@ -463,7 +271,7 @@ def largest_batch(
     return max(int((hw.memory - one) // (two - one)) + 1, 0)
 
 
-def crossing_length(target: Dimensions, hw: Hardware, w: Workload, gamma: int) -> float:
+def crossing_length(target: ModelConfig, hw: Hardware, w: Workload, gamma: int) -> float:
     """Roofline critical length: from here a verification of this batch is bound by memory.
 
     Reading, weights + S * kv, and computing, linear + S * attention, take equally long at
@@ -473,7 +281,7 @@ def crossing_length(target: Dimensions, hw: Hardware, w: Workload, gamma: int) -
     The paper's figure prints 395 for Llama-2-7B and 1,958 for Llama-3-8B: this formula with batch
     256, gamma = 2 and the A100's peaks (efficiencies 1) has 404 and 1,951.
     """
-    none, one = (step(target, hw, w, gamma + 1, context=n) for n in (0, 1))
+    none, one = (forward_time(target, hw, w, gamma + 1, context=n) for n in (0, 1))
     per_token = one.kv - one.attention_compute
     if per_token <= 0:
         return math.inf
@@ -482,7 +290,7 @@ def crossing_length(target: Dimensions, hw: Hardware, w: Workload, gamma: int) -
 
 
 def winning_length(
-    target: Dimensions, hw: Hardware, w: Workload, draft: Draft, alpha: float, most: int = 2**20
+    target: ModelConfig, hw: Hardware, w: Workload, draft: Draft, alpha: float, most: int = 2**20
 ) -> int | None:
     """The shortest context from which on, up to `most`, a candidate beats plain decoding.
 
@@ -508,7 +316,7 @@ def winning_length(
 
 
 def candidates(
-    models: dict[str, Dimensions], budgets: Iterable[int], gammas: Iterable[int]
+    models: dict[str, ModelConfig], budgets: Iterable[int], gammas: Iterable[int]
 ) -> list[Draft]:
     """Every strategy of this project; models are draft models by name."""
     found = [PLAIN]
@@ -522,7 +330,7 @@ def candidates(
 
 
 def plan(
-    target: Dimensions,
+    target: ModelConfig,
     hw: Hardware,
     w: Workload,
     drafts: Iterable[Draft],
@@ -535,59 +343,6 @@ def plan(
         if draft.gamma and alpha is not None:
             ranked.append(predict(target, hw, w, draft, alpha))
     return sorted(ranked, key=lambda p: p.seconds_per_token)
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """One timed forward, to fit a device's constants to."""
-
-    workload: Workload
-    T: int  # new tokens per row
-    context: int  # tokens that each of them saw
-    seconds: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.seconds < math.inf:
-            raise ValueError(f"a forward took {self.seconds} s; a time must be positive and finite")
-
-
-DRIFT = 1e-4  # weight of a constant's squared logarithmic change, that of a timing's error being 1
-
-
-def fit(m: Dimensions, hw: Hardware, timings: list[Timing]) -> tuple[Hardware, float]:
-    """The device with its constants fitted to timed steps of this model, and what is unexplained.
-
-    The constants are the two efficiencies and the fixed time per layer. The squared logarithm of
-    predicted / measured is minimised by stepping all of them up or down by a factor that shrinks.
-    Leaving its old value costs a constant a little (DRIFT): one that the timings do not show stays,
-    and two that explain the same do not run off in opposite directions.
-    What is returned with them is the median of |predicted / measured - 1|. ValueError without
-    timings.
-    """
-    if not timings:
-        raise ValueError("there are no timings to fit to")
-    before, names = hw, ("bandwidth_efficiency", "flop_efficiency", "layer_seconds")
-
-    def ratios(h: Hardware) -> list[float]:
-        return [step(m, h, t.workload, t.T, t.context).total / t.seconds for t in timings]
-
-    def error(h: Hardware) -> float:
-        drift = (math.log(getattr(h, n) / getattr(before, n)) ** 2 for n in names)
-        return sum(math.log(r) ** 2 for r in ratios(h)) + DRIFT * sum(drift)
-
-    factor = 2.0
-    while factor > 1.001:
-        moves = itertools.product((1 / factor, 1.0, factor), repeat=len(names))
-        tried = [
-            replace(hw, **{n: getattr(hw, n) * f for n, f in zip(names, move, strict=True)})
-            for move in moves
-        ]
-        best = min(tried, key=error)
-        if error(best) < error(hw):
-            hw = best
-        else:
-            factor = factor**0.5
-    return hw, statistics.median(abs(r - 1) for r in ratios(hw))
 
 
 @dataclass(frozen=True, slots=True)
@@ -640,12 +395,14 @@ def read_row(row: dict[str, str], place: str) -> Measured:
     def count(text: str) -> int:
         return int(positive(text) and text)
 
-    target = get("target", lambda s: known(MODELS, s.split()[0].lower(), "model"))
-    hw = get("gpu", lambda s: known(HARDWARE, s.lower(), "hardware"))
+    target = get("target", lambda s: lookup_name(MODELS, s.split()[0].lower(), "model"))
+    hw = get("gpu", lambda s: lookup_name(HARDWARE, s.lower(), "hardware"))
     own = get("draft", lambda s: not s.startswith("self"))
-    model = get("draft", lambda s: known(MODELS, s.split()[0].lower(), "model")) if own else None
+    model = (
+        get("draft", lambda s: lookup_name(MODELS, s.split()[0].lower(), "model")) if own else None
+    )
     methods = {"StreamingLLM": "streaming", "SnapKV": "snapkv"}
-    policy = get("draft_method", lambda s: known(methods, s, "method"))
+    policy = get("draft_method", lambda s: lookup_name(methods, s, "method"))
     w = Workload(get("batch_size", count), get("prefix_len", count), get("num_gpus", count))
     gamma, tokens = get("gamma", count), get("tokens_per_round", positive)
     draft = Draft(policy, gamma, get("draft_budget", count), model, select_every=0)
@@ -653,13 +410,6 @@ def read_row(row: dict[str, str], place: str) -> Measured:
     ms = [get(c, positive) / 1e3
           for c in ("autoregressive_ms_per_token", "draft_ms_per_round", "verify_ms")]  # fmt: skip
     return Measured(row, predict(target, hw, w, draft, alpha), *ms, get("speedup", positive))
-
-
-def known(table: dict, name: str, kind: str):
-    """table[name], or a ValueError that lists the names there are."""
-    if name not in table:
-        raise ValueError(f"{kind} {name!r} is unknown; known: {', '.join(table)}")
-    return table[name]
 
 
 def compare(rows: list[Measured]) -> str:
@@ -694,10 +444,10 @@ HEAD = (f"{'S':>8}{'B':>6}{'T_T ms':>9}{'T_D ms':>9}{'T_V ms':>9}  "
         f"{'wins from S':>13}")  # fmt: skip
 
 
-def table(args, target: Dimensions, hw: Hardware) -> tuple[str, int]:
+def table(args, target: ModelConfig, hw: Hardware) -> tuple[str, int]:
     """One line per (S, B): the best candidate. Also how many of them fit into memory."""
     lines, fitting = [HEAD], 0
-    models = {name: known(MODELS, name, "model") for name in args.draft_model}
+    models = {name: lookup_name(MODELS, name, "model") for name in args.draft_model}
     drafts = candidates(models, args.draft_budget, args.gamma)
     for S in args.prefix_len:
         for B in args.batch_size:
@@ -710,11 +460,11 @@ def table(args, target: Dimensions, hw: Hardware) -> tuple[str, int]:
             fitting += 1
             fits = [d for d in drafts if memory_bytes(target, w, d) <= hw.memory]
             ranked = plan(target, hw, w, [d for d in fits if d.budget < S], args.acceptance)
-            p, drafting = ranked[0], [p for p in ranked if p.draft != PLAIN]
+            p, strategy = ranked[0], [p for p in ranked if p.draft != PLAIN]
             even = "" if p.break_even is None or p.draft == PLAIN else f"{p.break_even:.2f}"
             wins = None
-            if drafting:
-                best = drafting[0]
+            if strategy:
+                best = strategy[0]
                 most = S if best.speedup > 1 else 2**20  # where it wins: since when
                 wins = winning_length(target, hw, w, best.draft, best.alpha, most)
             times = f"{1e3 * p.t_target:9.2f}{1e3 * p.t_draft:9.2f}{1e3 * p.t_verify:9.2f}"
@@ -727,7 +477,7 @@ def table(args, target: Dimensions, hw: Hardware) -> tuple[str, int]:
     return "\n".join(lines), fitting
 
 
-def plot(args, target: Dimensions, hw: Hardware, path: Path) -> None:
+def plot(args, target: ModelConfig, hw: Hardware, path: Path) -> None:
     """The paper's two figures: speedup over batch size, and what a step's time goes to."""
     try:
         from matplotlib.figure import Figure
@@ -745,7 +495,7 @@ def plot(args, target: Dimensions, hw: Hardware, path: Path) -> None:
     left.set(xlabel="batch size", ylabel="predicted speedup, best strategy", xscale="log")
     left.axhline(1, color="grey", linewidth=0.8)
     left.legend()
-    steps = [step(target, hw, Workload(B, args.prefix_len[-1], args.num_gpus))
+    steps = [forward_time(target, hw, Workload(B, args.prefix_len[-1], args.num_gpus))
              for B in args.batch_size]  # fmt: skip
     parts = {
         "weights": [1e3 * t.weights for t in steps],
@@ -796,9 +546,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_dimensions(checkpoint_dir: Path) -> Dimensions:
+def read_dimensions(checkpoint_dir: Path) -> ModelConfig:
     """Of a Hugging Face directory, by the model's own reader (which imports torch)."""
-    from model import load_config
 
     return load_config(checkpoint_dir)
 
@@ -810,12 +559,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.measured:
             print(compare(read_measured(args.measured)))
             return 0
-        hw = known(HARDWARE, args.hardware, "hardware")
+        hw = lookup_name(HARDWARE, args.hardware, "hardware")
         args.acceptance = [read_acceptance(path) for path in args.acceptance or ()] or ACCEPTANCE
         target = (
             read_dimensions(args.checkpoint_path)
             if args.checkpoint_path
-            else known(MODELS, args.model, "model")
+            else lookup_name(MODELS, args.model, "model")
         )
         text, fitting = table(args, target, hw)
         print(

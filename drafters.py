@@ -41,25 +41,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kv_cache import (
-    POLICIES,
-    CacheSpec,
-    JointCache,
-    KVCache,
-    Layer,
-    ReadOnlyCache,
-    SparseKVCache,
-    observed,
-    select_streaming,
-)
-from model import ModelConfig, Transformer
+from config import ModelConfig
+from kv_cache import CacheSpec, JointCache, KVCache, ReadOnlyCache, SparseKVCache
+from model import Transformer
+from policies import POLICIES, Layer, observed, select_streaming
 
 MAX_GAMMA = 32
 NGRAM = 3  # prompt lookup matches the newest 3 tokens, or as many as it can
 
 
 @dataclass(frozen=True, slots=True)
-class Drafting:
+class Strategy:
     """How drafts are made: by whom, from whose KV, and how many tokens at a time."""
 
     policy: str = "none"  # "none", "ngram", "full" (with a draft model), or a name in POLICIES
@@ -163,13 +155,13 @@ class Drafter(ABC):
         """After the i-th token of this round: the newest decided one, or a draft."""
 
 
-def known_to(model: Transformer, tokens: Tensor) -> Tensor:
+def within_vocabulary(model: Transformer, tokens: Tensor) -> Tensor:
     """Tokens that the model has: the target may have more padding rows, which no text uses."""
     return tokens.clamp_max(model.config.vocab_size - 1)
 
 
 def select(
-    drafting: Drafting,
+    strategy: Strategy,
     model: Transformer,
     text: Text,
     n_cached: Tensor,  # [B], tokens that `full` holds
@@ -177,30 +169,30 @@ def select(
     sparse: SparseKVCache,
 ) -> None:
     """Let the policy choose, layer by layer, what the sparse cache keeps of the full one."""
-    policy = POLICIES[drafting.policy]
+    policy = POLICIES[strategy.policy]
     queries: Iterator[Tensor | None] = repeat(None)
     if policy.observes:
-        pos = observed(n_cached, drafting.n_observed)
-        tokens = known_to(model, text.tokens.gather(1, pos))
+        pos = observed(n_cached, strategy.n_observed)
+        tokens = within_vocabulary(model, text.tokens.gather(1, pos))
         queries = model.queries(tokens, pos, ReadOnlyCache(full))
     for i, q in zip(range(full.spec.n_layer), queries, strict=False):
-        layer = Layer(full.k[i], full.v[i], n_cached, drafting.n_sink, q, full.spec.window)
+        layer = Layer(full.k[i], full.v[i], n_cached, strategy.n_sink, q, full.spec.window)
         sparse.fill(i, full, policy.select(layer, sparse.n_selected), n_cached)
 
 
 class SelfDrafter(Drafter):
     """Self-speculation: the target itself, reading a few of its own K and V."""
 
-    def __init__(self, drafting: Drafting, model: Transformer, full: KVCache, text: Text) -> None:
-        self.drafting, self.model, self.full, self.text = drafting, model, full, text
-        self.sparse = drafting.sparse_cache(full.spec, full.capacity)
+    def __init__(self, strategy: Strategy, model: Transformer, full: KVCache, text: Text) -> None:
+        self.strategy, self.model, self.full, self.text = strategy, model, full, text
+        self.sparse = strategy.sparse_cache(full.spec, full.capacity)
         self.verify_cache = JointCache(full, self.sparse)
-        self.select_every, self.n_selected = drafting.select_every, self.sparse.n_selected
+        self.select_every, self.n_selected = strategy.select_every, self.sparse.n_selected
         self.n_bytes = self.sparse.n_bytes
 
     def select(self) -> None:
         n_cached = self.text.seq_len - 1
-        select(self.drafting, self.model, self.text, n_cached, self.full, self.sparse)
+        select(self.strategy, self.model, self.text, n_cached, self.full, self.sparse)
 
     def logits(self, i: int, token: Tensor) -> Tensor:
         return self.model(token, self.text.seq_len[:, None] - 1 + i, self.sparse)[:, -1]
@@ -211,14 +203,14 @@ class ModelDrafter(Drafter):
 
     def __init__(
         self,
-        drafting: Drafting,
+        strategy: Strategy,
         model: Transformer,  # the draft model
         target: Transformer,
         full: KVCache,  # the target's
         text: Text,
     ) -> None:
-        self.drafting, self.model, self.text = drafting, model, text
-        self.verify_cache, self.select_every = full, drafting.select_every
+        self.strategy, self.model, self.text = strategy, model, text
+        self.verify_cache, self.select_every = full, strategy.select_every
         self.vocab_size = target.config.vocab_size
         self.spec = CacheSpec.for_model(model, len(text.seq_len))
         self.offset = torch.zeros_like(text.seq_len)  # [B], place in the text - own position
@@ -235,13 +227,13 @@ class ModelDrafter(Drafter):
         chunk = min(self.spec.prefill_chunk, self.full.capacity)
         lengths = zip(n_read.tolist(), self.text.seq_len.tolist(), strict=True)
         for b, (n_cached, length) in enumerate(lengths):
-            tokens = known_to(self.model, self.text.tokens[b : b + 1])
+            tokens = within_vocabulary(self.model, self.text.tokens[b : b + 1])
             if n_cached < length - 1:
                 self.model.prefill(tokens, length - 1, chunk, self.full.row(b), n_cached)
 
     def logits(self, i: int, token: Tensor) -> Tensor:
         token, pos = self.text.pair() if i == 0 else (token, self.text.seq_len[:, None] - 1 + i)
-        token = known_to(self.model, token)
+        token = within_vocabulary(self.model, token)
         logits = self.model(token, pos - self.offset[:, None], self.cache)[:, -1]
         padding = self.vocab_size - logits.shape[-1]
         return F.pad(logits, (0, padding), value=-torch.inf)  # a negative padding slices
@@ -252,24 +244,24 @@ class SparseModelDrafter(ModelDrafter):
 
     def allocate(self) -> None:
         super().allocate()
-        self.sparse = self.drafting.sparse_cache(self.spec, self.full.capacity)
+        self.sparse = self.strategy.sparse_cache(self.spec, self.full.capacity)
         self.n_selected, self.n_bytes = self.sparse.n_selected, self.n_bytes + self.sparse.n_bytes
         self.cache = JointCache(self.sparse, self.full)
 
     def select(self) -> None:
         n_cached = self.text.seq_len - 2
-        select(self.drafting, self.model, self.text, n_cached, self.full, self.sparse)
+        select(self.strategy, self.model, self.text, n_cached, self.full, self.sparse)
 
 
 class StreamingModelDrafter(ModelDrafter):
     """A draft model that sees sinks and newest tokens only, at positions of its own."""
 
     def allocate(self) -> None:
-        K, gamma = self.drafting.budget, self.drafting.gamma
+        K, gamma = self.strategy.budget, self.strategy.gamma
         room = self.model.config.max_seq_len - K - gamma  # rounds may go so many positions on
         self.select_every = (room - 1) // (gamma + 1) + 1
         self.anchor = KVCache.empty(self.spec, K)
-        self.sparse = self.cache = self.drafting.sparse_cache(self.spec, K)
+        self.sparse = self.cache = self.strategy.sparse_cache(self.spec, K)
         self.n_selected = self.sparse.n_selected
         self.n_bytes = self.anchor.n_bytes + self.sparse.n_bytes
 
@@ -278,13 +270,13 @@ class StreamingModelDrafter(ModelDrafter):
 
     def select(self) -> None:
         """Re-anchor: read sinks and newest tokens again, from position 0."""
-        K, n_sink, n_cached = self.drafting.budget, self.drafting.n_sink, self.text.seq_len - 2
+        K, n_sink, n_cached = self.strategy.budget, self.strategy.n_sink, self.text.seq_len - 2
         self.offset.copy_((n_cached - K).clamp_min(0))
         pos = torch.arange(K, device=n_cached.device)
         pos = pos + self.offset[:, None] * (pos >= n_sink)
         tokens = self.text.tokens.gather(1, pos.clamp_max(self.text.tokens.shape[1] - 1))
         own_pos = torch.arange(K, device=n_cached.device).expand_as(tokens)
-        self.model.hidden(known_to(self.model, tokens), own_pos, self.anchor)
+        self.model.hidden(within_vocabulary(self.model, tokens), own_pos, self.anchor)
         n_own = n_cached - self.offset
         for i in range(self.spec.n_layer):
             layer = Layer(self.anchor.k[i], self.anchor.v[i], n_own, n_sink, None)
@@ -313,8 +305,8 @@ def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B
 class LookupDrafter(Drafter):
     """Prompt lookup: copies from the row's own text. No model, no cache."""
 
-    def __init__(self, drafting: Drafting, target: Transformer, full: KVCache, text: Text) -> None:
-        self.text, self.gamma = text, drafting.gamma
+    def __init__(self, strategy: Strategy, target: Transformer, full: KVCache, text: Text) -> None:
+        self.text, self.gamma = text, strategy.gamma
         self.verify_cache, self.vocab_size = full, target.config.vocab_size
 
     def logits(self, i: int, token: Tensor) -> Tensor:
@@ -325,9 +317,9 @@ class LookupDrafter(Drafter):
         return logits.scatter_(1, self.found[:, i : i + 1], 0.0)
 
 
-def check_drafting(drafting: Drafting, draft: ModelConfig | None, max_len: int) -> None:
+def check_strategy(strategy: Strategy, draft: ModelConfig | None, max_len: int) -> None:
     """ValueError if the drafting and the draft model, or its context, do not go together."""
-    policy = drafting.policy
+    policy = strategy.policy
     if draft is None:
         if policy == "full":
             raise ValueError(
@@ -337,11 +329,11 @@ def check_drafting(drafting: Drafting, draft: ModelConfig | None, max_len: int) 
     elif policy in ("none", "ngram"):
         raise ValueError(f"draft policy {policy} has no use for a draft model")
     elif policy == "streaming":
-        most = draft.max_seq_len - drafting.gamma - 1
-        if drafting.budget > most:
+        most = draft.max_seq_len - strategy.gamma - 1
+        if strategy.budget > most:
             raise ValueError(
-                f"draft_budget {drafting.budget} does not fit into the draft model's context of "
-                f"{draft.max_seq_len} tokens; with {drafting.gamma} drafts use {most} or less"
+                f"draft_budget {strategy.budget} does not fit into the draft model's context of "
+                f"{draft.max_seq_len} tokens; with {strategy.gamma} drafts use {most} or less"
             )
     elif max_len > draft.max_seq_len:
         raise ValueError(
@@ -351,33 +343,33 @@ def check_drafting(drafting: Drafting, draft: ModelConfig | None, max_len: int) 
 
 
 def make_drafter(
-    drafting: Drafting,
+    strategy: Strategy,
     target: Transformer,
     full: KVCache,  # the target's
     text: Text,
     draft_model: Transformer | None,
 ) -> Drafter:
     """The drafter that `drafting` asks for; they must have passed `check_drafting`."""
-    if drafting.policy == "ngram":
-        return LookupDrafter(drafting, target, full, text)
+    if strategy.policy == "ngram":
+        return LookupDrafter(strategy, target, full, text)
     if draft_model is None:
-        return SelfDrafter(drafting, target, full, text)
+        return SelfDrafter(strategy, target, full, text)
     kinds = {"full": ModelDrafter, "streaming": StreamingModelDrafter}
-    kind = kinds.get(drafting.policy, SparseModelDrafter)
-    return kind(drafting, draft_model, target, full, text)
+    kind = kinds.get(strategy.policy, SparseModelDrafter)
+    return kind(strategy, draft_model, target, full, text)
 
 
 def draft_cache_bytes(
-    drafting: Drafting, spec: CacheSpec, draft_model: Transformer | None, capacity: int
+    strategy: Strategy, spec: CacheSpec, draft_model: Transformer | None, capacity: int
 ) -> int:
     """What the drafter's caches will take; spec is the target's, capacity that of the text."""
-    if not drafting.enabled or drafting.policy == "ngram":
+    if not strategy.enabled or strategy.policy == "ngram":
         return 0
     draft_spec = draft_model and CacheSpec.for_model(draft_model, spec.batch_size)
-    if drafting.policy == "full":
+    if strategy.policy == "full":
         return capacity * draft_spec.bytes_per_slot
-    n_sparse = SparseKVCache.n_slots(*drafting.split(capacity), drafting.gamma)
+    n_sparse = SparseKVCache.n_slots(*strategy.split(capacity), strategy.gamma)
     if draft_spec is None:
         return n_sparse * spec.bytes_per_slot
-    n_full = drafting.budget if drafting.policy == "streaming" else capacity
+    n_full = strategy.budget if strategy.policy == "streaming" else capacity
     return (n_sparse + n_full) * draft_spec.bytes_per_slot

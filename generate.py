@@ -39,24 +39,15 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import torch
 
-from auto import Auto, Candidate, draft_lengths, timed
+from auto import Auto, Candidate, draft_lengths
 from chat import Chat, load_chat
-from cost_model import Parser, kv_bytes_per_token
-from drafters import NGRAM, Drafting, ModelDrafter, check_drafting
-from kv_cache import POLICIES, check_fits
-from model import (
-    ModelConfig,
-    Transformer,
-    check_writable,
-    compile_blocks,
-    compiler_runs,
-    eos_token_ids,
-    is_random,
-    load_config,
-    load_model,
-    write_file,
-    write_json,
-)
+from checkpoint import check_writable, eos_token_ids, load_model, write_file, write_json
+from config import ModelConfig, is_random, kv_bytes_per_token, load_config
+from cost_model import Parser
+from device import check_fits, compiler_runs, timed
+from drafters import NGRAM, ModelDrafter, Strategy, check_strategy
+from model import Transformer, compile_blocks
+from policies import POLICIES
 from prompts import encode_prompt, read_prompts
 from report import Report, Run, table, to_json, verdict
 from spec_decode import MAX_EOS, Engine, Sampling, Stats, decode
@@ -103,10 +94,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "with --draft_checkpoint_path also full")  # fmt: skip
     p.add_argument("--speculate_k", "--gamma", type=int_or_auto, default="auto", metavar="N|auto",
                    help="draft tokens per round; 0: plain decoding")  # fmt: skip
-    p.add_argument("--draft_budget", type=int, default=Drafting().budget,
+    p.add_argument("--draft_budget", type=int, default=Strategy().budget,
                    help="tokens of KV that the draft reads per row, sinks included")  # fmt: skip
-    p.add_argument("--n_sink", type=int, default=Drafting().n_sink)
-    p.add_argument("--obs_window", type=int, default=Drafting().obs_window,
+    p.add_argument("--n_sink", type=int, default=Strategy().n_sink)
+    p.add_argument("--obs_window", type=int, default=Strategy().obs_window,
                    help="newest tokens that are observed; default: the policy's own")  # fmt: skip
     p.add_argument("--reselect_every", type=int, metavar="ROUNDS",
                    help="how often to select the draft's KV again; 0: never")  # fmt: skip
@@ -347,12 +338,12 @@ def prepare(
     prompts = read_prompts(args, tokenizer, chat, longest, partial(check_rows, args, config))
     if not args.interactive:
         longest = max(map(len, prompts)) + args.max_new_tokens
-    draftings, draft_config = read_drafting(args, config), None
+    strategies, draft_config = read_strategies(args, config), None
     if args.draft_checkpoint_path:
         draft_config, draft_tokenizer = load_text_side(args.draft_checkpoint_path)
         check_same_vocabulary(args, tokenizer, draft_tokenizer)
-    if len(draftings) == 1:
-        check_drafting(draftings[0], draft_config, longest)
+    if len(strategies) == 1:
+        check_strategy(strategies[0], draft_config, longest)
     compiling = args.compile and compiler_runs(args.device)
     if args.compile and not compiling:
         print(
@@ -367,14 +358,14 @@ def prepare(
         compile_blocks(m)
     if not automatic(args):
         engine = Engine(
-            model, len(prompts), longest, draftings[0], sampling, args.seed, draft_model
+            model, len(prompts), longest, strategies[0], sampling, args.seed, draft_model
         )
         return engine, None, tokenizer, chat, prompts
-    engine = Engine(model, len(prompts), longest, Drafting(), sampling, args.seed)
-    found = [Candidate(d) for d in draftings if not draft_model or args.draft == "auto"]
+    engine = Engine(model, len(prompts), longest, Strategy(), sampling, args.seed)
+    found = [Candidate(d) for d in strategies if not draft_model or args.draft == "auto"]
     if draft_model:
         named = "streaming" if args.draft == "auto" else args.draft
-        found += [Candidate(d, draft_model) for d in draftings if d.policy == named]
+        found += [Candidate(d, draft_model) for d in strategies if d.policy == named]
     auto = Auto(engine, found, gammas(args, config), named=args.draft != "auto")
     return engine, auto, tokenizer, chat, prompts
 
@@ -407,23 +398,23 @@ def automatic(args: argparse.Namespace) -> bool:
         args.draft, args.speculate_k)  # fmt: skip
 
 
-def read_drafting(args: argparse.Namespace, config: ModelConfig) -> list[Drafting]:
+def read_strategies(args: argparse.Namespace, config: ModelConfig) -> list[Strategy]:
     """What the flags allow: one way to draft, or with --draft auto several."""
     gamma = max(gammas(args, config))
     if args.draft == "none" or gamma == 0:
-        return [Drafting(gamma=gamma)]
+        return [Strategy(gamma=gamma)]
 
-    def drafting(policy: str, reselect_every: int | None) -> Drafting:
-        return Drafting(policy, gamma, args.draft_budget, args.n_sink, args.obs_window,
+    def strategy(policy: str, reselect_every: int | None) -> Strategy:
+        return Strategy(policy, gamma, args.draft_budget, args.n_sink, args.obs_window,
                         reselect_every, args.synthetic_acceptance)  # fmt: skip
 
     if args.draft != "auto":
-        return [drafting(args.draft, args.reselect_every)]
+        return [strategy(args.draft, args.reselect_every)]
     found, refusal = [], None
     for policy in AUTO_POLICIES:
         reselects = policy in POLICIES and POLICIES[policy].reselect_every
         try:
-            found.append(drafting(policy, args.reselect_every if reselects else None))
+            found.append(strategy(policy, args.reselect_every if reselects else None))
         except ValueError as e:
             refusal = e
     if not any(d.policy in POLICIES for d in found):
@@ -535,12 +526,12 @@ def describe(args: argparse.Namespace, engine: Engine, auto: Auto | None, prompt
 
 def describe_draft(draft_dir: Path | None, engine: Engine) -> str:
     """Who drafts, from what, and how far."""
-    drafting, every = engine.drafting, engine.drafter.select_every
+    strategy, every = engine.strategy, engine.drafter.select_every
     who = f"draft model {draft_dir}" if draft_dir else "self-speculation"
-    what = f"{drafting.policy} draft cache of {drafting.budget} tokens ({drafting.n_sink} sinks)"
-    if drafting.policy == "full":
+    what = f"{strategy.policy} draft cache of {strategy.budget} tokens ({strategy.n_sink} sinks)"
+    if strategy.policy == "full":
         what = "full draft cache"
-    elif drafting.policy == "ngram":
+    elif strategy.policy == "ngram":
         who, what = "prompt lookup", f"matches of at most {NGRAM} tokens"
     again = f", selected again every {every} rounds" if every else ""
     return f"{who}, {what}{again}, gamma {engine.gamma}"

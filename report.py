@@ -6,13 +6,12 @@
 """
 
 import platform
-import resource
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
 from auto import Auto
+from device import device_name, peak_memory_bytes
 from drafters import ModelDrafter
 from kv_cache import KVCache
 from spec_decode import Engine, Stats
@@ -73,7 +72,7 @@ class Report:
 
     @property
     def synthetic(self) -> float | None:
-        return self.engine.drafting.synthetic_acceptance
+        return self.engine.strategy.synthetic_acceptance
 
     @property
     def identical(self) -> list[bool] | None:
@@ -88,7 +87,7 @@ def table(report: Report) -> str:
     """The numbers of both runs, side by side."""
     engine, stats, ms = report.engine, report.main.stats, report.step_ms
     synthetic = "" if report.synthetic is None else f" (synthetic {report.synthetic})"
-    name = engine.drafting.policy + synthetic if report.gamma else "plain"
+    name = engine.strategy.policy + synthetic if report.gamma else "plain"
     if report.auto:
         name = "auto"
     runs = {"plain": report.baseline} if report.baseline else {}
@@ -172,15 +171,6 @@ def verdict(report: Report) -> str:
     return "\n".join(lines)
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} CPUs" if names else platform.machine()
-
-
 def environment(engine: Engine) -> dict:
     device = engine.tokens.device
     return {
@@ -193,12 +183,6 @@ def environment(engine: Engine) -> dict:
         "platform": platform.platform(),
         "compiled": engine.model.compiled,
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run_json(report: Report, r: Run) -> dict:
@@ -229,12 +213,12 @@ def run_json(report: Report, r: Run) -> dict:
 
 def to_json(report: Report, tokenizer: Tokenizer) -> dict:
     """The object that `--json` writes; keys that do not apply are absent."""
-    engine, drafting = report.engine, report.engine.drafting
+    engine, strategy = report.engine, report.engine.strategy
     plan = {"strategy": "none", "gamma": 0}
     if report.gamma:
-        plan = {"strategy": drafting.policy, "gamma": engine.gamma}
-        if drafting.policy not in ("full", "ngram"):
-            plan["draft_budget"] = drafting.budget
+        plan = {"strategy": strategy.policy, "gamma": engine.gamma}
+        if strategy.policy not in ("full", "ngram"):
+            plan["draft_budget"] = strategy.budget
         if engine.drafter.select_every:
             plan["select_every"] = engine.drafter.select_every
     if report.auto:

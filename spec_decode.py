@@ -44,9 +44,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cost_model import work_bytes
-from drafters import MAX_GAMMA, Drafting, Text, check_drafting, draft_cache_bytes, make_drafter
-from kv_cache import CacheSpec, KVCache, check_fits
+from config import work_bytes
+from device import check_fits
+from drafters import MAX_GAMMA, Strategy, Text, check_strategy, draft_cache_bytes, make_drafter
+from kv_cache import CacheSpec, KVCache
 from model import Transformer
 
 MAX_EOS = 16  # tokens that may end a text
@@ -306,7 +307,7 @@ class Engine:
         model: Transformer,
         batch_size: int,  # B, at least 1
         max_len: int,  # tokens of the longest row, prompt and continuation together
-        drafting: Drafting,
+        strategy: Strategy,
         sampling: Sampling,
         seed: int = 0,
         draft_model: Transformer | None = None,  # None: drafting needs none
@@ -318,7 +319,7 @@ class Engine:
         self.model, self.sampling, self.max_len = model, sampling, max_len
         self.prefill_chunk = min(spec.prefill_chunk, max_len)
         n_slots = KVCache.round_up(spec, max_len + MAX_GAMMA + 1)  # a round may overshoot
-        self.check(spec, drafting, draft_model, n_slots, n_slots * spec.bytes_per_slot)
+        self.check(spec, strategy, draft_model, n_slots, n_slots * spec.bytes_per_slot)
         self.full = KVCache.empty(spec, n_slots)
         integers = {"dtype": torch.int64, "device": spec.device}
         self.prompt_len = torch.ones(batch_size, **integers)
@@ -352,14 +353,14 @@ class Engine:
         self.around = Around()
         if model.compiled and (on_gpu or sampling.top_p is not None):
             self.around = self.around.compiled()
-        self.drafting, self.gamma, self.drafter = Drafting(), 0, None
-        self.use(drafting, draft_model)
+        self.strategy, self.gamma, self.drafter = Strategy(), 0, None
+        self.use(strategy, draft_model)
 
-    def check(self, spec, drafting, draft_model, n_slots: int, other_bytes: int) -> None:
+    def check(self, spec, strategy, draft_model, n_slots: int, other_bytes: int) -> None:
         """ValueError if these do not go together, or do not fit beside `other_bytes` more."""
-        check_drafting(drafting, draft_model and draft_model.config, self.max_len)
-        caches = other_bytes + draft_cache_bytes(drafting, spec, draft_model, n_slots)
-        gamma = drafting.gamma if drafting.enabled else 0
+        check_strategy(strategy, draft_model and draft_model.config, self.max_len)
+        caches = other_bytes + draft_cache_bytes(strategy, spec, draft_model, n_slots)
+        gamma = strategy.gamma if strategy.enabled else 0
         sizes = gamma, self.prefill_chunk, spec.dtype.itemsize, not self.sampling.greedy
         chunk, work = (work_bytes(self.model.config, B, *sizes) for B in (0, spec.batch_size))
         needed = caches + work
@@ -371,20 +372,20 @@ class Engine:
 
         check_fits(needed, spec.device, "the KV caches and the work of a round", remedy)
 
-    def use(self, drafting: Drafting, draft_model: Transformer | None = None) -> None:
+    def use(self, strategy: Strategy, draft_model: Transformer | None = None) -> None:
         """Draft like this from here on, between any two rounds.
 
         ValueError if it cannot be; the engine then drafts as before.
         """
         held = self.drafter.n_bytes if self.drafter else 0
-        self.check(self.full.spec, drafting, draft_model, self.full.capacity, -held)
+        self.check(self.full.spec, strategy, draft_model, self.full.capacity, -held)
         self.drafter, self.gamma = None, 0  # its memory is free for the next,
         self.rounds = {gamma: work for gamma, work in self.rounds.items() if gamma == 0}  # so too
-        self.drafting, self.selected_at = drafting, None
+        self.strategy, self.selected_at = strategy, None
         self.n_read, self.behind = torch.zeros_like(self.n_read), False
-        if drafting.enabled:
-            self.drafter = make_drafter(drafting, self.model, self.full, self.text, draft_model)
-            self.gamma = drafting.gamma  # most drafts a round can have
+        if strategy.enabled:
+            self.drafter = make_drafter(strategy, self.model, self.full, self.text, draft_model)
+            self.gamma = strategy.gamma  # most drafts a round can have
             self.behind = True
 
     @torch.inference_mode()
@@ -569,7 +570,7 @@ class Engine:
     @torch.inference_mode()
     def accept(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:
         """n_accepted [B], next_token [B], from the target's logits [B, gamma + 1, V]."""
-        gamma, rate = draft.tokens.shape[1], self.drafting.synthetic_acceptance
+        gamma, rate = draft.tokens.shape[1], self.strategy.synthetic_acceptance
         u = None if self.sampling.greedy else self.uniforms(gamma + 1)
         n_accepted, next_token = self.around.accept(draft, logits, self.sampling, u)
         if rate is not None:  # after doing all the work

@@ -20,20 +20,23 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from auto import GAMMAS, Auto, Candidate, timed
-from cost_model import Draft, Workload, draft_step, step
-from drafters import Drafting
+from auto import GAMMAS, Auto, Candidate
+from checkpoint import load_model, write_json
+from cost_model import Draft, draft_step
+from device import timed
+from drafters import Strategy
 from generate import AUTO_POLICIES, DEMO_CHECKPOINT, DTYPES, step_times, warm_up
-from model import compile_blocks, load_model, write_json
+from model import compile_blocks
 from prompts import demo_prompts
 from report import environment
+from roofline import Workload, forward_time
 from spec_decode import Engine, Sampling, decode
 from tokenizer import load_tokenizer
 
 
-def fixed_choices() -> dict[str, tuple[Drafting, int]]:
+def fixed_choices() -> dict[str, tuple[Strategy, int]]:
     return {
-        f"{policy} {gamma}": (Drafting(policy, max(GAMMAS)), gamma)
+        f"{policy} {gamma}": (Strategy(policy, max(GAMMAS)), gamma)
         for policy in AUTO_POLICIES
         for gamma in GAMMAS
     }
@@ -45,18 +48,18 @@ def predicted_against_timed(engine: Engine, auto: Auto, repeats: int) -> list[di
     w = Workload(B, S, itemsize=engine.full.spec.dtype.itemsize)
     config, hw, found = engine.model.config, auto.hardware, []
     for gamma in GAMMAS:
-        engine.use(Drafting("streaming", gamma))
+        engine.use(Strategy("streaming", gamma))
         engine.rewind()
         step_times(engine, 1)
         ms = {k: statistics.median(v) for k, v in step_times(engine, repeats).items()}
-        drafting = engine.drafting
-        streaming = Draft("streaming", gamma, drafting.budget)
+        strategy = engine.strategy
+        streaming = Draft("streaming", gamma, strategy.budget)
         verify = auto.verify_seconds(S)
         found += [
             {"what": "T_T", "predicted_ms": 1e3 * verify[0], "ms": ms["target_step_ms"],
-             "formula_ms": 1e3 * step(config, hw, w).total},
+             "formula_ms": 1e3 * forward_time(config, hw, w).total},
             {"what": f"T_V({gamma})", "predicted_ms": 1e3 * verify[gamma], "ms": ms["verify_ms"],
-             "formula_ms": 1e3 * step(config, hw, w, gamma + 1).total},
+             "formula_ms": 1e3 * forward_time(config, hw, w, gamma + 1).total},
             {"what": "T_D", "predicted_ms": 1e3 * draft_step(streaming, config, hw, w),
              "ms": ms["draft_step_ms"]},
         ]  # fmt: skip
@@ -67,8 +70,8 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
     """One batch size and context: all runs from one prefill."""
     torch._dynamo.reset()
     prompts = [ids[:S] for ids in demo_prompts(tokenizer, B, 2 * S)]
-    engine = Engine(model, B, S + new_tokens, Drafting(), Sampling())
-    auto = Auto(engine, [Candidate(Drafting(p, max(GAMMAS))) for p in AUTO_POLICIES])
+    engine = Engine(model, B, S + new_tokens, Strategy(), Sampling())
+    auto = Auto(engine, [Candidate(Strategy(p, max(GAMMAS))) for p in AUTO_POLICIES])
     device = engine.tokens.device
     compile_s, _ = timed(device, lambda: warm_up(engine, auto))
     engine.prefill(prompts, [new_tokens] * B)
@@ -84,16 +87,16 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
         if engine.outputs() != expected:
             raise RuntimeError(f"{name} at B = {B}, S = {S} changed the output")
 
-    engine.use(Drafting())
+    engine.use(Strategy())
     decode(engine, 0)
     for _ in range(repeats):
-        engine.use(Drafting())
+        engine.use(Strategy())
         run("plain", lambda: decode(engine, 0))
-        for name, (drafting, gamma) in fixed_choices().items():
-            engine.use(drafting)
+        for name, (strategy, gamma) in fixed_choices().items():
+            engine.use(strategy)
             engine.verify(engine.draft(gamma).tokens)  # compile
             run(name, lambda g=gamma: decode(engine, g))
-        engine.use(Drafting())
+        engine.use(Strategy())
         run("auto", auto.decode)
     median = {name: statistics.median(values) for name, values in speeds.items()}
     plain, ours = median.pop("plain"), median.pop("auto")
@@ -148,7 +151,7 @@ def main() -> None:
         compile_blocks(model)
     cells = []
     with torch.inference_mode():
-        where = environment(Engine(model, 1, 1, Drafting(), Sampling()))
+        where = environment(Engine(model, 1, 1, Strategy(), Sampling()))
         for B, S in grid:
             S = min(S, model.config.max_seq_len - args.new_tokens)
             c = cell(model, tokenizer, B, S, args.new_tokens, args.repeats)

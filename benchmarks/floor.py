@@ -20,10 +20,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from auto import timed
-from drafters import Drafting
+from checkpoint import load_model, write_json
+from device import timed
+from drafters import Strategy
 from generate import DEMO_CHECKPOINT, DTYPES, step_times
-from model import compile_blocks, load_model, write_json
+from model import compile_blocks
 from prompts import demo_lengths
 from report import environment, step_bytes
 from spec_decode import Engine, Sampling, decode
@@ -48,10 +49,10 @@ def read_caches(engine: Engine) -> None:
         buffer.sum()
 
 
-def measure(model, lengths: list[int], drafting: Drafting, repeats: int) -> dict:
+def measure(model, lengths: list[int], strategy: Strategy, repeats: int) -> dict:
     """Step times and their floor at these lengths, and plain against speculative decoding."""
-    engine = Engine(model, len(lengths), max(lengths) + NEW_TOKENS, drafting, Sampling())
-    gamma, n_bytes = drafting.gamma, step_bytes(engine, [range(n) for n in lengths])
+    engine = Engine(model, len(lengths), max(lengths) + NEW_TOKENS, strategy, Sampling())
+    gamma, n_bytes = strategy.gamma, step_bytes(engine, [range(n) for n in lengths])
     pretend_prefill(engine, lengths, NEW_TOKENS)
     device = engine.tokens.device
     cache_bytes = sum(buffer.nbytes for buffer in engine.full.k + engine.full.v)
@@ -92,8 +93,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--gamma", type=int, default=Drafting().gamma)
-    parser.add_argument("--draft_budget", type=int, default=Drafting().budget)
+    parser.add_argument("--gamma", type=int, default=Strategy().gamma)
+    parser.add_argument("--draft_budget", type=int, default=Strategy().budget)
     parser.add_argument("--acceptance", type=float, default=0.94)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path)
@@ -101,7 +102,7 @@ def main() -> None:
     device = torch.device(args.device)
     model = load_model(DEMO_CHECKPOINT, device, DTYPES[args.dtype])
     compile_blocks(model)
-    drafting = Drafting(
+    strategy = Strategy(
         "streaming", args.gamma, args.draft_budget, synthetic_acceptance=args.acceptance
     )
     B = args.batch_size
@@ -111,7 +112,7 @@ def main() -> None:
               "synthetic_acceptance": args.acceptance}  # fmt: skip
     with torch.inference_mode():
         for name, lengths in workloads.items():
-            r = result[name] = measure(model, lengths, drafting, args.repeats)
+            r = result[name] = measure(model, lengths, strategy, args.repeats)
             print(
                 f"{name}: read {r['read_bandwidth_gb_per_s']:.1f} GB/s, "
                 f"floor {r['floor_ms']:.1f} ms, T_T {r['target_step_ms']:.1f} ms "

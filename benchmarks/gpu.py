@@ -36,22 +36,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from floor import pretend_prefill
 
-from auto import timed
-from cost_model import HARDWARE, Timing, Workload, fit, layer_params, omega, step
-from drafters import Drafting
+from checkpoint import load_model, randomize, write_json
+from config import ModelConfig, layer_params, read_json
+from cost_model import omega
+from device import timed
+from drafters import Strategy
 from generate import DTYPES
 from generate import main as generate_main
 from kv_cache import KVCache
-from model import (
-    ModelConfig,
-    Transformer,
-    compile_blocks,
-    load_model,
-    randomize,
-    read_json,
-    write_json,
-)
+from model import Transformer, compile_blocks
 from report import environment
+from roofline import HARDWARE, Timing, Workload, fit, forward_time
 from spec_decode import Engine, Sampling
 
 ACCEPTED = (  # policy, budget, acceptance of each draft: arXiv 2408.11049, at 32k
@@ -130,7 +125,7 @@ class Point:
         device = model.norm.weight.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.engine = Engine(model, B, S + NEW_TOKENS, Drafting(), Sampling())
+        self.engine = Engine(model, B, S + NEW_TOKENS, Strategy(), Sampling())
         pretend_prefill(self.engine, [S] * B, NEW_TOKENS)
         self.device = device
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
@@ -149,7 +144,7 @@ class Point:
     def steps(self, detailed: bool) -> dict:
         """T_T, T_V and T_D."""
         engine, found = self.engine, {}
-        engine.use(Drafting())
+        engine.use(Strategy())
         nothing = engine.draft(0).tokens
         seconds, plain = timed(self.device, lambda: engine.capture(lambda: self.decide(nothing)))
         found["compile_and_capture_seconds"] = seconds
@@ -168,14 +163,14 @@ class Point:
             work = engine.capture(lambda drafts=drafts: self.decide(drafts))
             found[f"T_V({gamma})"] = self.against_floor(self.time(work), self.S)
         for budget in self.settings.budgets if detailed else ():
-            found[f"T_D({budget})"] = self.draft_step(Drafting("streaming", POLICY_GAMMA, budget))
+            found[f"T_D({budget})"] = self.draft_step(Strategy("streaming", POLICY_GAMMA, budget))
         return found
 
-    def draft_step(self, drafting: Drafting) -> dict:
+    def draft_step(self, strategy: Strategy) -> dict:
         """T_D; the engine drafts like this from here on."""
-        self.engine.use(drafting)
-        work = self.engine.capture(lambda: self.engine.draft(drafting.gamma))
-        return self.against_floor(self.time(work) / drafting.gamma, min(drafting.budget, self.S))
+        self.engine.use(strategy)
+        work = self.engine.capture(lambda: self.engine.draft(strategy.gamma))
+        return self.against_floor(self.time(work) / strategy.gamma, min(strategy.budget, self.S))
 
     def decide(self, drafts: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """A forward of the target alone, reading the full cache (None) and writing only that."""
@@ -187,7 +182,7 @@ class Point:
     def split_sweep(self) -> dict[str, dict[int, float]]:
         """T_T and T_V by split-KV programs per multiprocessor; ms. On a CPU there are none."""
         engine, full = self.engine, self.engine.full
-        engine.use(Drafting())
+        engine.use(Strategy())
         found = {}
         for gamma in (0, max(self.settings.round_gammas)):
             drafts, times = engine.tokens[:, :gamma].contiguous(), {}
@@ -207,12 +202,12 @@ class Point:
 
     def rounds(self) -> dict:
         """Plain decoding, and every policy and gamma at its synthetic acceptance."""
-        self.engine.use(Drafting())
+        self.engine.use(Strategy())
         found = {"plain_tokens_per_s": self.tokens_per_second(0), "runs": []}
         for policy, budget, rate in ACCEPTED:
             budget = min(budget, max(self.settings.budgets))
-            drafting = Drafting(policy, POLICY_GAMMA, budget, synthetic_acceptance=rate)
-            t_draft = self.draft_step(drafting)
+            strategy = Strategy(policy, POLICY_GAMMA, budget, synthetic_acceptance=rate)
+            t_draft = self.draft_step(strategy)
             for gamma in self.settings.round_gammas:
                 speed = self.tokens_per_second(gamma, rate)
                 found["runs"].append({
@@ -225,7 +220,7 @@ class Point:
     def baselines(self) -> dict:
         """The same plain step with SDPA, and as gpt-fast compiles it; ms."""
         engine, found = self.engine, {}
-        engine.use(Drafting())
+        engine.use(Strategy())
         token, pos = engine.newest()
         cache = KVCache(replace(engine.full.spec, flex=False), engine.full.k, engine.full.v)
         other = same_weights(self.model)
@@ -275,7 +270,7 @@ def cost_model_fit(config: ModelConfig, points: list[dict], kind: str) -> dict:
                 T = 1 if name == "T_T" else int(name[4:-1]) + 1
                 timings.append(Timing(w, T, w.prefix_len, 1e-3 * found["ms"]))
     hw, error = fit(config, HARDWARE[kind], timings)
-    before = [abs(step(config, HARDWARE[kind], t.workload, t.T).total / t.seconds - 1)
+    before = [abs(forward_time(config, HARDWARE[kind], t.workload, t.T).total / t.seconds - 1)
               for t in timings]  # fmt: skip
     return {"hardware": asdict(hw), "median_error": error,
             "median_error_of_the_preset": statistics.median(before)}  # fmt: skip
@@ -414,7 +409,7 @@ def main() -> None:
         model = load(settings, device)
         if not args.smoke:
             compile_blocks(model)
-        result["environment"] = environment(Engine(model, 1, 1, Drafting(), Sampling()))
+        result["environment"] = environment(Engine(model, 1, 1, Strategy(), Sampling()))
         for i, (B, S) in enumerate(args.points or settings.points):
             if time.monotonic() - start > 60 * args.minutes:
                 result["skipped"].append([B, S])

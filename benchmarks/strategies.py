@@ -33,11 +33,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from auto import timed
-from drafters import Drafting
+from checkpoint import load_model, write_json
+from device import timed
+from drafters import Strategy
 from generate import DEMO_CHECKPOINT, DTYPES, step_times
-from kv_cache import POLICIES
-from model import Transformer, compile_blocks, load_model, write_json
+from model import Transformer, compile_blocks
+from policies import POLICIES
 from prompts import DEMO_LONGEST, DEMO_MODULES, demo_prompts, module_source
 from report import environment
 from spec_decode import Engine, Sampling, decode
@@ -47,9 +48,9 @@ CUE = 32  # tokens of the repeated passage that are given
 
 
 @dataclass(frozen=True, slots=True)
-class Strategy:
+class Setting:
     name: str
-    drafting: Drafting
+    strategy: Strategy
     draft_model: Transformer | None
 
 
@@ -98,22 +99,22 @@ def workloads(tokenizer: Tokenizer, sizes: Sizes) -> dict[str, list[list[int]]]:
     return {"continuation": continuation, "recall": recall, "mixed": mixed}
 
 
-def strategies(sizes: Sizes, draft: Transformer) -> list[Strategy]:
+def strategies(sizes: Sizes, draft: Transformer) -> list[Setting]:
     """Each once per gamma; with a budget, once per budget that fits."""
     found = []
     for gamma in sizes.gammas:
-        found.append(Strategy("ngram", Drafting("ngram", gamma), None))
+        found.append(Setting("ngram", Strategy("ngram", gamma), None))
         for budget in sizes.budgets:
-            found += [Strategy(p, Drafting(p, gamma, budget), None) for p in POLICIES]
+            found += [Setting(p, Strategy(p, gamma, budget), None) for p in POLICIES]
             if budget < draft.config.max_seq_len - gamma:
-                drafting = Drafting("streaming", gamma, budget)
-                found.append(Strategy("draft model, streaming", drafting, draft))
+                strategy = Strategy("streaming", gamma, budget)
+                found.append(Setting("draft model, streaming", strategy, draft))
     return found
 
 
 def prefilled(model: Transformer, prompts: list[list[int]], new_tokens: int) -> Engine:
     longest = max(map(len, prompts)) + new_tokens
-    engine = Engine(model, len(prompts), longest, Drafting(), Sampling())
+    engine = Engine(model, len(prompts), longest, Strategy(), Sampling())
     engine.prefill(prompts, [new_tokens] * len(prompts))
     return engine
 
@@ -145,9 +146,9 @@ def compile_rounds(engine: Engine) -> None:
     engine.rewind()
 
 
-def measure(engine: Engine, strategy: Strategy, plain: Plain, repeats: int) -> dict:
+def measure(engine: Engine, setting: Setting, plain: Plain, repeats: int) -> dict:
     """One strategy on one prefilled workload."""
-    engine.use(strategy.drafting, strategy.draft_model)
+    engine.use(setting.strategy, setting.draft_model)
     gamma = engine.gamma
     compile_rounds(engine)
     ms = {name: statistics.median(t) for name, t in step_times(engine, repeats).items()}
@@ -157,8 +158,8 @@ def measure(engine: Engine, strategy: Strategy, plain: Plain, repeats: int) -> d
         engine.rewind()
         select_s, _ = timed(engine.tokens.device, engine.drafter.select)
     return {
-        "strategy": strategy.name,
-        "budget": strategy.drafting.budget,
+        "strategy": setting.name,
+        "budget": setting.strategy.budget,
         "gamma": gamma,
         "select_every": engine.drafter.select_every,
         "select_ms": 1e3 * select_s,
@@ -181,7 +182,7 @@ def grid(model, draft, tokenizer, sizes: Sizes, repeats: int) -> dict:
     }
     plain = {name: Plain([], []) for name in engines}
     results = {name: [] for name in engines}
-    for number, strategy in enumerate(strategies(sizes, draft)):
+    for number, setting in enumerate(strategies(sizes, draft)):
         torch._dynamo.reset()  # every geometry of a draft cache is compiled; few fit at a time
         for name, engine in engines.items():
             if number % 4 == 0:
@@ -189,7 +190,7 @@ def grid(model, draft, tokenizer, sizes: Sizes, repeats: int) -> dict:
                 engine.round(0)  # compiles
                 speed, _, plain[name].outputs = decoded(engine, 0)
                 plain[name].speeds.append(speed)
-            r = measure(engine, strategy, plain[name], repeats)
+            r = measure(engine, setting, plain[name], repeats)
             results[name].append(r)
             say(name, r, plain[name].speed)
     for name, rs in results.items():
@@ -212,9 +213,9 @@ def say(workload: str, r: dict, plain: float) -> None:
     )
 
 
-def by_quarter(engine: Engine, strategy: Strategy, new_tokens: int) -> dict:
+def by_quarter(engine: Engine, setting: Setting, new_tokens: int) -> dict:
     """Tokens/s, and the draft acceptance rate in each quarter of the new tokens."""
-    engine.use(strategy.drafting, strategy.draft_model)
+    engine.use(setting.strategy, setting.draft_model)
     compile_rounds(engine)
     counts = [[0, 0] for _ in range(4)]  # accepted, drafted
     before = engine.seq_len.clone()
@@ -231,8 +232,8 @@ def by_quarter(engine: Engine, strategy: Strategy, new_tokens: int) -> dict:
 
     seconds, stats = timed(engine.tokens.device, lambda: decode(engine, on_round=count))
     return {
-        "strategy": strategy.name,
-        "budget": strategy.drafting.budget,
+        "strategy": setting.name,
+        "budget": setting.strategy.budget,
         "gamma": engine.gamma,
         "select_every": engine.drafter.select_every,
         "tokens_per_s": stats.decoded_tokens / seconds,
@@ -241,13 +242,13 @@ def by_quarter(engine: Engine, strategy: Strategy, new_tokens: int) -> dict:
     }
 
 
-def long_runs(engine: Engine, runs: list[Strategy], new_tokens: int) -> dict:
+def long_runs(engine: Engine, runs: list[Setting], new_tokens: int) -> dict:
     """Each strategy over a long generation, with plain runs before and after."""
     decoded(engine, 0)  # compiles
     plain = [decoded(engine, 0)[0]]
     results = []
-    for strategy in runs:
-        r = by_quarter(engine, strategy, new_tokens)
+    for setting in runs:
+        r = by_quarter(engine, setting, new_tokens)
         results.append(r)
         rates = " ".join(f"{rate:.3f}" for rate in r["acceptance_by_quarter"])
         print(
@@ -268,10 +269,10 @@ def reselect(model, prompts: list[list[int]], sizes: Sizes, new_tokens: int) -> 
     budget = 256 if 256 in sizes.budgets else sizes.budgets[0]
     gamma = max(sizes.gammas)
     runs = [
-        Strategy("snapkv", Drafting("snapkv", gamma, budget, reselect_every=n), None)
+        Setting("snapkv", Strategy("snapkv", gamma, budget, reselect_every=n), None)
         for n in sizes.every
     ]
-    runs.append(Strategy("streaming", Drafting("streaming", gamma, budget), None))
+    runs.append(Setting("streaming", Strategy("streaming", gamma, budget), None))
     return long_runs(prefilled(model, prompts, new_tokens), runs, new_tokens)
 
 
@@ -280,7 +281,7 @@ def quarters(model, draft, tokenizer, sizes: Sizes) -> dict:
     torch._dynamo.reset()
     gamma = sizes.gammas[len(sizes.gammas) // 2]
     runs = [
-        Strategy("draft model, streaming", Drafting("streaming", gamma, budget), draft)
+        Setting("draft model, streaming", Strategy("streaming", gamma, budget), draft)
         for budget in sizes.budgets
         if budget <= 256
     ]
@@ -345,7 +346,7 @@ def main() -> None:
     date = time.strftime("%Y-%m-%d")
     result = {"command": " ".join(["python", *sys.argv]), "date": date}
     with torch.inference_mode():
-        result["environment"] = environment(Engine(model, 1, 1, Drafting(), Sampling()))
+        result["environment"] = environment(Engine(model, 1, 1, Strategy(), Sampling()))
         for name in [args.part] if args.part else parts:
             result[name] = parts[name]()
     part = f"_{args.part}" if args.part else ""

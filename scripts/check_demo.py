@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from checkpoint import load_model
+from drafters import Strategy
 from generate import DEMO_CHECKPOINT
-from model import load_model
 from prompts import demo_prompts
-from spec_decode import Drafting, Engine, Sampling, generate
+from spec_decode import Engine, Sampling, generate
 from tokenizer import load_tokenizer
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     ours = load_model(DEMO_CHECKPOINT, torch.device("cpu"), torch.float32)
     got = ours(ids, torch.arange(ids.shape[1])[None])[0]
     error = ((got - expected).abs().max() / expected.std()).item()
-    engine = Engine(ours, 1, len(prompt) + 64, Drafting(), Sampling())
+    engine = Engine(ours, 1, len(prompt) + 64, Strategy(), Sampling())
     outputs, _ = generate(engine, [prompt], 64)
     same = outputs[0] == greedy.tolist()
     print(f"transformers {__version__}: largest logit difference {error:.1e} of their spread over "

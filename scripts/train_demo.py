@@ -34,15 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import (
-    ModelConfig,
-    Transformer,
-    compile_blocks,
-    load_model,
-    rope_frequencies,
-    save_model,
-    write_json,
-)
+from checkpoint import load_model, save_model, write_json
+from config import ModelConfig
+from model import Transformer, compile_blocks, rope_frequencies
 from prompts import DEMO_MODULES, module_source
 
 SKIPPED = {

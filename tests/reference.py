@@ -15,7 +15,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from model import ModelConfig, RopeScaling, Transformer
+from config import ModelConfig, RopeScaling
+from model import Transformer
 
 COMPILED_ROWS = 4
 COMPILED_LEN = 735  # a round's overshoot makes it 768, three KV blocks

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import auto as auto_module
+import device
 from auto import (
     FOLLOW,
     MARGIN,
@@ -21,9 +22,10 @@ from auto import (
     keep_calibration,
     lookup_rounds,
 )
-from cost_model import HARDWARE, Timing, Workload, omega, step
-from drafters import Drafting
+from cost_model import omega
+from drafters import Strategy
 from kv_cache import SparseKVCache
+from roofline import HARDWARE, Timing, Workload, forward_time
 from spec_decode import Engine, Sampling, generate
 from tests.reference import plain_greedy, tiny_model
 from tests.test_spec_decode import PROMPTS
@@ -34,7 +36,7 @@ DEAR = {0: 1.0, 1: 1.8, 3: 3.5}  # drafting can hardly win
 
 
 def candidates(*policies: str) -> list[Candidate]:
-    return [Candidate(Drafting(p, max(GAMMAS), 24, 3, obs_window=7)) for p in policies]
+    return [Candidate(Strategy(p, max(GAMMAS), 24, 3, obs_window=7)) for p in policies]
 
 
 def saw(c: Candidate, accepted: list[int], **memory: int) -> None:
@@ -46,7 +48,7 @@ def prefilled(
     found: list[Candidate], verify: dict[int, float], monkeypatch, n: int = 60, named: bool = False
 ) -> Auto:
     """An Auto that has these candidates and believes these times."""
-    engine = Engine(tiny_model(), 4, 80 + n, Drafting(), Sampling())
+    engine = Engine(tiny_model(), 4, 80 + n, Strategy(), Sampling())
     auto = Auto(engine, found, GAMMAS, named)
     monkeypatch.setattr(auto, "verify_seconds", lambda length: verify)
     engine.prefill(PROMPTS, [n] * 4)
@@ -54,7 +56,7 @@ def prefilled(
 
 
 def test_a_candidates_speedup_is_the_formula():
-    c = Candidate(Drafting("snapkv"), t_draft=0.1, t_select=0.8, select_every=4, alpha=0.5)
+    c = Candidate(Strategy("snapkv"), t_draft=0.1, t_select=0.8, select_every=4, alpha=0.5)
     assert c.speedup(3, CHEAP) == pytest.approx(omega(3, 0.5) / (3 * 0.1 + 0.2 + 1.1))
     c.alpha, c.t_select = 0.3, 0.0
     assert c.best(CHEAP) == (pytest.approx(1.3 / 1.1), 1)
@@ -106,13 +108,13 @@ def test_a_named_draft_is_used_from_the_first_round_to_the_last(monkeypatch, pol
 
 
 def test_a_named_draft_is_never_dropped_but_refused(monkeypatch):
-    engine = Engine(tiny_model(), 2, 300, Drafting(), Sampling())
+    engine = Engine(tiny_model(), 2, 300, Strategy(), Sampling())
     auto = Auto(engine, candidates("streaming"), GAMMAS, named=True)
     monkeypatch.setattr(auto, "calibrate", lambda: None)
     monkeypatch.setattr(auto, "verify_seconds", lambda length: {0: 1.0, 1: 30.0, 3: 90.0})
     auto.prepare()  # an unnamed one could not win
     assert auto.candidates == [auto.current] and not auto.dropped
-    auto = Auto(engine, [Candidate(Drafting("full", 3))], GAMMAS, named=True)
+    auto = Auto(engine, [Candidate(Strategy("full", 3))], GAMMAS, named=True)
     with pytest.raises(ValueError, match="needs a draft model"):
         auto.prepare()
 
@@ -120,14 +122,14 @@ def test_a_named_draft_is_never_dropped_but_refused(monkeypatch):
 @pytest.mark.parametrize("when", ["probing", "choosing"])
 def test_a_candidate_that_the_engine_refuses_is_dropped_for_the_others(monkeypatch, when):
     """Memory that was free when it was measured need not be free when it is its turn."""
-    everything = Candidate(Drafting("streaming", 3, 400), t_draft=0.01)
+    everything = Candidate(Strategy("streaming", 3, 400), t_draft=0.01)
     auto = prefilled([*candidates("snapkv"), everything], CHEAP, monkeypatch)
     refused, use = auto.candidates[0], auto.engine.use
 
-    def scarce(drafting, draft_model=None):
-        if drafting == refused.drafting:
+    def scarce(strategy, draft_model=None):
+        if strategy == refused.strategy:
             raise ValueError("the KV caches need 9 GiB")
-        use(drafting, draft_model)
+        use(strategy, draft_model)
 
     def probe(verify):
         saw(refused, [0, 0, 0, 50])
@@ -144,7 +146,7 @@ def test_a_candidate_that_the_engine_refuses_is_dropped_for_the_others(monkeypat
 
 def test_a_good_draft_is_chosen_and_kept(monkeypatch):
     """A budget for everything is always accepted; the lookup in random text hardly ever."""
-    everything = Candidate(Drafting("streaming", 3, 400), t_draft=0.01)
+    everything = Candidate(Strategy("streaming", 3, 400), t_draft=0.01)
     auto = prefilled([*candidates("ngram"), everything], CHEAP, monkeypatch)
     stats = auto.decode()
     assert auto.chosen is everything and auto.gamma == 3
@@ -157,7 +159,7 @@ def test_a_good_draft_is_chosen_and_kept(monkeypatch):
 
 def test_what_prompt_lookup_would_have_had_accepted():
     """Text of period 3 is foreseen completely; text without repetition not at all."""
-    engine = Engine(tiny_model(), 3, 100, Drafting(), Sampling())
+    engine = Engine(tiny_model(), 3, 100, Strategy(), Sampling())
     engine.prefill([[5, 6, 7] * 20, list(range(60)), [5, 6, 7] * 20], [9] * 3)
     engine.tokens[0, 60], engine.tokens[1, 60], engine.tokens[2, 60] = 5, 90, 5
     # 12 tokens back: 3 rounds of 4 drafts and one token where all are kept, else 12
@@ -168,7 +170,7 @@ def test_what_prompt_lookup_would_have_had_accepted():
 
 def test_prompt_lookup_is_judged_by_decided_text_alone():
     """What a run before left behind a short text must not be looked at."""
-    engine = Engine(tiny_model(), 1, 100, Drafting(), Sampling())
+    engine = Engine(tiny_model(), 1, 100, Strategy(), Sampling())
     engine.prefill([[5]], [60])
     engine.tokens.fill_(5)  # all of it would be foreseen
     assert engine.seq_len.item() == 2 and lookup_rounds(engine, 4) == ([0] * 5, [0] * 5)
@@ -178,12 +180,12 @@ def test_prompt_lookup_is_judged_by_decided_text_alone():
 
 def test_every_place_in_a_round_has_an_acceptance_of_its_own():
     """Acceptance comes in runs: one number, measured at gamma 5, says 2.01 tokens at gamma 2."""
-    c = Candidate(Drafting("ngram"))
+    c = Candidate(Strategy("ngram"))
     saw(c, [70, 0, 0, 0, 0, 30])
     assert c.tokens(2) == pytest.approx(1.6) and c.tokens(5) == pytest.approx(2.5)
     assert c.acceptance(2) == pytest.approx(0.3)
     for gamma in (1, 2, 3):  # of a shorter round, whatever the histogram: its drafts are a prefix
-        c = Candidate(Drafting("ngram"))
+        c = Candidate(Strategy("ngram"))
         saw(c, [7, 3, 5, 4])
         kept = 7 * 0 + 3 * min(1, gamma) + 5 * min(2, gamma) + 4 * min(3, gamma)
         assert c.tokens(gamma) == pytest.approx(1 + kept / 19)
@@ -191,17 +193,17 @@ def test_every_place_in_a_round_has_an_acceptance_of_its_own():
 
 def test_drafts_that_the_end_of_a_row_cuts_off_are_not_judged():
     """Of 10 rounds, 4 had room for one draft only; they kept it, the others kept 1 of 3 or all."""
-    c = Candidate(Drafting("ngram"))
+    c = Candidate(Strategy("ngram"))
     c.saw([0, 7, 0, 3], [0, 4, 0, 6])
     assert c.places == ((10, 10), (6, 3), (3, 3))
     assert c.tokens(3) == pytest.approx(1 + 1 + 0.5 + 0.5)
-    c = Candidate(Drafting("ngram"))
+    c = Candidate(Strategy("ngram"))
     c.saw([5, 0, 0], [5, 0, 0])  # there was room for none
-    assert c.tokens(2) == Candidate(Drafting("ngram")).tokens(2)
+    assert c.tokens(2) == Candidate(Strategy("ngram")).tokens(2)
 
 
 def test_longer_rounds_than_seen_go_on_like_the_last_place():
-    c = Candidate(Drafting("ngram"))
+    c = Candidate(Strategy("ngram"))
     saw(c, [4, 4, 2])  # 6 of 10 keep the first draft, 2 of these 6 the second
     known = 1 + 0.6 + 0.2
     assert c.tokens(2) == pytest.approx(known)
@@ -219,7 +221,7 @@ def test_longer_rounds_than_seen_go_on_like_the_last_place():
 
 
 def test_what_was_seen_before_counts_for_a_few_rounds_at_most():
-    c = Candidate(Drafting("ngram"))
+    c = Candidate(Strategy("ngram"))
     saw(c, [10, 0, 0, 0])
     assert (c.tokens(3), c.seen) == (1, 10)
     saw(c, [0, 0, 0, 10])
@@ -276,7 +278,7 @@ def test_the_acceptance_of_the_first_prediction_is_printed_beside_it(monkeypatch
 
 
 def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
-    bad = Candidate(Drafting("streaming", 3, 24, 3), t_draft=0.02)
+    bad = Candidate(Strategy("streaming", 3, 24, 3), t_draft=0.02)
     auto = prefilled([bad, *candidates("ngram")], CHEAP, monkeypatch, n=120)
     engine = auto.engine
     monkeypatch.setattr(auto, "probe", lambda verify: setattr(bad, "alpha", 0.9))
@@ -323,7 +325,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_a_kept_calibration_is_used_while_it_is_true(monkeypatch):
-    engine = Engine(tiny_model(), 2, 300, Drafting(), Sampling())
+    engine = Engine(tiny_model(), 2, 300, Strategy(), Sampling())
     first = Auto(engine, candidates("streaming"), GAMMAS)
     first.calibrate()
     again = Auto(engine, candidates("streaming"), GAMMAS)
@@ -347,13 +349,15 @@ def test_a_kept_calibration_is_used_while_it_is_true(monkeypatch):
 
 def test_a_calibration_that_cannot_be_used_is_measured_again(tmp_path, monkeypatch):
     """One of another version, or damaged: never a traceback."""
-    engine = Engine(tiny_model(), 2, 300, Drafting(), Sampling())
+    engine = Engine(tiny_model(), 2, 300, Strategy(), Sampling())
     measured = []
 
     def time(gamma, length):
         measured.append(gamma)
         w = Workload(2, length, itemsize=4)
-        return Timing(w, gamma + 1, length, step(engine.model.config, HARDWARE["cpu"], w).total)
+        return Timing(
+            w, gamma + 1, length, forward_time(engine.model.config, HARDWARE["cpu"], w).total
+        )
 
     def calibrate() -> int:
         """How many steps it timed."""
@@ -414,7 +418,7 @@ def test_two_processes_that_calibrate_at_once_keep_both_entries(tmp_path, monkey
 
 
 def test_what_another_process_kept_during_a_calibration_is_not_lost(tmp_path, monkeypatch):
-    engine = Engine(tiny_model(), 2, 300, Drafting(), Sampling())
+    engine = Engine(tiny_model(), 2, 300, Strategy(), Sampling())
     auto = Auto(engine, candidates("ngram"), GAMMAS)
 
     def time(gamma, length):
@@ -443,7 +447,7 @@ def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) ->
         context, share = (
             (24, 1.0) if isinstance(cache, SparseKVCache) else (None, factor.get(T - 1))
         )
-        clock[0] += step(config, MACHINE, w, T, context).total * (share or 1.0)
+        clock[0] += forward_time(config, MACHINE, w, T, context).total * (share or 1.0)
         return hidden(tokens, pos, cache)
 
     def timed_queries(*args):
@@ -452,7 +456,7 @@ def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) ->
 
     monkeypatch.setattr(model, "hidden", timed_hidden)
     monkeypatch.setattr(model, "queries", timed_queries)
-    monkeypatch.setattr(auto_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     return clock
 
 
@@ -461,7 +465,7 @@ def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) ->
 )
 def test_calibration_finds_the_times_of_a_known_machine(monkeypatch, factor, within):
     """At lengths that it did not time, too; the second machine is none that a formula explains."""
-    engine = Engine(tiny_model(), 4, 800, Drafting(), Sampling())
+    engine = Engine(tiny_model(), 4, 800, Strategy(), Sampling())
     on_a_known_machine(engine, factor, monkeypatch)
     auto = Auto(engine, candidates("streaming", "snapkv", "ngram"), GAMMAS)
     measured = list(auto.candidates)
@@ -469,13 +473,13 @@ def test_calibration_finds_the_times_of_a_known_machine(monkeypatch, factor, wit
     config = engine.model.config
     for length in (100, 300, 800):
         w = Workload(4, length, itemsize=4)
-        true = {g: step(config, MACHINE, w, g + 1).total * f for g, f in factor.items()}
+        true = {g: forward_time(config, MACHINE, w, g + 1).total * f for g, f in factor.items()}
         assert auto.verify_seconds(length) == pytest.approx(true, rel=within)
-    draft = step(config, MACHINE, Workload(4, 800, itemsize=4), 1, 24).total
+    draft = forward_time(config, MACHINE, Workload(4, 800, itemsize=4), 1, 24).total
     for c in measured:
         assert c.t_draft == pytest.approx(0 if c.is_lookup else draft)
-        assert c.t_select == pytest.approx(T_SELECT if c.drafting.policy == "snapkv" else 0)
-        assert c.select_every == (16 if c.drafting.policy == "snapkv" else 0)
+        assert c.t_select == pytest.approx(T_SELECT if c.strategy.policy == "snapkv" else 0)
+        assert c.select_every == (16 if c.strategy.policy == "snapkv" else 0)
     outputs, _ = generate(engine, PROMPTS, 20)  # what it wrote into the caches does no harm
     assert outputs == [plain_greedy(tiny_model(), p, 20) for p in PROMPTS]
 
@@ -498,7 +502,7 @@ def test_calibrations_are_kept_only_where_there_is_a_place(monkeypatch):
 
 def test_what_is_decided_after_a_forward_is_part_of_its_time(monkeypatch):
     """Sampling from a large vocabulary takes longer than the forward here."""
-    engine = Engine(tiny_model(), 2, 200, Drafting(), Sampling(1.0, top_p=0.9))
+    engine = Engine(tiny_model(), 2, 200, Strategy(), Sampling(1.0, top_p=0.9))
     clock, accept = on_a_known_machine(engine, {}, monkeypatch), engine.accept
 
     def slow(draft, logits):
@@ -510,7 +514,7 @@ def test_what_is_decided_after_a_forward_is_part_of_its_time(monkeypatch):
     auto.calibrate()
     for gamma, seconds in auto.verify_seconds(100).items():
         assert seconds == pytest.approx(gamma + 1, rel=0.05)
-    greedy = Engine(tiny_model(), 2, 200, Drafting(), Sampling())
+    greedy = Engine(tiny_model(), 2, 200, Strategy(), Sampling())
     assert Auto(greedy, candidates("ngram"), GAMMAS).key() != auto.key()
 
 

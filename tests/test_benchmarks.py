@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import load_memory
-from cost_model import MODELS, Dimensions, total_params
+from config import MODELS, ModelConfig, total_params
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ def test_smoke(tmp_path, name, keys):
 
 def test_load_memory_measures_a_sharded_checkpoint(monkeypatch):
     """Too small to say anything about memory; that is what the benchmark itself is for."""
-    monkeypatch.setitem(MODELS, "tiny", Dimensions(256, 2, 4, 2, 64, 700, 9999, 500))
+    monkeypatch.setitem(MODELS, "tiny", ModelConfig(256, 2, 4, 2, 64, 700, 9999, 500))
     r = load_memory.measure("tiny", 3, "bfloat16", "float32")
     assert r["n_shards"] == 3 and r["seconds"] > 0
     assert r["model_bytes"] == 4 * total_params(MODELS["tiny"])

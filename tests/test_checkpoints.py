@@ -11,18 +11,20 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from drafters import Drafting
+from checkpoint import load_model
+from config import ModelConfig, load_config
+from drafters import Strategy
 from kv_cache import CacheSpec, KVCache
-from model import ModelConfig, Transformer, load_config, load_model
+from model import Transformer
 from scripts.make_model_fixtures import FAMILIES, LENGTHS, NEW_TOKENS, SHARDED, make
 from spec_decode import Engine, Sampling, generate
 
 FIXTURES = Path(__file__).parent / "fixtures" / "models"
 DRAFTINGS = {
-    "plain": Drafting(),
-    "streaming": Drafting("streaming", 3, 24),
-    "snapkv": Drafting("snapkv", 3, 24, obs_window=7, reselect_every=4),
-    "ngram": Drafting("ngram", 3),
+    "plain": Strategy(),
+    "streaming": Strategy("streaming", 3, 24),
+    "snapkv": Strategy("snapkv", 3, 24, obs_window=7, reselect_every=4),
+    "ngram": Strategy("ngram", 3),
 }
 
 
@@ -47,14 +49,14 @@ def check_logits(directory: Path) -> None:
             assert difference.abs().max() < 1e-4 * expected[f"std_{n}"]
 
 
-def check_text(directory: Path, drafting: Drafting) -> None:
+def check_text(directory: Path, strategy: Strategy) -> None:
     """Both prompts in one batch."""
     model, expected = load(directory)
     prompts = [expected["prompt"][:n].tolist() for n in LENGTHS[1:]]
-    engine = Engine(model, 2, max(LENGTHS) + NEW_TOKENS, drafting, Sampling())
+    engine = Engine(model, 2, max(LENGTHS) + NEW_TOKENS, strategy, Sampling())
     outputs, stats = generate(engine, prompts, NEW_TOKENS)
     assert outputs == [expected[f"greedy_{n}"].tolist() for n in LENGTHS[1:]]
-    assert bool(stats.drafts) == drafting.enabled
+    assert bool(stats.drafts) == strategy.enabled
 
 
 def test_a_directory_for_every_family():
@@ -70,10 +72,10 @@ def test_logits_are_those_of_transformers(name):
     check_logits(FIXTURES / name)
 
 
-@pytest.mark.parametrize("drafting", DRAFTINGS.values(), ids=DRAFTINGS)
+@pytest.mark.parametrize("strategy", DRAFTINGS.values(), ids=DRAFTINGS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_text_is_that_of_transformers(name, drafting):
-    check_text(FIXTURES / name, drafting)
+def test_greedy_text_is_that_of_transformers(name, strategy):
+    check_text(FIXTURES / name, strategy)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -81,8 +83,8 @@ def test_transformers_itself_if_it_is_here(name, tmp_path):
     pytest.importorskip("transformers")
     make(name, tmp_path)
     check_logits(tmp_path)
-    for drafting in DRAFTINGS.values():
-        check_text(tmp_path, drafting)
+    for strategy in DRAFTINGS.values():
+        check_text(tmp_path, strategy)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -15,17 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from cost_model import (
-    HARDWARE,
+from config import (
     MODELS,
-    PLAIN,
     PREFILL_CHUNK,
+    ModelConfig,
+    kv_bytes_per_token,
+    matrix_params,
+    total_params,
+    work_bytes,
+)
+from cost_model import (
+    PLAIN,
     Acceptance,
-    Dimensions,
     Draft,
-    Hardware,
-    Timing,
-    Workload,
     alpha_of,
     break_even,
     candidates,
@@ -33,11 +35,8 @@ from cost_model import (
     crossing_length,
     draft_step,
     expected_acceptance,
-    fit,
-    kv_bytes_per_token,
     largest_batch,
     main,
-    matrix_params,
     memory_bytes,
     omega,
     plan,
@@ -45,11 +44,13 @@ from cost_model import (
     read_acceptance,
     read_measured,
     selection,
-    step,
-    total_params,
     winning_length,
-    work_bytes,
 )
+from drafters import Strategy
+from kv_cache import CacheSpec, KVCache
+from model import Transformer
+from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time
+from spec_decode import Engine, Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,7 +62,7 @@ MEDIAN = re.compile(r"^(.*\S) +median error ([\d.]+)%", re.MULTILINE)  # in what
 # A device and a model whose numbers can be worked out by hand.
 ROUND = Hardware("round", 1000.0, 100.0, 1e6, flop_efficiency=0.5, bandwidth_efficiency=0.1,
                  layer_seconds=0.25, all_reduce_seconds=0.5, link_bandwidth=8.0)  # fmt: skip
-SMALL = Dimensions(dim=4, n_layer=2, n_head=2, n_kv_head=1, head_dim=2, ffn_dim=3, vocab_size=5,
+SMALL = ModelConfig(dim=4, n_layer=2, n_head=2, n_kv_head=1, head_dim=2, ffn_dim=3, vocab_size=5,
                max_seq_len=100)  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def test_a_step_by_hand():
     assert matrix_params(SMALL) == 2 * (16 + 16 + 8 + 8 + 36) + 20 == 188
     assert total_params(SMALL) == 188 + 20 + 5 * 4
     assert kv_bytes_per_token(SMALL) == 2 * 2 * 1 * 2 * 2 == 16
-    t = step(SMALL, ROUND, Workload(3, 10), T=2)  # 10 bytes/s, 500 FLOP/s
+    t = forward_time(SMALL, ROUND, Workload(3, 10), T=2)  # 10 bytes/s, 500 FLOP/s
     assert t.weights == pytest.approx(188 * 2 / 10)
     assert t.linear_compute == pytest.approx(2 * 188 * 6 / 500)
     assert t.kv == pytest.approx(3 * 10 * 16 / 10)
@@ -103,7 +104,7 @@ def test_a_step_by_hand():
     per_token = 2 * (4 * 4 + 2 * (2 * 2 + 2 * 1) * 2 + 6 * 3) * 2 + 16 + 8 * 5
     assert t.activations == pytest.approx(6 * per_token / 10)
     assert t.total == pytest.approx(37.6 + 48.0 + 0.5 + t.activations)
-    two = step(SMALL, ROUND, Workload(3, 10, num_gpus=2), T=2)
+    two = forward_time(SMALL, ROUND, Workload(3, 10, num_gpus=2), T=2)
     assert two.weights == pytest.approx(t.weights / 2)
     assert two.kv == t.kv  # one KV head: each GPU holds it
     assert two.all_reduce == pytest.approx(2 * 2 * (0.5 + 6 * 4 * 2 * (2 * 1 / 2) / 8))
@@ -111,7 +112,7 @@ def test_a_step_by_hand():
 
 def test_compute_counts_where_it_takes_longer():
     fast_memory = replace(ROUND, peak_bandwidth=1e9)
-    t = step(SMALL, fast_memory, Workload(3, 10))
+    t = forward_time(SMALL, fast_memory, Workload(3, 10))
     rest = t.fixed + t.activations
     assert t.total == pytest.approx(t.linear_compute + t.attention_compute + rest)
 
@@ -119,7 +120,6 @@ def test_compute_counts_where_it_takes_longer():
 def test_bytes_agree_with_real_parameters_and_caches():
     import torch
 
-    from kv_cache import CacheSpec, KVCache
     from tests.reference import tiny_model
 
     for heads, tied in [((4, 2), False), ((7, 1), True)]:
@@ -208,9 +208,9 @@ def test_the_winning_length_against_trying_all():
 
 def test_what_drafting_costs():
     w, tiny = Workload(32, 32000, 8), MODELS["tinyllama-1.1b"]
-    full = step(LLAMA, A100, w).total
+    full = forward_time(LLAMA, A100, w).total
     streaming = draft_step(STREAMING, LLAMA, A100, w)
-    assert streaming == step(LLAMA, A100, w, 1, 512).total < full
+    assert streaming == forward_time(LLAMA, A100, w, 1, 512).total < full
     assert draft_step(Draft("streaming", 3, 512), LLAMA, A100, Workload(32, 100, 8)) < streaming
     snapkv = Draft("snapkv", 3, 512, select_every=8)
     extra = draft_step(snapkv, LLAMA, A100, w) - streaming
@@ -218,9 +218,11 @@ def test_what_drafting_costs():
     assert draft_step(replace(snapkv, select_every=0), LLAMA, A100, w) == streaming
     assert draft_step(Draft("ngram", 3), LLAMA, A100, w) == 0
     own = draft_step(Draft("streaming", 3, 512, tiny), LLAMA, A100, w)
-    assert step(tiny, A100, w, 1, 512).total < own < streaming  # re-anchoring costs something
+    assert (
+        forward_time(tiny, A100, w, 1, 512).total < own < streaming
+    )  # re-anchoring costs something
     own_full = draft_step(Draft("full", 3, 0, tiny), LLAMA, A100, w)
-    assert own_full == step(tiny, A100, w).total > own
+    assert own_full == forward_time(tiny, A100, w).total > own
 
 
 def test_the_plan_ranks_and_never_loses():
@@ -313,15 +315,13 @@ def test_the_work_of_a_round_is_enough_and_not_twice_too_much(flags, dtype, gamm
     """Against the tensors of a real round, where the vocabulary is all that counts."""
     import torch
 
-    from drafters import Drafting
-    from spec_decode import Engine, Sampling
     from tests.reference import tiny_model
 
     model = tiny_model(vocab_size=5003).to(getattr(torch, dtype))
     sampling = Sampling(**flags)
-    drafting = Drafting("streaming", gamma, 16) if gamma else Drafting()
+    strategy = Strategy("streaming", gamma, 16) if gamma else Strategy()
     with torch.inference_mode():
-        engine = Engine(model, 5, 40, drafting, sampling)
+        engine = Engine(model, 5, 40, strategy, sampling)
         engine.prefill([[1, 2, 3]] * 5, [30] * 5)
         measured = live_bytes(lambda: engine.round(gamma))
     itemsize = model.norm.weight.itemsize
@@ -333,16 +333,11 @@ def test_the_work_of_a_prefill_is_enough_and_not_twice_too_much():
     """In 16 bits, where attention's scores are not kept."""
     import torch
 
-    from drafters import Drafting
-    from kv_cache import CacheSpec
-    from model import ModelConfig, Transformer
-    from spec_decode import Engine, Sampling
-
     config = ModelConfig(dim=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, ffn_dim=700,
                          vocab_size=97, max_seq_len=500)  # fmt: skip
     model = Transformer(config).to(torch.bfloat16).requires_grad_(False)
     with torch.inference_mode():
-        engine = Engine(model, 1, 400, Drafting(), Sampling())
+        engine = Engine(model, 1, 400, Strategy(), Sampling())
         measured = live_bytes(lambda: engine.prefill_row(0, 390))
     estimate = work_bytes(config, 0, 0, engine.prefill_chunk, 2, False)
     assert measured <= estimate <= 2 * measured
@@ -355,14 +350,14 @@ def test_fit_recovers_a_device():
                     layer_seconds=1.1e-4)  # fmt: skip
     model = MODELS["tinyllama-1.1b"]
     timings = [
-        Timing(Workload(B, S), T, S, step(model, truth, Workload(B, S), T, S).total)
+        Timing(Workload(B, S), T, S, forward_time(model, truth, Workload(B, S), T, S).total)
         for B, S, T in [(1, 100, 1), (16, 4000, 1), (16, 500, 1), (16, 4000, 6), (1, 512, 512)]
     ]
     found, error = fit(model, HARDWARE["cpu"], timings)
     assert error < 0.01
     for w, T in [(Workload(8, 8000), 1), (Workload(4, 300), 200)]:
-        expected = step(model, truth, w, T).total
-        assert step(model, found, w, T).total == pytest.approx(expected, rel=0.02)
+        expected = forward_time(model, truth, w, T).total
+        assert forward_time(model, found, w, T).total == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +398,7 @@ def test_the_readme_shows_what_the_commands_print(capsys):
 def test_fit_leaves_alone_what_the_timings_do_not_show():
     """Plain steps without grouped heads never wait for arithmetic."""
     model, truth = MODELS["llama-2-7b"], replace(A100, bandwidth_efficiency=0.4)
-    timings = [Timing(w, 1, w.prefix_len, step(model, truth, w).total)
+    timings = [Timing(w, 1, w.prefix_len, forward_time(model, truth, w).total)
                for w in (Workload(1, S) for S in (100, 1000, 4000))]  # fmt: skip
     found, error = fit(model, A100, timings)
     assert found.flop_efficiency == A100.flop_efficiency and error < 0.01
@@ -414,7 +409,7 @@ def test_fit_does_not_let_two_constants_run_off():
     model, cpu = MODELS["tinyllama-1.1b"], HARDWARE["cpu"]
     truth = replace(cpu, flop_efficiency=0.31, bandwidth_efficiency=0.62, layer_seconds=1.1e-4)
     timings = [
-        Timing(Workload(4, S), T, S, step(model, truth, Workload(4, S), T, S).total)
+        Timing(Workload(4, S), T, S, forward_time(model, truth, Workload(4, S), T, S).total)
         for S in (100, 1000, 2000)
         for T in (1, 6)
     ]
@@ -436,7 +431,7 @@ def test_the_readme_says_how_many_plain_steps_a_selection_takes():
     draft, hw, steps = Draft("snapkv", 3, 2048), HARDWARE["h100"], []
     for S, B in itertools.product((8192, 32768), (32, 64, 128)):  # those of its table
         w = Workload(B, S, 8)
-        steps.append(selection(draft, LLAMA, hw, w) / step(LLAMA, hw, w).total)
+        steps.append(selection(draft, LLAMA, hw, w) / forward_time(LLAMA, hw, w).total)
     text = " ".join(README.split())
     assert f"The cost model expects {min(steps):.1f} to {max(steps):.1f} on 8 H100" in text
 
@@ -593,9 +588,11 @@ def test_a_sliding_window_bounds_what_a_step_reads():
     model, short, long = MODELS["mistral-7b"], Workload(8, 4096), Workload(8, 32768)
     windowed = replace(model, sliding_window=4096)
     for T in (1, 5):
-        assert step(windowed, A100, long, T) == step(model, A100, short, T)
-        assert step(windowed, A100, Workload(8, 100), T) == step(model, A100, Workload(8, 100), T)
+        assert forward_time(windowed, A100, long, T) == forward_time(model, A100, short, T)
+        assert forward_time(windowed, A100, Workload(8, 100), T) == forward_time(
+            model, A100, Workload(8, 100), T
+        )
     for draft in (Draft("streaming", 3, 8192), Draft("full", 3, 0, windowed)):
-        expected = step(model, A100, short).total
+        expected = forward_time(model, A100, short).total
         assert draft_step(draft, windowed, A100, long) == expected
         assert memory_bytes(windowed, long, draft) == memory_bytes(model, long, draft)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from drafters import Drafting
+from checkpoint import load_model
+from drafters import Strategy
 from generate import main
 from kv_cache import CacheSpec, KVCache
-from model import Transformer, compile_blocks, load_model
+from model import Transformer, compile_blocks
 from scripts.make_model_fixtures import FAMILIES, LENGTHS
 from spec_decode import LAG, Engine, Sampling, decode, generate
 from tests.reference import plain_greedy, tiny_model
@@ -39,11 +40,11 @@ def on_gpu(model: Transformer, dtype: torch.dtype = torch.float32) -> Transforme
 def engine_for(model, strategy: str | None, gamma: int = 3, n: int = 45, rows=4, **options):
     """An engine that drafts by a name in STRATEGIES."""
     if strategy is None:
-        return Engine(model, rows, 80 + n, Drafting(), GREEDY, **options)
+        return Engine(model, rows, 80 + n, Strategy(), GREEDY, **options)
     policy, settings, context = STRATEGIES[strategy]
     draft = on_gpu(draft_model(context)) if context else None
-    drafting = Drafting(policy, gamma, n_sink=3, **settings)
-    return Engine(model, rows, 80 + n, drafting, GREEDY, draft_model=draft, **options)
+    strategy = Strategy(policy, gamma, n_sink=3, **settings)
+    return Engine(model, rows, 80 + n, strategy, GREEDY, draft_model=draft, **options)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +99,8 @@ def test_two_engines_and_changing_drafts_in_one_process():
         for engine in (one, two):
             engine.run(engine.gamma, 2)
     assert one.outputs() == two.outputs() == expected
-    for drafting in (Drafting("ngram", 4), Drafting(), Drafting("streaming", 2, 20)):
-        one.use(drafting)
+    for strategy in (Strategy("ngram", 4), Strategy(), Strategy("streaming", 2, 20)):
+        one.use(strategy)
         one.rewind()
         decode(one)
         assert one.outputs() == expected
@@ -109,7 +110,7 @@ def test_sampling_from_a_graph_is_new_every_round_and_fixed_by_the_seed():
     model, prompt, rows = tiny_model(vocab_size=5), [1, 4, 2, 0, 3], 3000
     sampling = Sampling(1.0)
     exact = exact_distribution(model, prompt, 3, sampling)
-    engine = Engine(on_gpu(tiny_model(vocab_size=5)), rows, 20, Drafting("streaming", 2, 1, 0),
+    engine = Engine(on_gpu(tiny_model(vocab_size=5)), rows, 20, Strategy("streaming", 2, 1, 0),
                     sampling, seed=3)  # fmt: skip
     outputs, _ = generate(engine, [prompt] * rows, 3)
     counts = dict.fromkeys(exact, 0)

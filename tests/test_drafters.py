@@ -7,19 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import kv_cache
-from drafters import Drafting, StreamingModelDrafter, lookup
-from kv_cache import (
-    NEVER,
-    POLICIES,
-    POOL,
-    Policy,
-    ReadOnlyCache,
-    attention_received,
-    observed,
-    select_snapkv,
-)
+import policies
+from drafters import Strategy, StreamingModelDrafter, lookup
+from kv_cache import NEVER, ReadOnlyCache
 from model import Transformer, compile_blocks
+from policies import POLICIES, POOL, Policy, attention_received, observed, select_snapkv
 from spec_decode import Engine, Sampling, decode, generate
 from tests.reference import (
     COMPILED_BUDGET,
@@ -42,7 +34,7 @@ from tests.test_spec_decode import (
 )
 
 GREEDY = Sampling()
-ROOT = Path(kv_cache.__file__).parent
+ROOT = Path(policies.__file__).parent
 
 
 def draft_model(context: int = 4096, vocab_size: int = 97, seed: int = 5) -> Transformer:
@@ -76,11 +68,11 @@ STRATEGIES = {
 
 def run(model, prompts, n, strategy, gamma, sampling=GREEDY, draft=None, seed=0, **changes):
     policy, settings, context = STRATEGIES[strategy]
-    drafting = Drafting(policy, gamma, n_sink=3, **settings | changes)
+    strategy = Strategy(policy, gamma, n_sink=3, **settings | changes)
     if context and draft is None:
         draft = draft_model(context, model.config.vocab_size)
     max_len = max(map(len, prompts)) + n
-    engine = Engine(model, len(prompts), max_len, drafting, sampling, seed, draft)
+    engine = Engine(model, len(prompts), max_len, strategy, sampling, seed, draft)
     return generate(engine, prompts, n)
 
 
@@ -101,7 +93,7 @@ def test_greedy_output_is_the_same_compiled(strategy):
         compile_blocks(draft)
     else:
         settings = settings | {"budget": COMPILED_BUDGET}
-    engine = compiled_engine(model, Drafting(policy, 3, n_sink=3, **settings), draft=draft)
+    engine = compiled_engine(model, Strategy(policy, 3, n_sink=3, **settings), draft=draft)
     assert generate(engine, PROMPTS, 45)[0] == greedy_of((4, 2), 45)
 
 
@@ -111,10 +103,10 @@ def test_the_sampled_loop_has_the_targets_distribution(strategy, sampling):
     policy, settings, context = STRATEGIES[strategy]
     draft = draft_model(context, vocab_size=5) if context else None
     small = {"budget": 4, "obs_window": 2} if "obs_window" in settings else {"budget": 2}
-    drafting = Drafting(policy, 2, n_sink=1, **settings | (small if policy in POLICIES else {}))
+    strategy = Strategy(policy, 2, n_sink=1, **settings | (small if policy in POLICIES else {}))
     model, prompt = five_tokens(), [1, 4, 2, 0, 3, 1, 1, 2]
-    assert chi_square_excess(model, prompt, sampling, drafting, rows=4000, draft=draft) < 4
-    engine = Engine(model, 200, 12, drafting, sampling, draft_model=draft)
+    assert chi_square_excess(model, prompt, sampling, strategy, rows=4000, draft=draft) < 4
+    engine = Engine(model, 200, 12, strategy, sampling, draft_model=draft)
     with equal_prompts_are_read_once():
         _, stats = generate(engine, [prompt] * 200, 4)
     assert 0 < stats.draft_acceptance_rate < 1  # or the test would show nothing
@@ -132,9 +124,9 @@ def test_a_draft_that_sees_everything_is_always_accepted(policy, own_model, samp
         pytest.skip("needs a draft model")
     model = tiny_model()
     for reselect_every in (None, 0) if policy != "full" else (None,):
-        drafting = Drafting(policy, 4, budget=400, n_sink=4, reselect_every=reselect_every)
+        strategy = Strategy(policy, 4, budget=400, n_sink=4, reselect_every=reselect_every)
         draft = model if own_model else None
-        engine = Engine(model, 4, 111, drafting, sampling, draft_model=draft)
+        engine = Engine(model, 4, 111, strategy, sampling, draft_model=draft)
         _, stats = generate(engine, PROMPTS, 41)
         assert stats.draft_acceptance_rate > 0.999
         assert stats.rounds == 8  # 40 tokens at 5 a round
@@ -158,8 +150,8 @@ def test_snapkv_selects_what_a_loop_selects(heads, chunk):
     """H / Hkv of 1, 2, 3, 4, 7; prompts shorter than the window, than the budget, and longer."""
     model = tiny_model(*heads)
     prompts = prompts_of([61, 3, 20, 37])
-    drafting = Drafting("snapkv", 2, budget=24, n_sink=3, obs_window=9)
-    engine = Engine(model, 4, 100, drafting, GREEDY)
+    strategy = Strategy("snapkv", 2, budget=24, n_sink=3, obs_window=9)
+    engine = Engine(model, 4, 100, strategy, GREEDY)
     engine.prefill_chunk = chunk
     engine.prefill(prompts, [10] * 4)
     engine.refresh()
@@ -189,8 +181,8 @@ def test_snapkv_scores_only_what_the_models_window_lets_a_query_see(window):
     """A model window within the observed tokens, and two that reach back before them."""
     model, W, n_sink = tiny_model(sliding_window=window), 7, 2
     (prompt,) = prompts_of([50])
-    drafting = Drafting("snapkv", 2, budget=17, n_sink=n_sink, obs_window=W)
-    engine = Engine(model, 1, 60, drafting, GREEDY)
+    strategy = Strategy("snapkv", 2, budget=17, n_sink=n_sink, obs_window=W)
+    engine = Engine(model, 1, 60, strategy, GREEDY)
     engine.prefill([prompt], [9])
     engine.refresh()
     sparse, full, trace = engine.drafter.sparse, engine.full, []
@@ -211,11 +203,11 @@ def test_snapkv_scores_only_what_the_models_window_lets_a_query_see(window):
 
 
 def test_snapkv_scores_do_not_depend_on_how_rows_are_split(monkeypatch):
-    model, drafting = tiny_model(), Drafting("snapkv", 2, 24, 3, obs_window=9)
+    model, strategy = tiny_model(), Strategy("snapkv", 2, 24, 3, obs_window=9)
     selected = []
     for n_bytes in (2**28, 1):
-        monkeypatch.setattr(kv_cache, "SCORE_BYTES", n_bytes)
-        engine = Engine(model, 4, 100, drafting, GREEDY)
+        monkeypatch.setattr(policies, "SCORE_BYTES", n_bytes)
+        engine = Engine(model, 4, 100, strategy, GREEDY)
         engine.prefill(PROMPTS, [10] * 4)
         engine.refresh()
         selected.append(engine.drafter.sparse.selected_pos.sort().values)
@@ -225,8 +217,8 @@ def test_snapkv_scores_do_not_depend_on_how_rows_are_split(monkeypatch):
 def test_reselection_is_the_selection_of_the_longer_text():
     """In mid-generation the draft keeps what a fresh prefill of the same text would keep."""
     model = tiny_model()
-    drafting = Drafting("snapkv", 3, 24, 3, obs_window=9, reselect_every=20)
-    engine = Engine(model, 4, 100, drafting, GREEDY)
+    strategy = Strategy("snapkv", 3, 24, 3, obs_window=9, reselect_every=20)
+    engine = Engine(model, 4, 100, strategy, GREEDY)
     engine.prefill(PROMPTS, [30] * 4)
     engine.refresh()
     before = engine.drafter.sparse.selected_pos.clone()
@@ -239,14 +231,14 @@ def test_reselection_is_the_selection_of_the_longer_text():
     texts = [
         t[: n - 1] for t, n in zip(engine.tokens.tolist(), engine.seq_len.tolist(), strict=True)
     ]
-    fresh = Engine(model, 4, 100, drafting, GREEDY)
+    fresh = Engine(model, 4, 100, strategy, GREEDY)
     fresh.prefill(texts, [1] * 4)
     fresh.refresh()
     assert torch.equal(after.sort().values, fresh.drafter.sparse.selected_pos.sort().values)
 
 
 def test_selection_is_repeated_every_so_many_rounds(monkeypatch):
-    engine = Engine(tiny_model(), 4, 100, Drafting("snapkv", 1, 24, 3, 7, 3), GREEDY)
+    engine = Engine(tiny_model(), 4, 100, Strategy("snapkv", 1, 24, 3, 7, 3), GREEDY)
     engine.prefill(PROMPTS, [20] * 4)
     calls = []
     monkeypatch.setattr(engine.drafter, "select", lambda: calls.append(1))
@@ -270,8 +262,8 @@ def test_rounds_without_drafts_do_not_blind_the_drafter(strategy):
         prompts_of([33, 9, 70, 12]),
     )
     draft = model if strategy in ("full", "own snapkv") else None
-    drafting = Drafting(policy, 3, 400, 3, reselect_every=0 if policy == "snapkv" else None)
-    engine = Engine(model, 4, 230, drafting, GREEDY, draft_model=draft)
+    strategy = Strategy(policy, 3, 400, 3, reselect_every=0 if policy == "snapkv" else None)
+    engine = Engine(model, 4, 230, strategy, GREEDY, draft_model=draft)
     engine.prefill(prompts, [150] * 4)
     for rewind in (True, False):
         engine.run(3, 3)
@@ -298,7 +290,7 @@ def holds_the_same(engine: Engine) -> None:
 def test_a_drafter_that_is_behind_forgets_what_is_rewound():
     """When sampling, rounds without drafts draw another text than those with drafts before them."""
     model = tiny_model()
-    engine = Engine(model, 4, 230, Drafting("full", 3), Sampling(1.0), draft_model=model)
+    engine = Engine(model, 4, 230, Strategy("full", 3), Sampling(1.0), draft_model=model)
     engine.prefill(PROMPTS, [150] * 4)
     engine.run(3, 20)
     engine.run(0, 1)
@@ -311,7 +303,7 @@ def test_a_drafter_that_is_behind_forgets_what_is_rewound():
 def test_a_short_context_holds_through_rounds_without_drafts(monkeypatch):
     """After them the draft model is anchored anew; its 28 positions are never left."""
     draft = draft_model(context=28)
-    engine = Engine(tiny_model(), 3, 370, Drafting("streaming", 3, 12, 3), GREEDY, 0, draft)
+    engine = Engine(tiny_model(), 3, 370, Strategy("streaming", 3, 12, 3), GREEDY, 0, draft)
     highest, forward = [], draft.hidden
 
     def watched(tokens, pos, cache):
@@ -328,8 +320,8 @@ def test_a_short_context_holds_through_rounds_without_drafts(monkeypatch):
 
 @pytest.mark.parametrize("policy, n_prompt", [("streaming", 1), ("streaming", 3), ("snapkv", 2)])
 def test_sinks_that_a_short_prompt_lacks_are_kept_once_they_exist(policy, n_prompt):
-    drafting = Drafting(policy, 3, 24, 4, obs_window=7, reselect_every=0)
-    engine = Engine(tiny_model(), 1, 200, drafting, GREEDY)
+    strategy = Strategy(policy, 3, 24, 4, obs_window=7, reselect_every=0)
+    engine = Engine(tiny_model(), 1, 200, strategy, GREEDY)
     engine.prefill(prompts_of([n_prompt]), [150])
     engine.refresh()
     assert (engine.drafter.sparse.selected_pos == NEVER).any()
@@ -342,7 +334,7 @@ def test_sinks_that_a_short_prompt_lacks_are_kept_once_they_exist(policy, n_prom
 
 def test_selecting_is_part_of_decoding(monkeypatch):
     """Not of the prefill, whose time is reported apart."""
-    engine = Engine(tiny_model(), 4, 100, Drafting("snapkv", 3, 24, 3, 7), GREEDY)
+    engine = Engine(tiny_model(), 4, 100, Strategy("snapkv", 3, 24, 3, 7), GREEDY)
     calls = []
     monkeypatch.setattr(engine.drafter, "select", lambda: calls.append(1))
     engine.prefill(PROMPTS, [20] * 4)
@@ -358,7 +350,7 @@ def test_a_streaming_draft_model_uses_its_context_to_the_last_position(monkeypat
     rounds of 4 tokens: position 12 + 3 + 3 * 4 = 27.
     """
     draft = draft_model(context=28)
-    engine = Engine(tiny_model(), 3, 370, Drafting("streaming", 3, 12, 3), GREEDY, 0, draft)
+    engine = Engine(tiny_model(), 3, 370, Strategy("streaming", 3, 12, 3), GREEDY, 0, draft)
 
     def accept_all(drafted, logits):
         n = torch.full((3,), drafted.tokens.shape[1])
@@ -379,7 +371,7 @@ def test_a_streaming_draft_model_uses_its_context_to_the_last_position(monkeypat
 @pytest.mark.parametrize("length", [50, 13, 12, 11, 5, 1])
 def test_a_streaming_draft_model_sees_sinks_and_window_at_positions_of_its_own(length):
     target, draft = tiny_model(), draft_model(context=30)
-    engine = Engine(target, 1, 100, Drafting("streaming", 3, 12, 3), GREEDY, draft_model=draft)
+    engine = Engine(target, 1, 100, Strategy("streaming", 3, 12, 3), GREEDY, draft_model=draft)
     engine.prefill(prompts_of([length]), [40])
     assert isinstance(engine.drafter, StreamingModelDrafter)
     engine.refresh()
@@ -402,8 +394,8 @@ def test_a_streaming_draft_model_sees_sinks_and_window_at_positions_of_its_own(l
 def test_padded_vocabularies_are_cut_to_the_targets(vocab_size, policy):
     """A draft with fewer rows never proposes the rest; one with more never proposes its own."""
     model, draft = tiny_model(), draft_model(vocab_size=vocab_size)
-    drafting = Drafting(policy, 3, 24, 3, obs_window=7)
-    engine = Engine(model, 4, 100, drafting, GREEDY, draft_model=draft)
+    strategy = Strategy(policy, 3, 24, 3, obs_window=7)
+    engine = Engine(model, 4, 100, strategy, GREEDY, draft_model=draft)
     outputs, _ = generate(engine, PROMPTS, 20)
     assert outputs == [plain_greedy(model, p, 20) for p in PROMPTS]
     logits = engine.drafter.logits(0, engine.newest()[0])
@@ -416,18 +408,18 @@ def test_the_drafter_can_be_changed_in_mid_generation(strategy):
     """It reads what was decided without it; the output does not change."""
     policy, settings, context = STRATEGIES[strategy]
     model, draft = tiny_model(), draft_model(context) if context else None
-    engine = Engine(model, 4, 120, Drafting(), GREEDY)
+    engine = Engine(model, 4, 120, Strategy(), GREEDY)
     engine.prefill(PROMPTS, [45] * 4)
     for _ in range(9):
         engine.round(0)
-    engine.use(Drafting(policy, 3, n_sink=3, **settings), draft)
+    engine.use(Strategy(policy, 3, n_sink=3, **settings), draft)
     decode(engine)
     assert engine.outputs() == [plain_greedy(model, p, 45) for p in PROMPTS]
     if policy == "full":  # what it has read is all of the text: the same weights agree
-        same = Engine(model, 4, 120, Drafting(), GREEDY)
+        same = Engine(model, 4, 120, Strategy(), GREEDY)
         same.prefill(PROMPTS, [45] * 4)
         same.round(0)
-        same.use(Drafting("full", 3), model)
+        same.use(Strategy("full", 3), model)
         assert decode(same).draft_acceptance_rate > 0.999
 
 
@@ -439,8 +431,8 @@ def test_the_next_turn_of_a_conversation_reads_only_what_is_new(strategy, monkey
     """
     policy, settings, context = STRATEGIES[strategy]
     model, draft = tiny_model(), draft_model(context) if context else None
-    drafting = Drafting(policy, 3, n_sink=3, **settings)
-    engine = Engine(model, 4, 300, drafting, GREEDY, draft_model=draft)
+    strategy = Strategy(policy, 3, n_sink=3, **settings)
+    engine = Engine(model, 4, 300, strategy, GREEDY, draft_model=draft)
     engine.prefill_chunk = 16
     read, hidden = [], Transformer.hidden
 
@@ -478,7 +470,7 @@ def test_a_draft_model_reads_only_what_is_new_too(policy, monkeypatch):
     An answer ends with a round of which all drafts were accepted, the last of them never fed.
     """
     model, draft, read = tiny_model(), tiny_model(), []
-    engine = Engine(model, 1, 900, Drafting(policy, 3, 2000), GREEDY, draft_model=draft)
+    engine = Engine(model, 1, 900, Strategy(policy, 3, 2000), GREEDY, draft_model=draft)
     hidden = draft.hidden
     monkeypatch.setattr(draft, "hidden", lambda t, *a: read.append(t.shape[1]) or hidden(t, *a))
     (text,) = prompts_of([700])
@@ -510,18 +502,18 @@ def test_lookup_against_a_loop():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: Drafting("snapkw"), f"known: none, {', '.join(POLICIES)}, full, ngram"),
+        (lambda: Strategy("snapkw"), f"known: none, {', '.join(POLICIES)}, full, ngram"),
         (
-            lambda: Drafting("snapkv", budget=36, n_sink=4, obs_window=32),
+            lambda: Strategy("snapkv", budget=36, n_sink=4, obs_window=32),
             "n_sink [+] obs_window [+] 1 = 37",
         ),
-        (lambda: Drafting("snapkv", obs_window=0), "obs_window 0 must be in 1..128"),
+        (lambda: Strategy("snapkv", obs_window=0), "obs_window 0 must be in 1..128"),
         (
-            lambda: Drafting("streaming", reselect_every=4),
+            lambda: Strategy("streaming", reselect_every=4),
             f"nothing to reselect; use it with {', '.join(RESELECTING)}",
         ),
-        (lambda: Drafting("ngram", reselect_every=4), "ngram has nothing to reselect"),
-        (lambda: Drafting("snapkv", reselect_every=-1), "at least 0"),
+        (lambda: Strategy("ngram", reselect_every=4), "ngram has nothing to reselect"),
+        (lambda: Strategy("snapkv", reselect_every=-1), "at least 0"),
         (lambda: engine("full", None), "needs a draft model"),
         (lambda: engine("ngram", 4096), "no use for a draft model"),
         (lambda: engine("full", 99), "context is 99 tokens, the text may have 100"),
@@ -545,19 +537,19 @@ def test_a_policy_brings_the_number_of_tokens_that_it_observes(monkeypatch):
     for own, asked, n in [({"obs_window": 5}, None, 5), ({"obs_window": 5}, 7, 7), ({}, None, 8)]:
         policy = Policy(select, recent_share=0.1, observes=True, **own)
         monkeypatch.setitem(POLICIES, "mine", policy)
-        drafting = Drafting("mine", 3, n + 4, n_sink=3, obs_window=asked)
-        assert drafting.split(100) == (4, n)  # all that is observed lies in the window
-        engine = Engine(tiny_model(), 4, 100, drafting, GREEDY)
+        strategy = Strategy("mine", 3, n + 4, n_sink=3, obs_window=asked)
+        assert strategy.split(100) == (4, n)  # all that is observed lies in the window
+        engine = Engine(tiny_model(), 4, 100, strategy, GREEDY)
         assert generate(engine, PROMPTS, 9)[0] == [
             plain_greedy(tiny_model(), p, 9) for p in PROMPTS
         ]
         assert set(seen) == {n}
         seen.clear()
         with pytest.raises(ValueError, match=f"n_sink [+] obs_window [+] 1 = {n + 4}"):
-            Drafting("mine", 3, n + 3, n_sink=3, obs_window=asked)
+            Strategy("mine", 3, n + 3, n_sink=3, obs_window=asked)
     monkeypatch.setitem(POLICIES, "mine", Policy(select, 0.5, observes=True, obs_window=129))
     with pytest.raises(ValueError, match="obs_window 129 must be in 1..128"):
-        Drafting("mine")
+        Strategy("mine")
 
 
 def test_the_readmes_policy_works(monkeypatch):
@@ -569,19 +561,19 @@ def test_the_readmes_policy_works(monkeypatch):
     exec(code, {})
     model = tiny_model()
     expected = [plain_greedy(model, p, 30) for p in PROMPTS]
-    small = Engine(model, 4, 100, Drafting("low_norm", 3, 16, 3, reselect_every=2), GREEDY)
+    small = Engine(model, 4, 100, Strategy("low_norm", 3, 16, 3, reselect_every=2), GREEDY)
     outputs, stats = generate(small, PROMPTS, 30)
     assert outputs == expected and 0 < stats.draft_acceptance_rate < 1
     norms = small.full.k[1][2, 1, :70].norm(dim=-1)
-    fresh = Engine(model, 4, 100, Drafting("low_norm", 3, 16, 3), GREEDY)
+    fresh = Engine(model, 4, 100, Strategy("low_norm", 3, 16, 3), GREEDY)
     fresh.prefill(PROMPTS, [30] * 4)
     fresh.refresh()
     kept = set(fresh.drafter.sparse.selected_pos[1, 2, 1].tolist())
     assert kept == {0, 1, 2} | set((3 + norms[3:].argsort()[:5]).tolist())
-    large = Engine(model, 4, 100, Drafting("low_norm", 3, 400), GREEDY)
+    large = Engine(model, 4, 100, Strategy("low_norm", 3, 400), GREEDY)
     assert generate(large, PROMPTS, 30)[1].draft_acceptance_rate == 1.0
 
 
 def engine(policy: str, context: int | None) -> Engine:
     draft = draft_model(context) if context else None
-    return Engine(tiny_model(), 1, 100, Drafting(policy, budget=128), GREEDY, draft_model=draft)
+    return Engine(tiny_model(), 1, 100, Strategy(policy, budget=128), GREEDY, draft_model=draft)

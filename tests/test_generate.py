@@ -13,11 +13,11 @@ import pytest
 import sentencepiece
 import torch
 
-import cost_model
+import config
 import generate
 from chat import load_chat
+from checkpoint import load_model, save_model
 from generate import DEMO_CHECKPOINT, main
-from model import load_model, save_model
 from prompts import demo_prompts
 from tests.reference import plain_greedy, tiny_model
 from tokenizer import continuation, load_tokenizer
@@ -300,9 +300,7 @@ def test_chat_wraps_the_prompts_of_a_batch(chat_checkpoint):
 
 
 def test_random_weights_need_no_directory(monkeypatch, capsys):
-    monkeypatch.setitem(
-        cost_model.MODELS, "tiny", cost_model.Dimensions(32, 2, 4, 2, 8, 48, 99, 500)
-    )
+    monkeypatch.setitem(config.MODELS, "tiny", config.ModelConfig(32, 2, 4, 2, 8, 48, 99, 500))
     monkeypatch.setattr(generate, "LARGE", 1)
     flags = ["--checkpoint_path", "random:tiny", "--no-compile", "--max_new_tokens", "6"]
     assert main([*flags, "--prompt", "50", *FIXED, "--check_lossless"]) == 0
@@ -657,6 +655,6 @@ def test_on_a_gpu_the_draft_lengths_follow_from_the_heads():
     assert generate.gammas(args, config) == (2, 5)
     args.device = torch.device("cuda")
     assert generate.gammas(args, config) == (1, 3, 7, 11)
-    assert {d.gamma for d in generate.read_drafting(args, config)} == {11}
+    assert {d.gamma for d in generate.read_strategies(args, config)} == {11}
     args.speculate_k = 5
     assert generate.gammas(args, config) == (5,)

@@ -11,21 +11,13 @@ import torch
 import torch._functorch.config
 from torch._inductor.utils import run_and_get_code
 
-import kv_cache
-from cost_model import work_bytes
-from drafters import Drafting
-from kv_cache import (
-    NEVER,
-    CacheSpec,
-    JointCache,
-    KVCache,
-    Layer,
-    SparseKVCache,
-    check_fits,
-    query_tile,
-    select_streaming,
-)
+import device
+from config import work_bytes
+from device import check_fits
+from drafters import Strategy
+from kv_cache import NEVER, CacheSpec, JointCache, KVCache, SparseKVCache, query_tile
 from model import Transformer, compile_blocks
+from policies import Layer, select_streaming
 from spec_decode import Engine, Sampling
 from tests.reference import (
     COMPILED_BUDGET,
@@ -273,7 +265,7 @@ def test_a_finished_row_visits_no_block_and_changes_no_other_row():
     tokens, pos = torch.tensor([[3], [1], [4], [1]]), torch.tensor([[20], [590], [300], [700]])
     everyone = model(tokens, pos, cache)
     cache.finished = torch.tensor([False, True, False, False])
-    assert cache.steps(pos)[0].mask.kv_num_blocks[:, 0, 0].tolist() == [1, 0, 2, 3]
+    assert cache.access(pos)[0].mask.kv_num_blocks[:, 0, 0].tolist() == [1, 0, 2, 3]
     some = model(tokens, pos, cache)
     assert torch.equal(some[[0, 2, 3]], everyone[[0, 2, 3]])
     assert some.isfinite().all() and not torch.equal(some[1], everyone[1])
@@ -298,30 +290,30 @@ def test_the_pools_of_cuda_graphs_are_not_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 10**9))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     for name, free in (("cuda:1", 10**6 + 40 + 29), ("cuda", 10**6 + 69), ("cuda:0", 10**6 + 899)):
-        assert kv_cache.free_memory(torch.device(name)) == free
+        assert device.free_memory(torch.device(name)) == free
 
 
 def test_the_largest_batch_that_fits_is_computed(monkeypatch):
     """And it does fit, to the byte; one byte less and it does not."""
-    model, drafting = tiny_model(), Drafting("streaming", 3, 24)
-    per_row = Engine(model, 1, 500, drafting, Sampling())
+    model, strategy = tiny_model(), Strategy("streaming", 3, 24)
+    per_row = Engine(model, 1, 500, strategy, Sampling())
     caches = per_row.full.k + per_row.full.v + per_row.drafter.sparse.k + per_row.drafter.sparse.v
     sizes = 3, per_row.prefill_chunk, 4, False
     chunk, work = (work_bytes(model.config, n_rows, *sizes) for n_rows in (0, 1))
     n_bytes = sum(buffer.nbytes for buffer in caches) + work - chunk
-    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 5 * n_bytes + chunk)
+    monkeypatch.setattr(device, "free_memory", lambda device: 5 * n_bytes + chunk)
     with pytest.raises(ValueError, match=r"use --batch_size 5 \(the most that fits\) or a smaller"):
-        Engine(model, 9, 500, drafting, Sampling())
-    Engine(model, 5, 500, drafting, Sampling())
-    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 5 * n_bytes + chunk - 1)
+        Engine(model, 9, 500, strategy, Sampling())
+    Engine(model, 5, 500, strategy, Sampling())
+    monkeypatch.setattr(device, "free_memory", lambda device: 5 * n_bytes + chunk - 1)
     with pytest.raises(ValueError, match=r"use --batch_size 4 \(the most"):
-        Engine(model, 5, 500, drafting, Sampling())
-    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 5 * n_bytes + chunk)
+        Engine(model, 5, 500, strategy, Sampling())
+    monkeypatch.setattr(device, "free_memory", lambda device: 5 * n_bytes + chunk)
     with pytest.raises(ValueError, match=r"use --batch_size 4 \(the most"):
-        Engine(model, 5, 500, drafting, Sampling(0.8))  # sampling needs more
-    monkeypatch.setattr(kv_cache, "free_memory", lambda device: n_bytes + chunk - 1)
+        Engine(model, 5, 500, strategy, Sampling(0.8))  # sampling needs more
+    monkeypatch.setattr(device, "free_memory", lambda device: n_bytes + chunk - 1)
     with pytest.raises(ValueError, match="free; use a smaller --max_context"):
-        Engine(model, 1, 500, drafting, Sampling())
+        Engine(model, 1, 500, strategy, Sampling())
 
 
 def cuda_options(monkeypatch, B: int, T: int, **changes) -> dict | None:

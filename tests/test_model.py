@@ -13,24 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cost_model import MODELS, Dimensions
-from kv_cache import CacheSpec, KVCache, Step
-from model import (
-    Block,
-    ModelConfig,
-    RopeScaling,
-    Transformer,
-    attend,
-    check_writable,
-    compile_blocks,
-    eos_token_ids,
-    flex_runs,
-    load_config,
-    load_model,
-    rope_frequencies,
-    save_model,
-    write_json,
-)
+from checkpoint import check_writable, eos_token_ids, load_model, save_model, write_json
+from config import MODELS, ModelConfig, RopeScaling, load_config
+from device import flex_runs
+from kv_cache import Access, CacheSpec, KVCache
+from model import Block, Transformer, attend, compile_blocks, rope_frequencies
 from tests.reference import (
     COMPILED_CHUNK,
     COMPILED_LEN,
@@ -183,7 +170,7 @@ def test_attention_with_a_mask_in_every_dtype(dtype):
     hidden = ~mask.any(dim=2)[..., None]  # of slots that no query sees
     assert hidden.any()
     k, v = k + 5 * hidden, v + 100 * hidden
-    got = attend(q, k.to(dtype), v.to(dtype), Step((), mask)).view(B, T, H, D)
+    got = attend(q, k.to(dtype), v.to(dtype), Access((), mask)).view(B, T, H, D)
     for b in range(B):
         for h in range(H):
             for t in range(T):
@@ -208,7 +195,7 @@ def test_flex_attention_on_the_cpu_needs_avx2(monkeypatch, capability, runs):
 def test_a_sliding_window_visits_only_its_blocks(window):
     spec = CacheSpec.for_model(tiny_model(sliding_window=window), 2)
     cache = KVCache.empty(replace(spec, flex=True), 700)
-    mask = cache.steps(torch.tensor([[699], [255]]))[0].mask
+    mask = cache.access(torch.tensor([[699], [255]]))[0].mask
     for b, (p, last) in enumerate([(699, 2), (255, 0)]):
         first = 0 if window is None else max(p - window + 1, 0) // 256
         assert mask.kv_num_blocks[b, 0, 0] == last - first + 1
@@ -374,7 +361,7 @@ def test_our_own_mistakes_are_not_called_the_users(monkeypatch):
     def broken(hf):
         raise TypeError("a mistake of ours")
 
-    monkeypatch.setattr("model.rope_scaling", broken)
+    monkeypatch.setattr("config.rope_scaling", broken)
     with pytest.raises(TypeError, match="a mistake of ours"):
         ModelConfig.from_hf({"architectures": ["LlamaForCausalLM"], "hidden_size": 8,
                              "num_attention_heads": 1})  # fmt: skip
@@ -418,7 +405,7 @@ def test_sizes_are_checked_before_layers_are_built(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="missing: model.layers.2."):
         load(tmp_path)
     assert len(built) <= 3
-    monkeypatch.setattr("kv_cache.free_memory", lambda device: 2**30)
+    monkeypatch.setattr("device.free_memory", lambda device: 2**30)
     with pytest.raises(ValueError, match="weights of .* need .* but cpu has 1.0 GiB free"):
         load(tmp_path)
     assert len(built) <= 3
@@ -511,7 +498,7 @@ def test_pickles_are_not_opened(tmp_path):
 
 def test_weights_that_do_not_fit_are_not_loaded(tmp_path, monkeypatch):
     save_model(tiny_model(), tmp_path)
-    monkeypatch.setattr("kv_cache.free_memory", lambda device: 1000)
+    monkeypatch.setattr("device.free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match=r"weights of .* need 0.0 GiB, .*; use a smaller model"):
         load(tmp_path)
 
@@ -529,7 +516,9 @@ def test_weights_are_read_into_the_dtype_that_was_asked_for(tmp_path, dtype):
 
 
 def test_random_weights_of_a_presets_geometry(monkeypatch):
-    monkeypatch.setitem(MODELS, "tiny", Dimensions(32, 2, 4, 2, 8, 48, 99, 500, True))
+    monkeypatch.setitem(
+        MODELS, "tiny", ModelConfig(32, 2, 4, 2, 8, 48, 99, 500, tie_embeddings=True)
+    )
     config = load_config(Path("random:tiny"))
     assert (config.dim, config.n_kv_head, config.max_seq_len) == (32, 2, 500)
     model = load_model(Path("random:tiny"), torch.device("cpu"), torch.float32)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import cost_model
+import config
 import generate
-from drafters import Drafting
+from drafters import Strategy
 from report import Report, Run, step_bytes, table, to_json, top2_margin, verdict
 from spec_decode import Engine, Sampling, Stats, decode
 from tests.reference import plain_greedy, reference_logits, tiny_model
@@ -15,8 +15,8 @@ from tokenizer import NumberTokenizer
 GREEDY = Sampling()
 
 
-def engine_of(drafting: Drafting, sampling: Sampling = GREEDY, n: int = 20) -> Engine:
-    engine = Engine(tiny_model(), 4, 70 + n, drafting, sampling)
+def engine_of(strategy: Strategy, sampling: Sampling = GREEDY, n: int = 20) -> Engine:
+    engine = Engine(tiny_model(), 4, 70 + n, strategy, sampling)
     engine.prefill(PROMPTS, [n] * 4)
     return engine
 
@@ -36,7 +36,7 @@ def test_a_row_waits_for_others_but_its_milliseconds_do_not():
     assert PLAIN.ms_per_token == 1000
     assert DRAFTED.ms_per_token == pytest.approx(1500 * 8 / 12)
     assert DRAFTED.tokens_per_second == pytest.approx(12 / 9)
-    report = report_of(DRAFTED, PLAIN, engine_of(Drafting("streaming", 2, 20)))
+    report = report_of(DRAFTED, PLAIN, engine_of(Strategy("streaming", 2, 20)))
     assert report.speedup == pytest.approx(8 / 9)
     assert report.row_speedup == pytest.approx(1.0)
     line = verdict(report).splitlines()[0]
@@ -45,7 +45,7 @@ def test_a_row_waits_for_others_but_its_milliseconds_do_not():
 
 
 def test_the_table_shows_both_runs_and_the_bandwidth():
-    engine = engine_of(Drafting("streaming", 2, 20))
+    engine = engine_of(Strategy("streaming", 2, 20))
     ms = {"target_step_ms": 0.01, "draft_step_ms": 3.0, "verify_ms": 0.02, "accept_ms": 0.5}
     report = report_of(DRAFTED, PLAIN, engine, **ms)
     lines = {line[:24].strip(): line[24:].split() for line in table(report).splitlines()}
@@ -64,7 +64,7 @@ def test_the_table_shows_both_runs_and_the_bandwidth():
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_p=0.9)])
 def test_steps_are_timed_as_what_they_are(monkeypatch, sampling):
     """By a clock that counts tokens fed to the model and, as a tenth, uniforms that are drawn."""
-    engine = engine_of(Drafting("streaming", 3, 20), sampling)
+    engine = engine_of(Strategy("streaming", 3, 20), sampling)
     clock, hidden, uniforms = [0.0], engine.model.hidden, engine.uniforms
 
     def fed(tokens, pos, cache):
@@ -92,13 +92,13 @@ def test_steps_are_timed_as_what_they_are(monkeypatch, sampling):
 
 def test_a_margin_touches_nothing_of_the_engine():
     """Asked for in the middle of a conversation, whose next turn reads only what is new."""
-    engine, model = engine_of(Drafting("streaming", 3, 20)), tiny_model()
+    engine, model = engine_of(Strategy("streaming", 3, 20)), tiny_model()
     decode(engine)
     margin = top2_margin(engine, PROMPTS[2][:40])
     first, second = reference_logits(model, PROMPTS[2][:40])[-1].topk(2).values.tolist()
     assert margin == pytest.approx(first - second, abs=1e-4)
     texts = [p + a + [3] for p, a in zip(PROMPTS, engine.outputs(), strict=True)]
-    engine = Engine(model, 4, 200, Drafting(), Sampling())
+    engine = Engine(model, 4, 200, Strategy(), Sampling())
     engine.prefill(PROMPTS, [20] * 4)
     decode(engine)
     top2_margin(engine, PROMPTS[2][:40])
@@ -109,7 +109,7 @@ def test_a_margin_touches_nothing_of_the_engine():
 
 def test_the_json_has_the_tables_figures():
     ms = {"target_step_ms": 1.0, "draft_step_ms": 3.0, "verify_ms": 2.0, "accept_ms": 0.5}
-    report = report_of(DRAFTED, PLAIN, engine_of(Drafting("streaming", 2, 20)), **ms)
+    report = report_of(DRAFTED, PLAIN, engine_of(Strategy("streaming", 2, 20)), **ms)
     result = to_json(report, NumberTokenizer(97))
     assert result["speedup"] == report.speedup and result["row_speedup"] == report.row_speedup
     assert result["baseline"]["ms_per_token"] == 1000
@@ -127,9 +127,9 @@ def test_step_bytes_are_what_a_plain_step_reads(tied, window):
     """K and V within the window, every matrix and norm once, and of a table of its own one row."""
     model = tiny_model(tie_embeddings=tied, sliding_window=window)
     c, lengths = model.config, (7, 30, 64)
-    engine = Engine(model, 3, 100, Drafting(), Sampling())
+    engine = Engine(model, 3, 100, Strategy(), Sampling())
     n_seen = sum(min(n, window or n) for n in lengths)
-    numbers = cost_model.matrix_params(c) + (2 * c.n_layer + 1) * c.dim
+    numbers = config.matrix_params(c) + (2 * c.n_layer + 1) * c.dim
     numbers += n_seen * 2 * c.n_layer * c.n_kv_head * c.head_dim
     numbers += 0 if tied else 3 * c.dim
     assert step_bytes(engine, [[1] * n for n in lengths]) == 4 * numbers

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import spec_decode
-from cost_model import work_bytes
-from drafters import MAX_GAMMA, Drafting
+from config import work_bytes
+from drafters import MAX_GAMMA, Strategy
 from kv_cache import CacheSpec, SparseKVCache
 from model import Transformer, compile_blocks
 from spec_decode import (
@@ -43,8 +43,8 @@ from tests.reference import (
 GREEDY = Sampling()
 
 
-def streaming(gamma: int, budget: int = 20, n_sink: int = 3) -> Drafting:
-    return Drafting("streaming", gamma, budget, n_sink)
+def streaming(gamma: int, budget: int = 20, n_sink: int = 3) -> Strategy:
+    return Strategy("streaming", gamma, budget, n_sink)
 
 
 def prompts_of(lengths: list[int], vocab_size: int = 97, seed: int = 2) -> list[list[int]]:
@@ -52,9 +52,9 @@ def prompts_of(lengths: list[int], vocab_size: int = 97, seed: int = 2) -> list[
     return [[rng.randrange(vocab_size) for _ in range(n)] for n in lengths]
 
 
-def run(model: Transformer, prompts, n, drafting, sampling=GREEDY, eos=(), seed=0, draft=None):
+def run(model: Transformer, prompts, n, strategy, sampling=GREEDY, eos=(), seed=0, draft=None):
     max_len = max(map(len, prompts)) + n
-    engine = Engine(model, len(prompts), max_len, drafting, sampling, seed, draft)
+    engine = Engine(model, len(prompts), max_len, strategy, sampling, seed, draft)
     return generate(engine, prompts, n, eos)
 
 
@@ -73,16 +73,16 @@ def greedy_of(heads: tuple[int, int], n: int) -> list[list[int]]:
 def test_greedy_output_is_the_models_own(heads, gamma):
     """Against an uncached forward: ragged prompts, budgets from one slot to everything."""
     model, expected = tiny_model(*heads), greedy_of(heads, 23)
-    assert run(model, PROMPTS, 23, Drafting())[0] == expected
+    assert run(model, PROMPTS, 23, Strategy())[0] == expected
     for budget, n_sink in [(1, 0), (9, 4), (20, 3), (128, 4)]:
         outputs, stats = run(model, PROMPTS, 23, streaming(gamma, budget, n_sink))
         assert outputs == expected
         assert stats.decoded_tokens == 4 * 22  # the prefill decided the first of 23
 
 
-def compiled_engine(model, drafting, sampling=GREEDY, draft=None) -> Engine:
+def compiled_engine(model, strategy, sampling=GREEDY, draft=None) -> Engine:
     """Of the shapes that tests of compiled models share, see `tests/reference.py`."""
-    engine = Engine(model, COMPILED_ROWS, COMPILED_LEN, drafting, sampling, draft_model=draft)
+    engine = Engine(model, COMPILED_ROWS, COMPILED_LEN, strategy, sampling, draft_model=draft)
     engine.prefill_chunk = COMPILED_CHUNK
     return engine
 
@@ -134,7 +134,7 @@ def test_eos_ends_its_row_only_and_inside_an_accepted_draft():
         eos = (plain[0][at], 10**6)
         expected = [row[: row.index(eos[0]) + 1] if eos[0] in row else row for row in plain]
         assert min(map(len, expected)) < 40  # at least one row ends early
-        assert run(model, PROMPTS, 40, Drafting(), eos=eos)[0] == expected
+        assert run(model, PROMPTS, 40, Strategy(), eos=eos)[0] == expected
         assert run(model, PROMPTS, 40, streaming(5, 128), eos=eos)[0] == expected  # all accepted
         assert run(model, PROMPTS, 40, streaming(5, 9), eos=eos)[0] == expected
 
@@ -156,7 +156,7 @@ def test_gamma_0_never_touches_the_draft_cache(monkeypatch):
     def fail(*_):
         raise AssertionError("the sparse cache was used")
 
-    monkeypatch.setattr(SparseKVCache, "steps", fail)
+    monkeypatch.setattr(SparseKVCache, "access", fail)
     monkeypatch.setattr(SparseKVCache, "slots", fail)
     model = tiny_model()
     engine = Engine(model, 4, 100, streaming(3), GREEDY)
@@ -182,10 +182,10 @@ def test_an_engine_can_be_rewound_and_used_again(compiled, gammas):
             assert engine.outputs() == expected
 
 
-@pytest.mark.parametrize("drafting", [Drafting(), streaming(2)])
-def test_an_engine_that_is_dropped_frees_its_caches_at_once(drafting):
+@pytest.mark.parametrize("strategy", [Strategy(), streaming(2)])
+def test_an_engine_that_is_dropped_frees_its_caches_at_once(strategy):
     """No reference cycle: the next engine may need the memory before garbage is collected."""
-    engine = Engine(tiny_model(), 2, 50, drafting, GREEDY)
+    engine = Engine(tiny_model(), 2, 50, strategy, GREEDY)
     generate(engine, PROMPTS[:2], 3)
     cache = weakref.ref(engine.full)
     del engine
@@ -193,7 +193,7 @@ def test_an_engine_that_is_dropped_frees_its_caches_at_once(drafting):
 
 
 def test_more_ends_than_there_is_room_for_are_refused():
-    engine = Engine(tiny_model(), 1, 50, Drafting(), GREEDY)
+    engine = Engine(tiny_model(), 1, 50, Strategy(), GREEDY)
     with pytest.raises(ValueError, match="17 tokens end a text; at most 16"):
         engine.prefill([[1]], [3], tuple(range(17)))
 
@@ -245,9 +245,9 @@ def test_a_refused_draft_leaves_the_engine_as_it_was(monkeypatch):
     engine.prefill(PROMPTS, [20] * 4)
     drafter = engine.drafter
     with pytest.raises(ValueError, match="needs a draft model"):
-        engine.use(Drafting("full", 3))
+        engine.use(Strategy("full", 3))
     work = work_bytes(model.config, 4, 3, engine.prefill_chunk, 4, sampled=False)
-    monkeypatch.setattr("kv_cache.free_memory", lambda device: work)
+    monkeypatch.setattr("device.free_memory", lambda device: work)
     with pytest.raises(ValueError, match="GiB free"):
         engine.use(streaming(3, budget=60))
     engine.use(streaming(3))  # no more than the one it replaces
@@ -446,7 +446,7 @@ def equal_prompts_are_read_once():
         yield
 
 
-def chi_square_excess(model, prompt, sampling, drafting, n=4, rows=6000, draft=None) -> float:
+def chi_square_excess(model, prompt, sampling, strategy, n=4, rows=6000, draft=None) -> float:
     """Distance of sampled continuations from the exact distribution, in standard deviations.
 
     The statistic has mean k - 1 and variance 2 (k - 1) for k cells if the sampler is right.
@@ -454,7 +454,7 @@ def chi_square_excess(model, prompt, sampling, drafting, n=4, rows=6000, draft=N
     exact = exact_distribution(model, prompt, n, sampling)
     # Small KV blocks, because the rows are short and many.
     with equal_prompts_are_read_once(), mock.patch.object(CacheSpec, "kv_block", 48):
-        outputs, _ = run(model, [prompt] * rows, n, drafting, sampling, seed=7, draft=draft)
+        outputs, _ = run(model, [prompt] * rows, n, strategy, sampling, seed=7, draft=draft)
     counts = dict.fromkeys(exact, 0)
     for output in outputs:
         counts[tuple(output)] += 1  # KeyError: a continuation of probability 0
@@ -471,9 +471,9 @@ SAMPLINGS = [Sampling(1.0), Sampling(0.8, top_k=3), Sampling(1.2, top_p=0.7)]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("drafting", [Drafting(), streaming(1, 1, 0), streaming(3, 1, 0)])
-def test_the_sampled_loop_has_the_targets_distribution(sampling, drafting):
-    assert chi_square_excess(five_tokens(), [1, 4, 2, 0, 3, 1, 1, 2], sampling, drafting) < 4
+@pytest.mark.parametrize("strategy", [Strategy(), streaming(1, 1, 0), streaming(3, 1, 0)])
+def test_the_sampled_loop_has_the_targets_distribution(sampling, strategy):
+    assert chi_square_excess(five_tokens(), [1, 4, 2, 0, 3, 1, 1, 2], sampling, strategy) < 4
 
 
 def accept_all(draft, target, u_accept, u_next):
@@ -520,7 +520,7 @@ def test_a_seed_fixes_the_sampled_output():
 
 def test_the_same_question_twice_is_sampled_twice():
     """A turn of a conversation does not draw the numbers of the turn before."""
-    engine = Engine(tiny_model(), 1, 200, Drafting(), Sampling(1.0))
+    engine = Engine(tiny_model(), 1, 200, Strategy(), Sampling(1.0))
     first, second = (generate(engine, PROMPTS[:1], 30)[0] for _ in range(2))
     assert first != second
     engine.rewind()
@@ -532,7 +532,7 @@ def test_no_two_streams_of_random_numbers_are_the_same():
     """Of neighbouring seeds, of the prefill and the rounds, of one prefill and the next."""
     streams = set()
     for seed in range(9):
-        engine = Engine(tiny_model(), 1, 20, Drafting(), Sampling(1.0), seed)
+        engine = Engine(tiny_model(), 1, 20, Strategy(), Sampling(1.0), seed)
         for _ in range(3):
             engine.n_prefills += 1
             for what in ("prefill", "decode"):
@@ -571,8 +571,8 @@ def test_what_the_end_of_a_row_cuts_off_is_not_counted():
 
 
 def test_synthetic_acceptance_has_the_asked_rate():
-    drafting = Drafting("streaming", 3, 20, 3, synthetic_acceptance=0.8)
-    _, stats = run(tiny_model(), PROMPTS * 8, 200, drafting)
+    strategy = Strategy("streaming", 3, 20, 3, synthetic_acceptance=0.8)
+    _, stats = run(tiny_model(), PROMPTS * 8, 200, strategy)
     assert stats.acceptance_rate_per_position == pytest.approx([0.8, 0.64, 0.512], abs=0.04)
 
 
@@ -591,11 +591,11 @@ def test_stats_have_vllms_definitions():
 @pytest.mark.parametrize(
     "make, word",
     [
-        (lambda: Drafting("streeming"), "known: none, streaming, snapkv"),
-        (lambda: Drafting("streaming", gamma=-1), "speculate_k -1"),
-        (lambda: Drafting("streaming", budget=4, n_sink=4), "n_sink [+] 1 = 5"),
-        (lambda: Drafting("streaming", n_sink=-1), "n_sink"),
-        (lambda: Drafting("streaming", synthetic_acceptance=1.5), "0..1"),
+        (lambda: Strategy("streeming"), "known: none, streaming, snapkv"),
+        (lambda: Strategy("streaming", gamma=-1), "speculate_k -1"),
+        (lambda: Strategy("streaming", budget=4, n_sink=4), "n_sink [+] 1 = 5"),
+        (lambda: Strategy("streaming", n_sink=-1), "n_sink"),
+        (lambda: Strategy("streaming", synthetic_acceptance=1.5), "0..1"),
         (lambda: Sampling(-1.0), "temperature"),
         (lambda: Sampling(float("nan")), "temperature"),
         (lambda: Sampling(1e-46), "temperature 1e-46 must be at least"),  # 0 in float32

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drafters import Drafting
-from kv_cache import POLICIES
+from drafters import Strategy
+from policies import POLICIES
 from scripts.cuda_offline.report import Report
 from spec_decode import LAG, Engine, Sampling, decode, generate
 from tests.reference import plain_greedy, tiny_model
@@ -27,7 +27,7 @@ READS_A_VALUE = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item"
 NEW_TOKENS = 40
 MAX_REPLAYS = 10 * NEW_TOKENS  # of one graph: many more than there are rounds in a case
 PROMPTS = [[n * i * i % 89 + 1 for i in range(1, n)] for n in (4, 31, 58, 17)]
-OTHERS = (Drafting("ngram", 4), Drafting(), Drafting("streaming", 2, 20))  # to change over to
+OTHERS = (Strategy("ngram", 4), Strategy(), Strategy("streaming", 2, 20))  # to change over to
 
 
 def tensors(tree: object) -> list[Tensor]:
@@ -150,23 +150,23 @@ def tapes(made: list[Tape]) -> Iterator[None]:
         yield
 
 
-def strategies() -> dict[str, tuple[Drafting, int | None]]:
+def strategies() -> dict[str, tuple[Strategy, int | None]]:
     """Name -> how to draft, and the context of the draft model (None: there is none)."""
-    found = {"none": (Drafting(), None), "ngram": (Drafting("ngram", 3), None)}
+    found = {"none": (Strategy(), None), "ngram": (Strategy("ngram", 3), None)}
     for policy in POLICIES:
-        drafting = Drafting(policy, 3, 24, 3, obs_window=7)
-        found[policy] = (drafting, None)
+        strategy = Strategy(policy, 3, 24, 3, obs_window=7)
+        found[policy] = (strategy, None)
         context = 40 if policy == "streaming" else 4096  # so short that it anchors anew
-        found[f"{policy} by a draft model"] = (drafting, context)
-    found["full by a draft model"] = (Drafting("full", 3), 4096)
+        found[f"{policy} by a draft model"] = (strategy, context)
+    found["full by a draft model"] = (Strategy("full", 3), 4096)
     return found
 
 
-def engine_for(drafting: Drafting, context: int | None, sampling: Sampling, graphs: bool) -> Engine:
+def engine_for(strategy: Strategy, context: int | None, sampling: Sampling, graphs: bool) -> Engine:
     """An engine that captures its rounds although it is on the CPU, if `graphs`."""
     longest = max(map(len, PROMPTS)) + NEW_TOKENS
     draft = tiny_model(2, 1, seed=1, max_seq_len=context) if context else None
-    engine = Engine(tiny_model(), len(PROMPTS), longest, drafting, sampling, 7, draft)
+    engine = Engine(tiny_model(), len(PROMPTS), longest, strategy, sampling, 7, draft)
     if graphs:
         engine.graphs = True
         engine.pool, engine.stream, engine.newest_graph = None, Stub(), None
@@ -175,10 +175,10 @@ def engine_for(drafting: Drafting, context: int | None, sampling: Sampling, grap
 
 def greedy(report: Report, name: str, expected: list[list[int]]) -> None:
     """The text from replays, again after a rewind, and with other drafts in the same engine."""
-    drafting, context = strategies()[name]
+    strategy, context = strategies()[name]
     made: list[Tape] = []
     with report.case(f"greedy {name}") as said, tapes(made), torch.inference_mode():
-        engine = engine_for(drafting, context, Sampling(), graphs=True)
+        engine = engine_for(strategy, context, Sampling(), graphs=True)
         outputs, stats = generate(engine, PROMPTS, NEW_TOKENS)
         tape = max(made, key=lambda tape: tape.n_replays)  # of the rounds
         n_replays, n_rounds = tape.n_replays, stats.rounds
@@ -200,11 +200,11 @@ def greedy(report: Report, name: str, expected: list[list[int]]) -> None:
 
 def sampled(report: Report, name: str) -> None:
     """Replays draw new numbers every round, the same ones as eager rounds."""
-    drafting, context = strategies()[name]
+    strategy, context = strategies()[name]
     with report.case(f"sampled {name}"), tapes([]), torch.inference_mode():
         texts = []
         for graphs in (True, False):
-            engine = engine_for(drafting, context, Sampling(1.0, 20, 0.95), graphs)
+            engine = engine_for(strategy, context, Sampling(1.0, 20, 0.95), graphs)
             texts.append(generate(engine, PROMPTS, NEW_TOKENS)[0])
         if texts[0] != texts[1]:
             report.fail(f"sampled {name}: replays give other text than eager rounds")

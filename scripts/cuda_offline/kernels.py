@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from drafters import Drafting
+from config import ModelConfig
+from drafters import Strategy
 from kv_cache import CacheSpec, JointCache, KVCache, ReadOnlyCache, SparseKVCache
-from model import ModelConfig, compile_blocks
+from model import compile_blocks
 from scripts.cuda_offline import inductor, pretend
 from scripts.cuda_offline.inductor import Kernel, Recorder
 from scripts.cuda_offline.report import Report
@@ -42,7 +43,7 @@ def observed(spec: CacheSpec) -> ReadOnlyCache:
     return ReadOnlyCache(full(spec))
 
 
-def drafting(spec: CacheSpec) -> JointCache:
+def strategy(spec: CacheSpec) -> JointCache:
     """What a draft model that selects from its own full cache drafts with."""
     return JointCache(sparse(spec), full(spec))
 
@@ -60,7 +61,7 @@ class Case:
     @property
     def splits(self) -> bool:
         """Whether attention is to be the split-KV kernel."""
-        return self.cache not in (sparse, drafting) and self.config.n_group * self.T < 128
+        return self.cache not in (sparse, strategy) and self.config.n_group * self.T < 128
 
 
 def config(dim: int, H: int, Hkv: int, D: int, ffn: int, **more) -> ModelConfig:
@@ -75,7 +76,7 @@ DEMO = config(256, 4, 4, 128, 704)  # checkpoints/demo
 def blocks() -> Iterator[Case]:
     """Real blocks, all of their kernels."""
     parts = [("plain", 8, 1, full), ("plain", 24, 1, full), ("verify", 8, 6, joint),
-             ("draft", 8, 1, sparse), ("draft model", 8, 2, drafting),
+             ("draft", 8, 1, sparse), ("draft model", 8, 2, strategy),
              ("observe", 8, 8, observed), ("prefill", 1, CHUNK, full)]  # fmt: skip
     for what, B, T, cache in parts:
         yield Case(f"block Llama {what} bfloat16 B {B} T {T}", LLAMA, "bfloat16", B, T, cache, True)
@@ -194,7 +195,7 @@ def whole_round(report: Report, name: str, sampling: Sampling, recorder: Recorde
     with report.case(name) as said, pretend.gpu():
         model = pretend.model_on_gpu(config(256, 8, 2, 32, 512), torch.bfloat16)
         compile_blocks(model)
-        engine = Engine(model, 8, 4096, Drafting("streaming", 3, 128), sampling)
+        engine = Engine(model, 8, 4096, Strategy("streaming", 3, 128), sampling)
         engine.eager_round(3)
         recorder.launches.clear()
         with torch.compiler.set_stance("fail_on_recompile"):

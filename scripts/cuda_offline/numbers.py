@@ -17,8 +17,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from config import ModelConfig
 from kv_cache import CacheSpec, KVCache
-from model import ModelConfig, compile_blocks
+from model import compile_blocks
 from scripts.cuda_offline import inductor, pretend
 from scripts.cuda_offline.report import ROOT, Report, scratch
 

@@ -16,7 +16,8 @@ import torch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import ModelConfig, Transformer
+from config import ModelConfig
+from model import Transformer
 from scripts.cuda_offline.report import scratch
 
 H200 = SimpleNamespace(

@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from drafters import Drafting
-from kv_cache import POLICIES
-from model import ModelConfig
+from config import ModelConfig
+from drafters import Strategy
+from policies import POLICIES
 from scripts.cuda_offline import pretend
 from scripts.cuda_offline.report import Report, here
 from spec_decode import Engine, Sampling
@@ -65,8 +65,8 @@ def one(report: Report, name: str, strategy: tuple, dtype: torch.dtype, sampling
     policy, draft_config = strategy
     with report.case(name) as said, pretend.gpu():
         models = [pretend.model_on_gpu(c, dtype) for c in (TARGET, draft_config) if c]
-        drafting = Drafting(policy, 3, 128)
-        engine = Engine(models[0], 4, 4096, drafting, sampling, 0, *models[1:])
+        strategy = Strategy(policy, 3, 128)
+        engine = Engine(models[0], 4, 4096, strategy, sampling, 0, *models[1:])
         with Watch() as watch:
             engine.eager_round(engine.gamma)
         for where in watch.on_cpu:

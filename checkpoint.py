@@ -1,0 +1,323 @@
+"""Checkpoint."""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from reprlib import repr as brief
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from torch import Tensor
+
+from config import ModelConfig, is_random, load_config, read_json, total_params
+from device import check_fits
+from model import Transformer, rope_frequencies
+
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors call them
+
+
+def hf_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a Hugging Face Llama checkpoint: its name, and where it lives in our model.
+
+    The tensors are views of the parameters (q, k, v and gate, up are row slices of the fused
+    ones), so a loader copies into them and an exporter copies from them.
+    """
+    c = model.config
+    kv_width = c.n_kv_head * c.head_dim
+    yield "model.embed_tokens.weight", model.tok_embeddings.weight.data
+    for i, layer in enumerate(model.layers):
+        prefix, attention = f"model.layers.{i}.", layer.attention
+        for kind, p in attention.wqkv.named_parameters():  # weight, bias
+            qkv = p.data.split((c.n_head * c.head_dim, kv_width, kv_width))
+            for name, rows in zip("qkv", qkv, strict=True):
+                yield f"{prefix}self_attn.{name}_proj.{kind}", rows
+        for kind, p in attention.wo.named_parameters():
+            yield f"{prefix}self_attn.o_proj.{kind}", p.data
+        if c.qk_norm:
+            yield f"{prefix}self_attn.q_norm.weight", attention.q_norm.weight.data
+            yield f"{prefix}self_attn.k_norm.weight", attention.k_norm.weight.data
+        gate, up = layer.feed_forward.w_gate_up.weight.data.chunk(2)
+        yield f"{prefix}mlp.gate_proj.weight", gate
+        yield f"{prefix}mlp.up_proj.weight", up
+        yield f"{prefix}mlp.down_proj.weight", layer.feed_forward.w_down.weight.data
+        yield f"{prefix}input_layernorm.weight", layer.attention_norm.weight.data
+        yield f"{prefix}post_attention_layernorm.weight", layer.ffn_norm.weight.data
+    yield "model.norm.weight", model.norm.weight.data
+    if not c.tie_embeddings:
+        yield "lm_head.weight", model.output.weight.data
+
+
+def load_model(
+    checkpoint_dir: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,  # bytes of the model
+) -> Transformer:
+    """The model of a Hugging Face directory: `config.json` and safetensors, single or sharded.
+
+    All headers and sizes are checked before anything is allocated; then one tensor at a time goes
+    from the memory-mapped file to its place, so that there is never a second full copy.
+    `random:NAME` instead of a directory makes random weights of a preset's geometry. Raises OSError
+    for a file that cannot be read, and ValueError, naming file and tensor; NaN and infinity are no
+    weights.
+    """
+    config, random = load_config(checkpoint_dir), is_random(checkpoint_dir)
+    headers = {} if random else read_headers(weight_files(checkpoint_dir))
+    what = f"the weights of {checkpoint_dir}"
+    n_bytes = total_params(config) * dtype.itemsize
+    check_fits(n_bytes, device, what, lambda share: "a smaller model or --dtype")
+    if not random:
+        check_headers(checkpoint_dir, headers, config)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    total, done = sum(p.nbytes for p in model.parameters()), 0
+    on_tensor(0, total)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    if config.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight  # to_empty made them two
+    model.rope_freq = rope_frequencies(config).to(device)
+    if random:
+        randomize(model)
+        on_tensor(total, total)
+    places = dict(hf_weights(model))
+    for shard in sorted({header.shard for header in headers.values()}):
+        with safe_open(shard, framework="pt") as file:
+            for name in places.keys() & file.keys():
+                place = places[name].copy_(file.get_tensor(name))
+                if not all(end.isfinite() for end in place.aminmax()):  # NaN is both ends
+                    raise ValueError(
+                        f"{shard}: {name} has NaN or infinite numbers in "
+                        f"{str(dtype).removeprefix('torch.')}; download it again, or take a wider "
+                        f"--dtype"
+                    )
+                done += place.nbytes
+                on_tensor(done, total)
+    return model
+
+
+def randomize(model: Transformer) -> None:
+    """Weights as at the start of a training: their values mean nothing, their reading costs."""
+    for p in model.parameters():
+        p.fill_(1.0) if p.dim() == 1 else p.normal_(0, 0.02)
+
+
+def weight_files(checkpoint_dir: Path) -> list[Path]:
+    """The safetensors files of a directory, all of which exist.
+
+    As in transformers, model.safetensors goes before an index, which may be left over.
+    """
+    index = checkpoint_dir / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists() and not (checkpoint_dir / names[0]).is_file():
+        weight_map = read_json(index).get("weight_map")
+        named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not named or not all(isinstance(name, str) for name in named):
+            raise ValueError(f"{index} has no object weight_map that names files")
+        names = sorted(set(named))
+    for name in names:
+        if not name or Path(name).name != name:
+            raise ValueError(f"{index}: shard {name!r} is not a file name in this directory")
+        if not (checkpoint_dir / name).is_file():
+            pickles = sorted(path.name for path in checkpoint_dir.glob("*.bin"))
+            hint = "the download is incomplete"
+            if pickles and not index.exists():
+                hint = f"{pickles[0]} is a pickle, which is never opened; convert it to safetensors"
+            raise FileNotFoundError(f"{checkpoint_dir / name} does not exist; {hint}")
+    return [checkpoint_dir / name for name in names]
+
+
+class Header(NamedTuple):
+    """What a safetensors file says about one of its tensors."""
+
+    shard: Path
+    shape: list[int]
+    dtype: str  # as safetensors calls it
+
+
+def read_headers(shards: list[Path]) -> dict[str, Header]:
+    """The tensors of all shards by name, none of which is in two.
+
+    safetensors refuses a header that does not fit the size of its file. Raises OSError or
+    ValueError for a file that cannot be used.
+    """
+    found: dict[str, Header] = {}
+    for shard in shards:
+        shard.open("rb").close()  # safetensors calls every file that it cannot open missing
+        try:
+            os.fspath(shard).encode()
+            with safe_open(shard, framework="pt") as file:
+                headers = {name: file.get_slice(name) for name in file.keys()}
+                headers = {
+                    n: Header(shard, h.get_shape(), h.get_dtype()) for n, h in headers.items()
+                }
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{shard}: safetensors opens paths in UTF-8 only; rename the directory"
+            ) from None
+        except SafetensorError as e:
+            raise ValueError(f"{shard} is corrupt or incomplete ({e}); download it again") from None
+        for name in headers.keys() & found.keys():
+            raise ValueError(f"{shard}: tensor {name} is in {found[name].shard.name} already")
+        found |= headers
+    return found
+
+
+def check_headers(checkpoint_dir: Path, headers: dict[str, Header], config: ModelConfig) -> None:
+    """ValueError unless the files hold exactly the tensors of these sizes."""
+    there = {name.split(".")[2] for name in headers if name.startswith("model.layers.")}
+    n_layer = min(config.n_layer, len(there) + 1)  # a typing error may ask for millions
+    with torch.device("meta"):
+        places = dict(hf_weights(Transformer(replace(config, n_layer=n_layer))))
+    per_layer = sum(name.startswith("model.layers.0.") for name in places)
+    ignored = {"lm_head.weight"} if config.tie_embeddings else set()  # is the embedding
+    unexpected, misshapen = [], []
+    for name, (shard, shape, dtype) in headers.items():
+        if name.endswith("rotary_emb.inv_freq") or name in ignored:  # follows from the config
+            continue
+        if name not in places:
+            unexpected.append(name)
+        elif shape != [*places[name].shape]:
+            misshapen.append(f"{name} {shape}, should be {[*places[name].shape]}")
+        elif dtype not in STORED_DTYPES:
+            raise ValueError(
+                f"{shard}: {name} has dtype {dtype}; supported: {', '.join(STORED_DTYPES)}"
+            )
+    missing = [name for name in places if name not in headers]
+    n_missing = len(missing) + (config.n_layer - n_layer) * per_layer
+    wrong = [("missing", missing, n_missing), ("unexpected", unexpected, len(unexpected)),
+             ("misshapen", misshapen, len(misshapen))]  # fmt: skip
+    if missing or unexpected or misshapen:
+        lists = "; ".join(f"{kind}: {some(names, n)}" for kind, names, n in wrong if names)
+        raise ValueError(f"{checkpoint_dir}: the tensors are not config.json's; {lists}")
+
+
+def some(names: list[str], n: int) -> str:
+    """The first few of n names."""
+    more = n - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
+
+
+def eos_token_ids(checkpoint_dir: Path) -> tuple[int, ...]:
+    """End-of-text tokens: `generation_config.json` if it names them, else `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        path = checkpoint_dir / name
+        ids = read_json(path).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int and abs(i) < 2**31 for i in ids):
+                raise ValueError(
+                    f"{path}: eos_token_id = {brief(ids)} is not a token id or a list of them"
+                )
+            return tuple(ids)
+    return ()
+
+
+def save_model(model: Transformer, checkpoint_dir: Path, n_shards: int = 1, **config) -> None:
+    """Write a Llama as a Hugging Face directory; `config` replaces or adds `config.json` fields.
+
+    The index is written last and files are replaced whole, so an interruption leaves no half one.
+    A single file that shards replace is deleted then: it would go before them.
+    """
+    c = model.config
+    if c.qk_norm or c.sliding_window or c.qkv_bias != c.o_bias:
+        raise ValueError("save_model writes the Llama family only")
+    weights = {name: w.cpu().contiguous() for name, w in hf_weights(model)}
+    names = ["model.safetensors"]
+    if n_shards > 1:
+        names = [f"model-{i + 1:05}-of-{n_shards:05}.safetensors" for i in range(n_shards)]
+    weight_map = {tensor: names[i % n_shards] for i, tensor in enumerate(weights)}
+    for name in names:
+        specs = {  # the low-level interface: safetensors.torch.save_file wants NumPy
+            tensor: TensorSpec(
+                dtype=str(w.dtype).removeprefix("torch."),
+                shape=[*w.shape],
+                data_ptr=w.data_ptr(),
+                data_len=w.nbytes,
+            )
+            for tensor, w in weights.items()
+            if weight_map[tensor] == name
+        }
+        part = checkpoint_dir / f"{name}.part"
+        serialize_file(specs, part, metadata={"format": "pt"})
+        part.chmod(0o644)
+        part.replace(checkpoint_dir / name)
+    hf = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.ffn_dim,
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.max_seq_len,
+        "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": c.qkv_bias,
+        "mlp_bias": False,
+        "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+    }
+    write_json(hf | config, checkpoint_dir / "config.json")
+    if n_shards > 1:
+        write_json({"weight_map": weight_map}, checkpoint_dir / "model.safetensors.index.json")
+        (checkpoint_dir / "model.safetensors").unlink(missing_ok=True)
+
+
+def write_json(value: dict, path: Path) -> None:
+    """Write a JSON file, see `write_file`."""
+    write_file((json.dumps(value, indent=2) + "\n").encode(), path)
+
+
+def write_file(data: bytes, path: Path) -> None:
+    """Write a file in one step: an interruption leaves the old one or the new one.
+
+    A symbolic link stays one. To a device, a pipe or a file that is open already, the data are
+    appended. OSError with the path if that is not possible.
+    """
+    target, part = resolved(path)
+    try:
+        if written_in_place(path):
+            with path.open("ab") as file:
+                file.write(data)
+            return
+        try:
+            part.write_bytes(data)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as e:
+        raise OSError(f"cannot write {path}: {e.strerror}") from None
+
+
+def check_writable(path: Path) -> None:
+    """OSError if `write_file` cannot write there, as far as this can be told beforehand."""
+    if path.exists() and not path.is_dir() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    if not written_in_place(path):
+        path, part = resolved(path)
+        try:
+            part.write_bytes(bytes(4096))  # fails on a full disk too
+        finally:
+            part.unlink(missing_ok=True)
+    elif not path.is_fifo():  # its reader would take the end of this for the end of all
+        path.open("ab").close()
+
+
+def written_in_place(path: Path) -> bool:
+    """Whether there is something that must not be replaced by a file."""
+    opened = re.match(r"/dev/(fd/|std)|/proc/[^/]+/fd/", str(path))
+    return path.exists() and (opened is not None or not path.is_file())
+
+
+def resolved(path: Path) -> tuple[Path, Path]:
+    """The path behind symbolic links, and beside it the one that is written first."""
+    path = Path(os.path.realpath(path))
+    return path, path.with_name(path.name + ".part")

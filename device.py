@@ -1,0 +1,103 @@
+"""Device."""
+
+import platform
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def flex_runs(device: torch.device) -> bool:
+    """Whether compiled flex_attention has a kernel for the device (CPU: x86 with AVX2)."""
+    # Not `in`: a CPU without it is said to have "NO AVX".
+    return device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def compiler_runs(device: torch.device) -> bool:
+    """Whether torch.compile works for the device on this machine: the CPU needs a C++ compiler."""
+    compilers = [name for name in torch._inductor.config.cpp.cxx if name]
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        return False  # asked first, because a warm cache would hide it from the probe below
+    try:
+        torch.compile(torch.neg)(torch.ones(3, device=device))
+    except Exception:  # whatever is missing or broken, the answer is to run eagerly
+        return False
+    return True
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device; None where the system does not tell.
+
+    On CUDA also what PyTorch keeps for its next tensors, but not what a CUDA graph's own pool
+    keeps: only that graph's replays, and captures into its pool, ever use it.
+    """
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        reusable = sum(
+            segment["total_size"] - segment["active_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if segment["device"] == index and tuple(segment["segment_pool_id"]) == (0, 0)
+        )
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def check_fits(
+    n_bytes: int,
+    device: torch.device,
+    what: str,
+    remedy: Callable[[float], str],  # is told which share of what is needed would fit
+) -> None:
+    """ValueError with both numbers and the remedy if the device has not that much memory free."""
+    free = free_memory(device)
+    if free is not None and n_bytes > free:
+        raise ValueError(
+            f"{what} need {n_bytes / 2**30:.1f} GiB, but {device} has "
+            f"{free / 2**30:.1f} GiB free; use {remedy(free / n_bytes)}"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} CPUs" if names else platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def median_seconds(device: torch.device, work: Callable[[], object], repeats: int = 3) -> float:
+    """Median time of the work, after one run of it that may compile; short work is repeated."""
+    seconds: list[float] = []
+    timed(device, work)
+    while len(seconds) < repeats or (sum(seconds) < 0.03 and len(seconds) < 20):
+        seconds.append(timed(device, work)[0])
+    return statistics.median(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, object]:
+    """Seconds that the work took, and what it returned."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - start, result

@@ -1,0 +1,100 @@
+"""Policies."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kv_cache import NEVER, fold_mask, seen
+
+POOL = 31  # SnapKV's scores are averaged over this many neighbours, an odd number (LOG.md)
+SCORE_BYTES = 2**28  # most memory that SnapKV's scores may take at a time
+
+
+class Layer(NamedTuple):
+    """What a policy sees: one layer of the full cache, and how much of it is text."""
+
+    k: Tensor  # [B, Hkv, S, D], rotated; position p in slot p
+    v: Tensor  # [B, Hkv, S, D]
+    n_cached: Tensor  # [B] int64, tokens of each row that are held
+    n_sink: int  # how many of the first tokens to keep in any case
+    queries: Tensor | None  # [B, W, H, D] of the tokens at `observed`; None if not asked for
+    window: int | None = None  # of the model's attention
+
+
+class Policy(NamedTuple):
+    """An entry of the registry: how to select, and how a budget is divided."""
+
+    select: Callable[[Layer, int], Tensor]  # (layer, n_selected) -> [B, Hkv, n_selected] positions
+    recent_share: float  # of the budget, for the window of newest tokens (what the sinks leave)
+    observes: bool = False  # wants Layer.queries
+    reselect_every: int = 16  # rounds until it is asked again by default; 0: its answer is final
+    obs_window: int = 8  # newest tokens whose queries it observes by default
+
+    def n_recent(self, budget: int, n_sink: int, obs_window: int) -> int:
+        """Tokens of the budget that go to the window; an observed window lies in it."""
+        n = max(int(self.recent_share * budget), obs_window if self.observes else 1)
+        return min(n, budget - n_sink)
+
+
+def observed(n_cached: Tensor, obs_window: int) -> Tensor:  # [B] -> [B, W]
+    """Positions of the newest W cached tokens; a row with fewer has them first, then others."""
+    start = (n_cached - obs_window).clamp_min(0)
+    return start[:, None] + torch.arange(obs_window, device=n_cached.device)
+
+
+def select_streaming(layer: Layer, n_selected: int) -> Tensor:
+    """StreamingLLM (arXiv 2309.17453): the first tokens of the text, the attention sinks."""
+    first = torch.arange(n_selected, device=layer.k.device)
+    return first.expand(*layer.k.shape[:2], n_selected)
+
+
+def attention_received(
+    k: Tensor,  # [B, Hkv, S, D]
+    queries: Tensor,  # [B, W, H, D]
+    n_cached: Tensor,  # [B]
+    window: int | None = None,
+) -> Tensor:  # [B, Hkv, S] float32
+    """Mean attention of the observed queries, over the query heads of each KV head, to each slot.
+
+    Zero for the observed tokens themselves: they are in the window anyway.
+    """
+    (B, W, H, D), (Hkv, S) = queries.shape, k.shape[1:3]
+    pos = observed(n_cached, W)
+    slot = torch.arange(S, device=k.device)
+    q = queries.view(B, W, Hkv, -1, D).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G * W, D]
+    scores = (q * D**-0.5 @ k.transpose(-1, -2)).float()
+    hidden = fold_mask(~seen(slot, pos[:, None, :, None], window), H // Hkv)
+    probs = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+    exists = (pos < n_cached[:, None]).repeat(1, H // Hkv)  # [B, G * W]; others are not asked
+    weight = exists / exists.sum(dim=1, keepdim=True).clamp_min(1)
+    received = (weight[:, None, None] @ probs)[:, :, 0]
+    return received.masked_fill(slot >= pos[:, None, :1], 0)
+
+
+def select_snapkv(layer: Layer, n_selected: int) -> Tensor:
+    """SnapKV (arXiv 2404.14469): per KV head, what the newest queries attend to most.
+
+    Scores are pooled over POOL neighbours, so that a token is kept with its surroundings: a draft
+    that follows a passage needs what comes after the tokens that are attended to now. The sinks
+    come first; the observed window is left out. Row by row if need be: the scores of all rows are
+    [B, H, W, S].
+    """
+    W, H = layer.queries.shape[1:3]
+    rows = max(SCORE_BYTES // (4 * H * W * layer.k.shape[2]), 1)
+    parts = zip(*(t.split(rows) for t in (layer.k, layer.queries, layer.n_cached)), strict=True)
+    scores = torch.cat([attention_received(*part, layer.window) for part in parts])
+    scores = F.avg_pool1d(scores, POOL, stride=1, padding=POOL // 2)
+    slot = torch.arange(scores.shape[-1], device=scores.device)
+    start = observed(layer.n_cached, W)[:, None, :1]
+    scores = scores.masked_fill(slot < layer.n_sink, torch.inf).masked_fill(slot >= start, -1)
+    score, pos = scores.topk(n_selected, dim=-1)
+    return pos.masked_fill(score < 0, NEVER)
+
+
+POLICIES = {
+    "streaming": Policy(select_streaming, recent_share=1.0, reselect_every=0),
+    "snapkv": Policy(select_snapkv, recent_share=0.5, observes=True),
+}

@@ -1,0 +1,179 @@
+"""Roofline."""
+
+import itertools
+import math
+import statistics
+from dataclasses import dataclass, replace
+
+from config import ModelConfig, kv_bytes_per_token, matrix_params
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One device, and its link to others of its kind. Peaks are the data sheet's, dense, 16 bit."""
+
+    name: str
+    peak_flops: float  # FLOP/s
+    peak_bandwidth: float  # bytes/s
+    memory: float  # bytes
+    flop_efficiency: float = 0.6  # reached share of the peak in large matrix products
+    bandwidth_efficiency: float = 0.88  # reached share of the peak when reading
+    layer_seconds: float = 60e-6  # per layer and forward, whatever the size
+    all_reduce_seconds: float = 60e-6  # latency of an all-reduce
+    link_bandwidth: float = 50e9  # bytes/s of an all-reduce, as reached
+
+    @property
+    def flops(self) -> float:
+        return self.peak_flops * self.flop_efficiency
+
+    @property
+    def bandwidth(self) -> float:
+        return self.peak_bandwidth * self.bandwidth_efficiency
+
+
+# Peaks: NVIDIA's and AMD's data sheets. The other constants, and what they rest on (`--measured`):
+# A100  47 rows of the paper, 8 GPUs, three model pairs: the defaults above.
+# H100  4 rows of the paper, 8 GPUs, Llama-3.1-8B at 32k. They settle two numbers, the latencies and
+#       the link; the efficiencies stay the A100's. Rows of 8 GPUs alone cannot tell the time of a
+#       layer from that of its all-reduces, so the two stay equal, as they are on the A100.
+# H200  no row. It is the H100's chip and link with other memory, and takes all of its constants.
+# L40, MI300X: no row; the A100's. An L40 has PCIe 4.0 x16 (32 GB/s) and no NVLink.
+# CPU   no row; where the fit of `--draft auto` begins.
+HARDWARE = {
+    "a100": Hardware("A100-80GB SXM", 312e12, 2039e9, 80e9),
+    "h100": Hardware("H100 SXM", 989e12, 3352e9, 80e9,
+                     layer_seconds=30e-6, all_reduce_seconds=30e-6, link_bandwidth=150e9),
+    "h200": Hardware("H200 SXM", 989e12, 4800e9, 141e9,
+                     layer_seconds=30e-6, all_reduce_seconds=30e-6, link_bandwidth=150e9),
+    "l40": Hardware("L40", 181e12, 864e9, 48e9, link_bandwidth=10e9),
+    "mi300x": Hardware("MI300X", 1307e12, 5300e9, 192e9),
+    "cpu": Hardware("2 CPU cores", 300e9, 50e9, 16e9, layer_seconds=300e-6),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A batch on some devices."""
+
+    batch_size: int  # B
+    prefix_len: int  # S, tokens of context per row
+    num_gpus: int = 1  # tensor parallelism
+    itemsize: int = 2  # bytes of a number, in weights and cache alike
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "prefix_len", "num_gpus", "itemsize"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} {getattr(self, field)} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardTime:
+    """Seconds of one forward, by what they go to. A stage takes the longer of read and compute."""
+
+    weights: float  # reading the matrices
+    linear_compute: float
+    kv: float  # reading K and V
+    attention_compute: float
+    activations: float  # writing and reading them, K and V of the new tokens, the logits
+    all_reduce: float
+    fixed: float
+
+    @property
+    def compute_beyond(self) -> float:
+        """What computing takes longer than the reading that goes on meanwhile, stage by stage."""
+        linear = max(self.linear_compute - self.weights, 0)
+        return linear + max(self.attention_compute - self.kv, 0)
+
+    @property
+    def total(self) -> float:
+        reading = self.weights + self.kv + self.activations
+        return reading + self.compute_beyond + self.all_reduce + self.fixed
+
+
+def activation_bytes(m: ModelConfig, itemsize: int = 2) -> int:
+    """Bytes that pass through memory per new token, besides weights and cached K and V.
+
+    Per layer the residual stream (written and read twice), q, k, v and attention's output (written
+    and read), gate, up and their product (written and read, the product once); K and V into the
+    cache; logits in float32, written and read.
+    """
+    qkv = (2 * m.n_head + 2 * m.n_kv_head) * m.head_dim
+    per_layer = 4 * m.dim + 2 * qkv + 6 * m.ffn_dim
+    numbers = m.n_layer * per_layer * itemsize
+    return numbers + kv_bytes_per_token(m, itemsize) + 2 * 4 * m.vocab_size
+
+
+def forward_time(m: ModelConfig, hw: Hardware, w: Workload, T: int = 1, context: int | None = None):
+    """StepTime of T new tokens per row that each see `context` tokens (default: all of them)."""
+    S = w.prefix_len if context is None else context
+    S = min(S, m.sliding_window or S)
+    rows = w.batch_size * T
+    kv_gpus = min(w.num_gpus, m.n_kv_head)  # a KV head is not divided, it is held several times
+    kv_bytes = w.batch_size * S * kv_bytes_per_token(m, w.itemsize) / kv_gpus
+    attention_flops = 4 * m.n_layer * m.n_head * m.head_dim * S * rows / w.num_gpus
+    all_reduce = 0.0
+    if w.num_gpus > 1:  # a ring moves 2 (n - 1) / n of the bytes through each link
+        n_bytes = rows * m.dim * w.itemsize * 2 * (w.num_gpus - 1) / w.num_gpus
+        all_reduce = 2 * m.n_layer * (hw.all_reduce_seconds + n_bytes / hw.link_bandwidth)
+    return ForwardTime(
+        weights=matrix_params(m) * w.itemsize / w.num_gpus / hw.bandwidth,
+        linear_compute=2 * matrix_params(m) * rows / w.num_gpus / hw.flops,
+        kv=kv_bytes / hw.bandwidth,
+        attention_compute=attention_flops / hw.flops,
+        activations=rows * activation_bytes(m, w.itemsize) / w.num_gpus / hw.bandwidth,
+        all_reduce=all_reduce,
+        fixed=m.n_layer * hw.layer_seconds,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One timed forward, to fit a device's constants to."""
+
+    workload: Workload
+    T: int  # new tokens per row
+    context: int  # tokens that each of them saw
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"a forward took {self.seconds} s; a time must be positive and finite")
+
+
+DRIFT = 1e-4  # weight of a constant's squared logarithmic change, that of a timing's error being 1
+
+
+def fit(m: ModelConfig, hw: Hardware, timings: list[Timing]) -> tuple[Hardware, float]:
+    """The device with its constants fitted to timed steps of this model, and what is unexplained.
+
+    The constants are the two efficiencies and the fixed time per layer. The squared logarithm of
+    predicted / measured is minimised by stepping all of them up or down by a factor that shrinks.
+    Leaving its old value costs a constant a little (DRIFT): one that the timings do not show stays,
+    and two that explain the same do not run off in opposite directions.
+    What is returned with them is the median of |predicted / measured - 1|. ValueError without
+    timings.
+    """
+    if not timings:
+        raise ValueError("there are no timings to fit to")
+    before, names = hw, ("bandwidth_efficiency", "flop_efficiency", "layer_seconds")
+
+    def ratios(h: Hardware) -> list[float]:
+        return [forward_time(m, h, t.workload, t.T, t.context).total / t.seconds for t in timings]
+
+    def error(h: Hardware) -> float:
+        drift = (math.log(getattr(h, n) / getattr(before, n)) ** 2 for n in names)
+        return sum(math.log(r) ** 2 for r in ratios(h)) + DRIFT * sum(drift)
+
+    factor = 2.0
+    while factor > 1.001:
+        moves = itertools.product((1 / factor, 1.0, factor), repeat=len(names))
+        tried = [
+            replace(hw, **{n: getattr(hw, n) * f for n, f in zip(names, move, strict=True)})
+            for move in moves
+        ]
+        best = min(tried, key=error)
+        if error(best) < error(hw):
+            hw = best
+        else:
+            factor = factor**0.5
+    return hw, statistics.median(abs(r - 1) for r in ratios(hw))
