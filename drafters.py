@@ -42,8 +42,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig
-from kv_cache import CacheSpec, JointCache, KVCache, ReadOnlyCache, SparseKVCache
-from model import Transformer
+from kv_cache import CacheSpec, KVCache, SparseKVCache
+from model import Caches, Transformer
 from policies import POLICIES, Layer, observed, select_streaming
 
 MAX_GAMMA = 32
@@ -139,7 +139,7 @@ class Text(NamedTuple):
 
 
 class Drafter(ABC):
-    verify_cache: KVCache | JointCache  # what the target verifies with
+    writes: Caches = ()  # what a verification writes besides the target's own cache
     select_every = 0  # rounds after which `select` is due again; 0: never
     n_selected = 0  # tokens of a row that `select` keeps by choice
     n_bytes = 0  # of its caches
@@ -174,7 +174,7 @@ def select(
     if policy.observes:
         pos = observed(n_cached, strategy.n_observed)
         tokens = within_vocabulary(model, text.tokens.gather(1, pos))
-        queries = model.queries(tokens, pos, ReadOnlyCache(full))
+        queries = model.queries(tokens, pos, full)
     for i, q in zip(range(full.spec.n_layer), queries, strict=False):
         layer = Layer(full.k[i], full.v[i], n_cached, strategy.n_sink, q, full.spec.window)
         sparse.fill(i, full, policy.select(layer, sparse.n_selected), n_cached)
@@ -186,7 +186,7 @@ class SelfDrafter(Drafter):
     def __init__(self, strategy: Strategy, model: Transformer, full: KVCache, text: Text) -> None:
         self.strategy, self.model, self.full, self.text = strategy, model, full, text
         self.sparse = strategy.sparse_cache(full.spec, full.capacity)
-        self.verify_cache = JointCache(full, self.sparse)
+        self.writes = (self.sparse,)
         self.select_every, self.n_selected = strategy.select_every, self.sparse.n_selected
         self.n_bytes = self.sparse.n_bytes
 
@@ -210,7 +210,7 @@ class ModelDrafter(Drafter):
         text: Text,
     ) -> None:
         self.strategy, self.model, self.text = strategy, model, text
-        self.verify_cache, self.select_every = full, strategy.select_every
+        self.select_every = strategy.select_every
         self.vocab_size = target.config.vocab_size
         self.spec = CacheSpec.for_model(model, len(text.seq_len))
         self.offset = torch.zeros_like(text.seq_len)  # [B], place in the text - own position
@@ -219,7 +219,8 @@ class ModelDrafter(Drafter):
     def allocate(self) -> None:
         self.full = KVCache.empty(self.spec, self.text.tokens.shape[1])
         self.full.finished = self.text.finished
-        self.cache: KVCache | SparseKVCache | JointCache = self.full
+        self.read: KVCache | SparseKVCache = self.full
+        self.write: Caches = (self.full,)
         self.n_bytes = self.full.n_bytes
 
     def catch_up(self, n_read: Tensor) -> None:
@@ -234,7 +235,8 @@ class ModelDrafter(Drafter):
     def logits(self, i: int, token: Tensor) -> Tensor:
         token, pos = self.text.pair() if i == 0 else (token, self.text.seq_len[:, None] - 1 + i)
         token = within_vocabulary(self.model, token)
-        logits = self.model(token, pos - self.offset[:, None], self.cache)[:, -1]
+        pos = pos - self.offset[:, None]
+        logits = self.model(token, pos, self.read, self.write)[:, -1]
         padding = self.vocab_size - logits.shape[-1]
         return F.pad(logits, (0, padding), value=-torch.inf)  # a negative padding slices
 
@@ -246,7 +248,7 @@ class SparseModelDrafter(ModelDrafter):
         super().allocate()
         self.sparse = self.strategy.sparse_cache(self.spec, self.full.capacity)
         self.n_selected, self.n_bytes = self.sparse.n_selected, self.n_bytes + self.sparse.n_bytes
-        self.cache = JointCache(self.sparse, self.full)
+        self.read, self.write = self.sparse, (self.sparse, self.full)
 
     def select(self) -> None:
         n_cached = self.text.seq_len - 2
@@ -261,7 +263,8 @@ class StreamingModelDrafter(ModelDrafter):
         room = self.model.config.max_seq_len - K - gamma  # rounds may go so many positions on
         self.select_every = (room - 1) // (gamma + 1) + 1
         self.anchor = KVCache.empty(self.spec, K)
-        self.sparse = self.cache = self.strategy.sparse_cache(self.spec, K)
+        self.sparse = self.read = self.strategy.sparse_cache(self.spec, K)
+        self.write = (self.sparse,)
         self.n_selected = self.sparse.n_selected
         self.n_bytes = self.anchor.n_bytes + self.sparse.n_bytes
 
@@ -307,7 +310,7 @@ class LookupDrafter(Drafter):
 
     def __init__(self, strategy: Strategy, target: Transformer, full: KVCache, text: Text) -> None:
         self.text, self.gamma = text, strategy.gamma
-        self.verify_cache, self.vocab_size = full, target.config.vocab_size
+        self.vocab_size = target.config.vocab_size
 
     def logits(self, i: int, token: Tensor) -> Tensor:
         """All probability on the looked-up token."""

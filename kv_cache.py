@@ -35,13 +35,13 @@ gathers them; reading is the same for all policies. `POLICIES` is the registry:
     streaming   the first tokens of the text, the attention sinks (StreamingLLM, arXiv 2309.17453)
     snapkv      what the newest tokens' queries attend to most (SnapKV, arXiv 2404.14469)
 
-**Self-speculation** joins one of each (`JointCache`): verification attends to the full cache and
-writes its K and V into both, so the draft's window always holds exact values. Drafting uses the
-sparse cache alone.
+**Read one, write several.** A forward reads one cache and writes the K and V of its tokens into any
+number of them. In self-speculation a verification reads the full cache and writes both, so the
+draft's window always holds exact values. Drafting reads and writes the sparse cache alone.
 
-A cache is handed to the model's forward and answers with a `Step` per layer: the slots to write,
-and the mask. Masks are over queries with the G = H / Hkv heads of a KV head folded into the query
-length (index g * T + t), as `model.attend` wants them.
+A cache answers a forward twice: `slots(pos)` says where these tokens go, and `access(pos)`, for
+each layer, which slots they see. Masks are over queries with the G = H / Hkv heads of a KV head
+folded into the query length (index g * T + t), as `model.attend` wants them.
 """
 
 from dataclasses import dataclass, replace
@@ -59,10 +59,9 @@ PROGRAMS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1}
 
 
 class Access(NamedTuple):
-    """What one layer's forward needs to know of a cache."""
+    """How one layer's attention reads a cache."""
 
-    slots: tuple[Tensor, ...]  # per written buffer: [B, T] int64, where these tokens go
-    mask: BlockMask | Tensor  # what each folded query sees of the first buffer
+    mask: BlockMask | Tensor  # which slots each folded query sees
     kernel_options: dict | None = None  # for flex_attention
 
 
@@ -159,19 +158,15 @@ class KVCache:
         spec = replace(self.spec, batch_size=1)
         return KVCache(spec, [k[b : b + 1] for k in self.k], [v[b : b + 1] for v in self.v])
 
-    def layer(self, i: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        """The (k, v) buffers of layer i; the first pair is the one attended to."""
-        return ((self.k[i], self.v[i]),)
-
     def slots(self, pos: Tensor) -> Tensor:  # [B, T] -> [B, T]
         return pos
 
     def access(self, pos: Tensor) -> list[Access]:  # [B, T], consecutive within a row
-        """One Step, for all layers the same."""
+        """How queries at these positions read; all layers alike."""
         if self.spec.flex:
-            access = Access((pos,), self.block_mask(pos), self.kernel_options(*pos.shape))
+            access = Access(self.block_mask(pos), self.kernel_options(*pos.shape))
         else:
-            access = Access((pos,), self.dense_mask(pos))
+            access = Access(self.dense_mask(pos))
         return [access] * self.spec.n_layer
 
     def kernel_options(self, B: int, T: int) -> dict | None:
@@ -261,9 +256,6 @@ class SparseKVCache:
     def n_slots(n_selected: int, n_recent: int, gamma: int) -> int:
         return n_selected + n_recent + gamma + 1
 
-    def layer(self, i: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        return ((self.k[i], self.v[i]),)
-
     @property
     def n_bytes(self) -> int:
         return (self.n_selected + self.ring_size) * self.spec.bytes_per_slot
@@ -273,7 +265,7 @@ class SparseKVCache:
 
     def access(self, pos: Tensor) -> list[Access]:  # [B, T], consecutive within a row
         masks = fold_mask(self.visible(pos), self.spec.n_group)
-        return [Access((self.slots(pos),), mask) for mask in masks]
+        return [Access(mask) for mask in masks]
 
     def ring_pos(self, newest: Tensor) -> Tensor:  # [B], newest written position -> [B, ring_size]
         """Position held by each ring slot; negative where nothing was written yet."""
@@ -302,35 +294,3 @@ class SparseKVCache:
         index = index[..., None].expand(-1, -1, -1, self.spec.head_dim)
         torch.gather(full.k[i], 2, index, out=self.k[i])
         torch.gather(full.v[i], 2, index, out=self.v[i])
-
-
-@dataclass(frozen=True, slots=True)
-class JointCache:
-    """Attends to one cache and writes two.
-
-    Self-speculation verifies with (full, sparse); a draft model of its own that selects from its
-    own full cache drafts with (sparse, full).
-    """
-
-    attended: KVCache | SparseKVCache
-    written: KVCache | SparseKVCache
-
-    def layer(self, i: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        return self.attended.layer(i) + self.written.layer(i)
-
-    def access(self, pos: Tensor) -> list[Access]:
-        slots = self.written.slots(pos)
-        return [s._replace(slots=(*s.slots, slots)) for s in self.attended.access(pos)]
-
-
-@dataclass(frozen=True, slots=True)
-class ReadOnlyCache:
-    """Attends to a cache and writes nothing: for tokens whose K and V it holds already."""
-
-    attended: KVCache
-
-    def layer(self, i: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        return self.attended.layer(i)
-
-    def access(self, pos: Tensor) -> list[Access]:
-        return [s._replace(slots=()) for s in self.attended.access(pos)]

@@ -2,13 +2,13 @@
 
 There is one forward for everything this program does::
 
-    model(tokens [B, T], pos [B, T], cache) -> logits [B, T, V]
+    model(tokens [B, T], pos [B, T], read, write) -> logits [B, T, V]
 
-Prefill, plain decoding, drafting and verification differ only in T and in the cache they are
+Prefill, plain decoding, drafting and verification differ only in T and in the caches they are
 handed, so a lossless speculative decoder needs no second model code path that could disagree
-with the first. The cache (see `kv_cache.py`) answers two questions once per forward, in
-`cache.steps(pos)`, for each layer: into which slots do these tokens go, and which slots may each
-of them see?
+with the first. One cache is read, any number of them are written (`write`; by default the one that
+is read). A cache (see `kv_cache.py`) answers two questions once per forward: into which slots do
+these tokens go, `cache.slots(pos)`, and which slots may each of them see, `cache.access(pos)`?
 
 Attention at long context is a memory problem: a decode step does about one multiply-add per
 cached number it reads. Two things keep the reading fast:
@@ -24,7 +24,7 @@ cached number it reads. Two things keep the reading fast:
 
 Blocks are compiled one by one (`compile_blocks`): all layers share one compiled function, so a
 32-layer model compiles as fast as a 2-layer one, and no Python runs between the kernels of a
-block. ``cache=None`` is plain causal attention over the given tokens: training, and tests.
+block. Without a cache it is plain causal attention over the given tokens: training, and tests.
 
 Weights are read from a Hugging Face directory as it is. Positions are rotated in float32 with the
 half-split convention of those checkpoints. What the families differ in are a few fields of
@@ -35,6 +35,7 @@ a checkpoint is data from strangers, and a pickle is a program.
 
 import math
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,13 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from config import ModelConfig
 from device import flex_runs
-from kv_cache import Access, seen
+from kv_cache import Access, KVCache, SparseKVCache, seen
 
 SHORT = 64  # tokens per forward, at least, where few of a text are new
+
+Caches = tuple[KVCache | SparseKVCache, ...]
+Read = tuple[Tensor, Tensor, Access]  # K and V of a layer [B, Hkv, S, D], and who sees what
+Write = tuple[Tensor, Tensor, Tensor]  # K and V of a layer [B, Hkv, S, D], and slots [B, T]
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -91,9 +96,8 @@ def attend(
     q: Tensor,  # [B, T, H, D]
     k: Tensor,  # [B, Hkv, S, D]
     v: Tensor,  # [B, Hkv, S, D]
-    access: Access
-    | None,  # with a mask over folded queries, see the module docstring; None: causal
-    window: int | None = None,  # without a step: newest tokens that a query sees; None: all
+    access: Access | None,  # its mask is over folded queries; None: causal over k and v
+    window: int | None = None,  # if causal: newest tokens that a query sees; None: all
 ) -> Tensor:  # [B, T, H * D]
     """Attention of every query head to its KV head, with G folded into the query length."""
     B, T, H, D = q.shape
@@ -135,10 +139,10 @@ class Attention(nn.Module):
         self,
         x: Tensor,  # [B, T, dim]
         rope: tuple[Tensor, Tensor],  # cos, sin, each [B, T, 1, D/2]
-        access: Access | None,  # slots to write and who sees what; None: causal, no cache
-        buffers: tuple[tuple[Tensor, Tensor], ...],  # (k, v) pairs; the first is attended to
+        read: Read | None,  # None: causal attention over x alone
+        write: list[Write],
     ) -> Tensor:  # [B, T, dim]
-        """Write K and V into the buffers that have slots, in place, then attend to the first."""
+        """Write K and V of these tokens in place, then attend to what is read."""
         B, T, _ = x.shape
         c = self.config
         q, k, v = (
@@ -149,14 +153,14 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if access is None:
+        if read is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-            return self.wo(attend(q, k, v, access, c.sliding_window))
+            return self.wo(attend(q, k, v, None, c.sliding_window))
         rows = torch.arange(B, device=x.device)[:, None]
-        for (k_buffer, v_buffer), slot in zip(buffers, access.slots, strict=False):
+        for k_buffer, v_buffer, slot in write:
             k_buffer[rows, :, slot] = k  # this form stays in place under torch.compile
             v_buffer[rows, :, slot] = v
-        return self.wo(attend(q, *buffers[0], access))
+        return self.wo(attend(q, *read))
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The rotated queries alone, [B, T, H, D]."""
@@ -204,10 +208,10 @@ class Block(nn.Module):
         self,
         x: Tensor,  # [B, T, dim]
         rope: tuple[Tensor, Tensor],
-        access: Access | None,
-        buffers: tuple[tuple[Tensor, Tensor], ...],
+        read: Read | None,
+        write: list[Write],
     ) -> Tensor:  # [B, T, dim]
-        x = x + self.attention(self.attention_norm(x), rope, access, buffers)
+        x = x + self.attention(self.attention_norm(x), rope, read, write)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -229,18 +233,40 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,  # [B, T] int64
         pos: Tensor,  # [B, T] int64, place in the text, consecutive within a row
-        cache=None,  # any cache of kv_cache.py; None: causal attention over these tokens alone
+        read: KVCache | SparseKVCache | None = None,  # None: causal attention over these alone
+        write: Caches | None = None,  # where their K and V go; None: where they read
     ) -> Tensor:  # [B, T, V]
-        """Logits of the token after each given one; writes the tokens' K and V into the cache."""
-        return self.logits(self.hidden(tokens, pos, cache))
+        """Logits of the token after each given one; writes the tokens' K and V, in place."""
+        return self.logits(self.hidden(tokens, pos, read, write))
 
-    def hidden(self, tokens: Tensor, pos: Tensor, cache=None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,  # [B, T]
+        pos: Tensor,  # [B, T]
+        read: KVCache | SparseKVCache | None = None,
+        write: Caches | None = None,
+    ) -> Tensor:  # [B, T, dim]
         """The forward without its output layer, [B, T, dim]: what a prefill chunk needs."""
         x, rope = self.tok_embeddings(tokens), self.rope(pos)
-        accesses = [None] * len(self.layers) if cache is None else cache.access(pos)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rope, accesses[i], () if cache is None else cache.layer(i))
+        for layer, memory in zip(self.layers, self.memory(pos, read, write), strict=False):
+            x = layer(x, rope, *memory)
         return x
+
+    @staticmethod
+    def memory(
+        pos: Tensor,  # [B, T]
+        read: KVCache | SparseKVCache | None,
+        write: Caches | None,
+    ) -> Iterator[tuple[Read | None, list[Write]]]:
+        """What each layer reads, and where it writes the K and V of tokens at these positions."""
+        if read is None:
+            yield from repeat((None, []))
+            return
+        write = (read,) if write is None else write
+        slots = [cache.slots(pos) for cache in write]
+        for i, access in enumerate(read.access(pos)):
+            written = [(c.k[i], c.v[i], slot) for c, slot in zip(write, slots, strict=True)]
+            yield (read.k[i], read.v[i], access), written
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor]:  # [B, T] -> cos, sin [B, T, 1, D/2]
         angle = (pos[..., None].float() * self.rope_freq)[:, :, None, :]
@@ -248,19 +274,24 @@ class Transformer(nn.Module):
         factor = scaling.attention_factor if scaling else 1.0
         return angle.cos() * factor, angle.sin() * factor
 
-    def queries(self, tokens: Tensor, pos: Tensor, cache) -> Iterator[Tensor]:
-        """Layer by layer the rotated queries [B, T, H, D] of tokens that are in the cache."""
-        x, rope, accesses = self.tok_embeddings(tokens), self.rope(pos), cache.access(pos)
-        for i, layer in enumerate(self.layers):
+    def queries(
+        self,
+        tokens: Tensor,  # [B, T]
+        pos: Tensor,  # [B, T]
+        read: KVCache,  # holds K and V of these tokens, and is not written
+    ) -> Iterator[Tensor]:
+        """Layer by layer the rotated queries [B, T, H, D] of the tokens."""
+        x, rope = self.tok_embeddings(tokens), self.rope(pos)
+        for layer, memory in zip(self.layers, self.memory(pos, read, ()), strict=True):
             yield layer.attention.queries(layer.attention_norm(x), rope)
-            x = layer(x, rope, accesses[i], cache.layer(i))
+            x = layer(x, rope, *memory)
 
     def prefill(
         self,
         tokens: Tensor,  # [1, S] int64
         length: int,  # how many of them to read
         chunk: int,  # tokens per forward
-        cache,
+        cache: KVCache,
         n_cached: int = 0,  # fewer than `length`, the first ones, which the cache holds already
     ) -> Tensor:
         """Read a text into the cache; the hidden state [dim] of its last token.

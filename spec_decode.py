@@ -564,8 +564,8 @@ class Engine:
         token, pos = self.newest()
         gamma = draft_tokens.shape[1]
         pos = pos + torch.arange(gamma + 1, device=pos.device)
-        cache = self.drafter.verify_cache if gamma else self.full
-        return self.model(torch.cat((token, draft_tokens), dim=1), pos, cache)
+        write = (self.full, *self.drafter.writes) if gamma else None
+        return self.model(torch.cat((token, draft_tokens), dim=1), pos, self.full, write)
 
     @torch.inference_mode()
     def accept(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:

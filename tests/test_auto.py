@@ -442,13 +442,11 @@ def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) ->
     clock, model, config = [0.0], engine.model, engine.model.config
     hidden, queries = model.hidden, model.queries
 
-    def timed_hidden(tokens, pos, cache=None):
+    def timed_hidden(tokens, pos, read=None, write=None):
         w, T = Workload(len(tokens), int(pos[0, 0]) + 1, itemsize=4), tokens.shape[1]
-        context, share = (
-            (24, 1.0) if isinstance(cache, SparseKVCache) else (None, factor.get(T - 1))
-        )
+        context, share = (24, 1.0) if isinstance(read, SparseKVCache) else (None, factor.get(T - 1))
         clock[0] += forward_time(config, MACHINE, w, T, context).total * (share or 1.0)
-        return hidden(tokens, pos, cache)
+        return hidden(tokens, pos, read, write)
 
     def timed_queries(*args):
         clock[0] += T_SELECT

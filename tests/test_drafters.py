@@ -9,7 +9,7 @@ import torch
 
 import policies
 from drafters import Strategy, StreamingModelDrafter, lookup
-from kv_cache import NEVER, ReadOnlyCache
+from kv_cache import NEVER
 from model import Transformer, compile_blocks
 from policies import POLICIES, POOL, Policy, attention_received, observed, select_snapkv
 from spec_decode import Engine, Sampling, decode, generate
@@ -188,7 +188,7 @@ def test_snapkv_scores_only_what_the_models_window_lets_a_query_see(window):
     sparse, full, trace = engine.drafter.sparse, engine.full, []
     reference_logits(model, prompt, lambda q, p: q - window < p <= q, trace)
     pos = observed(torch.tensor([50]), W)
-    ours = model.queries(torch.tensor([prompt])[:, -W:], pos, ReadOnlyCache(full))
+    ours = model.queries(torch.tensor([prompt])[:, -W:], pos, full)
     for i, ((queries, keys), q) in enumerate(zip(trace, ours, strict=True)):
         got = attention_received(full.k[i], q, torch.tensor([50]), window)[0, :, : 50 - W]
         expected = torch.tensor(snapkv_scores(queries, keys, W, 1, window))
@@ -306,9 +306,9 @@ def test_a_short_context_holds_through_rounds_without_drafts(monkeypatch):
     engine = Engine(tiny_model(), 3, 370, Strategy("streaming", 3, 12, 3), GREEDY, 0, draft)
     highest, forward = [], draft.hidden
 
-    def watched(tokens, pos, cache):
+    def watched(tokens, pos, *caches):
         highest.append(pos.max().item())
-        return forward(tokens, pos, cache)
+        return forward(tokens, pos, *caches)
 
     monkeypatch.setattr(draft, "hidden", watched)
     engine.prefill(prompts_of([70, 1, 9]), [200] * 3)
@@ -358,9 +358,9 @@ def test_a_streaming_draft_model_uses_its_context_to_the_last_position(monkeypat
 
     highest, forward = [], draft.hidden
 
-    def watched(tokens, pos, cache):
+    def watched(tokens, pos, *caches):
         highest.append(pos.max().item())
-        return forward(tokens, pos, cache)
+        return forward(tokens, pos, *caches)
 
     monkeypatch.setattr(engine, "accept", accept_all)
     monkeypatch.setattr(draft, "hidden", watched)
@@ -436,10 +436,10 @@ def test_the_next_turn_of_a_conversation_reads_only_what_is_new(strategy, monkey
     engine.prefill_chunk = 16
     read, hidden = [], Transformer.hidden
 
-    def counted(self, tokens, pos, cache=None):
+    def counted(self, tokens, *more):
         if self is model and tokens.shape[0] == 1:
             read.append(tokens.shape[1])
-        return hidden(self, tokens, pos, cache)
+        return hidden(self, tokens, *more)
 
     def turn(texts, n_new, reuse):
         """What follows the texts; n_new tokens of each are not in the caches."""

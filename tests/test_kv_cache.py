@@ -15,7 +15,7 @@ import device
 from config import work_bytes
 from device import check_fits
 from drafters import Strategy
-from kv_cache import NEVER, CacheSpec, JointCache, KVCache, SparseKVCache, query_tile
+from kv_cache import NEVER, CacheSpec, KVCache, SparseKVCache, query_tile
 from model import Transformer, compile_blocks
 from policies import Layer, select_streaming
 from spec_decode import Engine, Sampling
@@ -31,20 +31,23 @@ from tests.reference import (
 )
 
 
-def joint_cache(model: Transformer, n_rows: int, n_sink: int, n_recent: int, gamma: int):
+def both_caches(
+    model: Transformer, n_rows: int, n_sink: int, n_recent: int, gamma: int
+) -> tuple[KVCache, SparseKVCache]:
     spec = CacheSpec.for_model(model, n_rows)
-    sparse = SparseKVCache(spec, n_sink, n_recent, gamma)
-    return JointCache(KVCache.empty(spec, COMPILED_LEN), sparse)
+    return KVCache.empty(spec, COMPILED_LEN), SparseKVCache(spec, n_sink, n_recent, gamma)
 
 
-def prefill(model: Transformer, cache: JointCache, rows: list[list[int]]) -> None:
+def prefill(
+    model: Transformer, full: KVCache, sparse: SparseKVCache, rows: list[list[int]]
+) -> None:
     """All but the newest token of every row into the full cache, then the streaming selection."""
     for b, row in enumerate(rows):
         n = len(row) - 1
         if n:
-            model(torch.tensor([row[:n]]), torch.arange(n)[None], cache.attended.row(b))
+            model(torch.tensor([row[:n]]), torch.arange(n)[None], full.row(b))
     n_cached = torch.tensor([len(row) - 1 for row in rows])
-    fill_streaming(cache.written, cache.attended, n_cached)
+    fill_streaming(sparse, full, n_cached)
 
 
 def fill_streaming(sparse: SparseKVCache, full: KVCache, n_cached: torch.Tensor) -> None:
@@ -65,15 +68,14 @@ def test_draft_sees_sinks_and_window_through_rejections(heads, n_sink, n_recent)
     model = tiny_model(*heads)
     rows = [[rng.randrange(97) for _ in range(n)] for n in (30, 1, 7)]
     lengths = [len(row) for row in rows]
-    cache = joint_cache(model, len(rows), n_sink, n_recent, gamma)
-    prefill(model, cache, rows)
+    full, sparse = both_caches(model, len(rows), n_sink, n_recent, gamma)
+    prefill(model, full, sparse, rows)
     for _ in range(6):
         drafts = [[rng.randrange(97) for _ in range(gamma)] for _ in rows]
         fed = [[row[-1], *d] for row, d in zip(rows, drafts, strict=True)]
         start = torch.tensor([[len(row) - 1] for row in rows])
         logits = [
-            model(torch.tensor([[f[i]] for f in fed]), start + i, cache.written)
-            for i in range(gamma)
+            model(torch.tensor([[f[i]] for f in fed]), start + i, sparse) for i in range(gamma)
         ]
         for b, row in enumerate(rows):
             # A sink that did not exist when the policy selected is never a selected slot.
@@ -81,7 +83,7 @@ def test_draft_sees_sinks_and_window_through_rejections(heads, n_sink, n_recent)
             expected = reference_logits(model, row + drafts[b], seen)[len(row) - 1 : -1]
             got = torch.stack([step[b, 0] for step in logits]).double()
             assert (got - expected).abs().max() < 1e-4 * expected.std()
-        model(torch.tensor(fed), start + torch.arange(gamma + 1), cache)  # verify
+        model(torch.tensor(fed), start + torch.arange(gamma + 1), full, (full, sparse))
         for row, d in zip(rows, drafts, strict=True):
             row += [*d[: rng.randint(0, gamma)], rng.randrange(97)]
 
@@ -89,10 +91,12 @@ def test_draft_sees_sinks_and_window_through_rejections(heads, n_sink, n_recent)
 def test_verification_reads_the_full_cache():
     model = tiny_model()
     rows = [[5, 9, 11, 3] * 9]
-    cache = joint_cache(model, 1, n_sink=2, n_recent=4, gamma=3)
-    prefill(model, cache, rows)
+    full, sparse = both_caches(model, 1, n_sink=2, n_recent=4, gamma=3)
+    prefill(model, full, sparse, rows)
     start = torch.tensor([[len(rows[0]) - 1]])
-    got = model(torch.tensor([[3, 1, 4, 1]]), start + torch.arange(4), cache)[0].double()
+    got = model(torch.tensor([[3, 1, 4, 1]]), start + torch.arange(4), full, (full, sparse))[
+        0
+    ].double()
     expected = reference_logits(model, rows[0] + [1, 4, 1])[-4:]
     assert (got - expected).abs().max() < 1e-4 * expected.std()
 
@@ -205,41 +209,42 @@ def generated_anew():
 
 @pytest.mark.parametrize("step", ["decode", "verify", "draft", "prefill"])
 def test_a_compiled_step_does_not_copy_the_cache(step):
-    """Only the full cache is large; the sparse one counts as a cache too when it is attended to."""
+    """Only the full cache is large; the sparse one counts as a cache too when it is read."""
     model, B = tiny_model(), COMPILED_ROWS
     compile_blocks(model)
     torch._dynamo.reset()  # what other tests compiled would be taken, and no code seen
     n_recent = 400 if step == "draft" else COMPILED_BUDGET - 3
-    joint = joint_cache(model, B, n_sink=3, n_recent=n_recent, gamma=3)
-    B, T, cache = {
-        "decode": (B, 1, joint.attended),
-        "verify": (B, 4, joint),
-        "draft": (B, 1, joint.written),
-        "prefill": (1, COMPILED_CHUNK, joint.attended.row(1)),
+    full, sparse = both_caches(model, B, n_sink=3, n_recent=n_recent, gamma=3)
+    row = full.row(1)
+    B, T, read, write = {
+        "decode": (B, 1, full, (full,)),
+        "verify": (B, 4, full, (full, sparse)),
+        "draft": (B, 1, sparse, (sparse,)),
+        "prefill": (1, COMPILED_CHUNK, row, (row,)),
     }[step]
     pos = torch.tensor([[9], [33], [600], [0]])[:B] + torch.arange(T)
     with generated_anew():
-        _, code = run_and_get_code(model, torch.zeros(B, T, dtype=torch.int64), pos, cache)
+        _, code = run_and_get_code(model, torch.zeros(B, T, dtype=torch.int64), pos, read, write)
     assert code
-    attended = joint.written if step == "draft" else joint.attended.row(0)
-    assert not cache_sized_buffers("".join(code), attended)
+    large = sparse if step == "draft" else full.row(0)
+    assert not cache_sized_buffers("".join(code), large)
     assert ("kernel_micro_gemm" in "".join(code)) == (step != "draft")  # flex's CPU template
 
 
 def test_garbage_in_unseen_slots_of_the_sparse_cache_changes_nothing():
     model = tiny_model()
     rows = [[5, 9, 11, 3] * 9, [7, 2]]
-    cache = joint_cache(model, 2, n_sink=4, n_recent=8, gamma=3)
-    prefill(model, cache, rows)
+    full, sparse = both_caches(model, 2, n_sink=4, n_recent=8, gamma=3)
+    prefill(model, full, sparse, rows)
     pos = torch.tensor([[len(row) - 1] for row in rows])
     token = torch.tensor([[row[-1]] for row in rows])
-    clean = model(token, pos, cache.written)
-    visible = cache.written.visible(pos)[:, :, :, 0, :, None]
+    clean = model(token, pos, sparse)
+    visible = sparse.visible(pos)[:, :, :, 0, :, None]
     assert not visible.all()
-    for k, v, seen in zip(cache.written.k, cache.written.v, visible, strict=True):
+    for k, v, seen in zip(sparse.k, sparse.v, visible, strict=True):
         k.copy_(torch.where(seen, k, 1e6))
         v.copy_(torch.where(seen, v, -1e30))
-    assert torch.equal(model(token, pos, cache.written), clean)
+    assert torch.equal(model(token, pos, sparse), clean)
 
 
 def test_the_copy_detector_detects():

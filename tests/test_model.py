@@ -170,7 +170,7 @@ def test_attention_with_a_mask_in_every_dtype(dtype):
     hidden = ~mask.any(dim=2)[..., None]  # of slots that no query sees
     assert hidden.any()
     k, v = k + 5 * hidden, v + 100 * hidden
-    got = attend(q, k.to(dtype), v.to(dtype), Access((), mask)).view(B, T, H, D)
+    got = attend(q, k.to(dtype), v.to(dtype), Access(mask)).view(B, T, H, D)
     for b in range(B):
         for h in range(H):
             for t in range(T):

@@ -14,7 +14,7 @@ import torch
 
 from config import ModelConfig
 from drafters import Strategy
-from kv_cache import CacheSpec, JointCache, KVCache, ReadOnlyCache, SparseKVCache
+from kv_cache import CacheSpec, KVCache, SparseKVCache
 from model import compile_blocks
 from scripts.cuda_offline import inductor, pretend
 from scripts.cuda_offline.inductor import Kernel, Recorder
@@ -27,6 +27,9 @@ CHUNK = 2048  # a prefill's
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+Caches = tuple[KVCache | SparseKVCache, tuple]  # what is read, and what is written
+
+
 def full(spec: CacheSpec) -> KVCache:
     return KVCache.empty(spec, SLOTS)
 
@@ -35,17 +38,29 @@ def sparse(spec: CacheSpec) -> SparseKVCache:
     return SparseKVCache(spec, n_selected=4, n_recent=508, gamma=5)
 
 
-def joint(spec: CacheSpec) -> JointCache:
-    return JointCache(full(spec), sparse(spec))
+def full_alone(spec: CacheSpec) -> Caches:
+    read = full(spec)
+    return read, (read,)
 
 
-def observed(spec: CacheSpec) -> ReadOnlyCache:
-    return ReadOnlyCache(full(spec))
+def sparse_alone(spec: CacheSpec) -> Caches:
+    read = sparse(spec)
+    return read, (read,)
 
 
-def strategy(spec: CacheSpec) -> JointCache:
+def verifying(spec: CacheSpec) -> Caches:
+    read = full(spec)
+    return read, (read, sparse(spec))
+
+
+def observing(spec: CacheSpec) -> Caches:
+    return full(spec), ()
+
+
+def own_sparse(spec: CacheSpec) -> Caches:
     """What a draft model that selects from its own full cache drafts with."""
-    return JointCache(sparse(spec), full(spec))
+    read = sparse(spec)
+    return read, (read, full(spec))
 
 
 @dataclass(frozen=True)
@@ -55,13 +70,13 @@ class Case:
     dtype: str
     B: int
     T: int
-    cache: Callable[[CacheSpec], object] = full
+    caches: Callable[[CacheSpec], Caches] = full_alone
     all_kernels: bool = False  # not only those of attention
 
     @property
     def splits(self) -> bool:
         """Whether attention is to be the split-KV kernel."""
-        return self.cache not in (sparse, strategy) and self.config.n_group * self.T < 128
+        return self.caches not in (sparse_alone, own_sparse) and self.config.n_group * self.T < 128
 
 
 def config(dim: int, H: int, Hkv: int, D: int, ffn: int, **more) -> ModelConfig:
@@ -75,14 +90,15 @@ DEMO = config(256, 4, 4, 128, 704)  # checkpoints/demo
 
 def blocks() -> Iterator[Case]:
     """Real blocks, all of their kernels."""
-    parts = [("plain", 8, 1, full), ("plain", 24, 1, full), ("verify", 8, 6, joint),
-             ("draft", 8, 1, sparse), ("draft model", 8, 2, strategy),
-             ("observe", 8, 8, observed), ("prefill", 1, CHUNK, full)]  # fmt: skip
-    for what, B, T, cache in parts:
-        yield Case(f"block Llama {what} bfloat16 B {B} T {T}", LLAMA, "bfloat16", B, T, cache, True)
-    yield Case("block Qwen verify bfloat16 B 8 T 4", QWEN, "bfloat16", 8, 4, joint, True)
-    for T, B, cache in ((1, 16, full), (6, 16, joint), (CHUNK, 1, full)):
-        yield Case(f"block demo float32 B {B} T {T}", DEMO, "float32", B, T, cache, True)
+    parts = [("plain", 8, 1, full_alone), ("plain", 24, 1, full_alone), ("verify", 8, 6, verifying),
+             ("draft", 8, 1, sparse_alone), ("draft model", 8, 2, own_sparse),
+             ("observe", 8, 8, observing), ("prefill", 1, CHUNK, full_alone)]  # fmt: skip
+    for what, B, T, caches in parts:
+        name = f"block Llama {what} bfloat16 B {B} T {T}"
+        yield Case(name, LLAMA, "bfloat16", B, T, caches, True)
+    yield Case("block Qwen verify bfloat16 B 8 T 4", QWEN, "bfloat16", 8, 4, verifying, True)
+    for T, B, caches in ((1, 16, full_alone), (6, 16, verifying), (CHUNK, 1, full_alone)):
+        yield Case(f"block demo float32 B {B} T {T}", DEMO, "float32", B, T, caches, True)
 
 
 def attention(dtype: str, G: int, T: int, D: int = 128) -> Case:
@@ -147,12 +163,12 @@ def describe(kernel: Kernel) -> str:
     )
 
 
-def forward(case: Case, model, cache) -> None:
+def forward(case: Case, model, caches: Caches) -> None:
     """One forward with a mask, positions and closures of its own."""
     with torch.device("cuda"):
         pos = torch.full((case.B, 1), 30000) + torch.arange(case.T)
         tokens = torch.zeros_like(pos)
-    model.hidden(tokens, pos, cache)
+    model.hidden(tokens, pos, *caches)
 
 
 def one(report: Report, case: Case, recorder: Recorder) -> None:
@@ -164,16 +180,16 @@ def one(report: Report, case: Case, recorder: Recorder) -> None:
     with report.case(case.name) as said, pretend.gpu():
         model = pretend.model_on_gpu(case.config, DTYPES[case.dtype])
         compile_blocks(model)
-        cache = case.cache(CacheSpec.for_model(model, case.B))
-        forward(case, model, cache)
+        caches = case.caches(CacheSpec.for_model(model, case.B))
+        forward(case, model, caches)
         with torch.compiler.set_stance("fail_on_recompile"):
-            forward(case, model, cache)
+            forward(case, model, caches)
         n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         if n_graphs != 1:
             report.fail(f"{case.name}: {n_graphs} compiled functions for two layers, not 1")
-        buffer = max(t.nbytes for pair in cache.layer(0) for t in pair)
+        buffer = max(cache.k[0].nbytes for cache in (caches[0], *caches[1]))
         largest = max(recorder.allocated)
-        if largest >= buffer and case.cache is not sparse:
+        if largest >= buffer and case.caches is not sparse_alone:
             report.fail(f"{case.name} allocates {largest} bytes, a buffer of the cache is {buffer}")
         for kernel in recorder.kernels:
             check_kernel(report, case, kernel)
