@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import write_json
-from config import read_json
+from config import open_json
 from device import median_seconds
 from drafters import Drafter, Strategy, lookup
 from model import Transformer
@@ -488,7 +488,7 @@ def calibration_file() -> Path:
 def kept_calibrations(path: Path) -> dict:
     """The entries of the file by key; none if there is no file, or a broken one."""
     with suppress(OSError, ValueError, RecursionError):
-        return read_json(path)
+        return open_json(path).of(dict)
     return {}
 
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
-from tokenizer import Json, SentencePieceTokenizer, Tokenizer, tokenizer_config
+from config import Json
+from tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_config
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 
-from config import ModelConfig, is_random, load_config, read_json, total_params
+from config import ModelConfig, is_random, load_config, open_json, total_params
 from device import check_fits
 from model import Transformer, rope_frequencies
 
@@ -114,7 +114,7 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     index = checkpoint_dir / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists() and not (checkpoint_dir / names[0]).is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = open_json(index)["weight_map"].value
         named = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not named or not all(isinstance(name, str) for name in named):
             raise ValueError(f"{index} has no object weight_map that names files")
@@ -206,7 +206,7 @@ def eos_token_ids(checkpoint_dir: Path) -> tuple[int, ...]:
     """End-of-text tokens: `generation_config.json` if it names them, else `config.json`."""
     for name in ("generation_config.json", "config.json"):
         path = checkpoint_dir / name
-        ids = read_json(path).get("eos_token_id") if path.exists() else None
+        ids = open_json(path)["eos_token_id"].value if path.exists() else None
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(type(i) is int and abs(i) < 2**31 for i in ids):

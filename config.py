@@ -2,9 +2,11 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from reprlib import repr as brief
+from typing import Any
 
 # What a family's code fixes, or assumes where its config.json is silent.
 ARCHITECTURES = {
@@ -30,6 +32,57 @@ HF_NAMES = {  # our fields whose names in config.json are others
     "o_bias": "attention_bias",
     "original_max_seq_len": "original_max_position_embeddings",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Json:
+    """A part of a JSON file that knows its place, so that a complaint names file and field."""
+
+    path: Path
+    name: str  # as "model.merges[3]"; "" is the whole file
+    value: Any  # None where the file has no such field
+
+    def __getitem__(self, key: str | int) -> "Json":
+        """A field of an object, an item of a list. ValueError if this is no object or list."""
+        if isinstance(key, int):
+            return Json(self.path, f"{self.name}[{key}]", self.of(list)[key])
+        name = f"{self.name}.{ascii(key)[1:-1]}".lstrip(".")
+        return Json(self.path, name, self.of(dict).get(key))
+
+    def __iter__(self) -> Iterator["Json"]:
+        return (self[i] for i in range(len(self.of(list))))
+
+    def of(self, kind: type) -> Any:
+        """The value. Raises ValueError unless it is of this type."""
+        if type(self.value) is not kind:
+            raise self.refused(f"of type {kind.__name__}")
+        return self.value
+
+    def only(self, *supported: object, hint: str = "") -> None:
+        """Raises ValueError, which ends with the hint, unless the value is one of these."""
+        if self.value not in supported:
+            raise self.refused(" or ".join(map(json.dumps, supported)) + hint)
+
+    def refused(self, supported: str) -> ValueError:
+        """The complaint: file, field, value, and what is supported instead."""
+        shown = brief(self.value).encode("ascii", "backslashreplace").decode()
+        return ValueError(f"{self.path}: {self.name} is {shown}, supported is only {supported}")
+
+
+def open_json(path: Path) -> Json:
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError if it holds no object."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; a checkpoint directory is one of Hugging Face, "
+            f"with config.json, *.safetensors and a tokenizer"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return Json(path, "", value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,22 +341,7 @@ def load_config(checkpoint_dir: Path) -> ModelConfig:
         preset = lookup_name(MODELS, str(checkpoint_dir).removeprefix(RANDOM), "model")
         return preset
     path = checkpoint_dir / "config.json"
-    return ModelConfig.from_hf(read_json(path), str(path))
-
-
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; a checkpoint directory is one of Hugging Face, "
-            f"with config.json, *.safetensors and a tokenizer"
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return value
+    return ModelConfig.from_hf(open_json(path).of(dict), str(path))
 
 
 PREFILL_CHUNK = 2048  # prompt tokens per forward on a GPU, as in kv_cache.CacheSpec

@@ -23,17 +23,16 @@ for the token. Added tokens that are not special (Qwen3's "<think>") are always 
 """
 
 import base64
-import json
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as brief
 
 import sentencepiece
 import tiktoken
+
+from config import Json, open_json
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -49,60 +48,9 @@ LLAMA3_SPECIALS = (
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(2, 247)),
 )  # fmt: skip
-SENTENCEPIECE_PARTS = ("Unigram", "Metaspace", "Prepend", "Replace")  # in a tokenizer.json
 CONTEXT = 8  # tokens that TextStream keeps, so that the next ones are decoded as they follow
+HINT = "; of a sentencepiece model its tokenizer.model is needed"  # not its tokenizer.json
 KINDS = "sentencepiece, tiktoken (Llama 3) and byte-level BPE (tokenizer.json of Llama 3, Qwen)"
-
-
-@dataclass(frozen=True, slots=True)
-class Json:
-    """A part of a JSON file that knows its place, so that a complaint names file and field."""
-
-    path: Path
-    name: str  # as "model.merges[3]"; "" is the whole file
-    value: object  # None where the file has no such field
-
-    def __getitem__(self, key: str | int) -> "Json":
-        if isinstance(key, int):
-            return Json(self.path, f"{self.name}[{key}]", self.of(list)[key])
-        name = f"{self.name}.{ascii(key)[1:-1]}".lstrip(".")
-        return Json(self.path, name, self.of(dict).get(key))
-
-    def __iter__(self) -> Iterator["Json"]:
-        return (self[i] for i in range(len(self.of(list))))
-
-    def of(self, kind: type):
-        """The value, which must be of this type."""
-        if type(self.value) is not kind:
-            raise self.refused(f"of type {kind.__name__}")
-        return self.value
-
-    def only(self, *supported: object) -> None:
-        """ValueError unless the value is one of these."""
-        if self.value not in supported:
-            raise self.refused(" or ".join(map(json.dumps, supported)))
-
-    def refused(self, supported: str) -> ValueError:
-        shown = brief(self.value).encode("ascii", "backslashreplace").decode()
-        sentencepiece_like = self.name.endswith("byte_fallback") or any(
-            self.value == part for part in SENTENCEPIECE_PARTS
-        )
-        hint = "; this is a sentencepiece model, its tokenizer.model is needed"
-        return ValueError(
-            f"{self.path}: {self.name or 'the file'} is {shown}, supported is only {supported}"
-            + hint * sentencepiece_like
-        )
-
-
-def open_json(path: Path) -> Json:
-    """The object in a JSON file. Raises ValueError if there is none in it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON: {type(e).__name__}") from None
-    file = Json(path, "", value)
-    file.of(dict)
-    return file
 
 
 def tokenizer_config(checkpoint_dir: Path) -> Json:
@@ -313,7 +261,7 @@ def read_tokenizer_json(path: Path) -> BytePairTokenizer:
     file = open_json(path)
     pattern, normalizer = read_pattern(file), file["normalizer"]
     if normalizer.value is not None:
-        normalizer["type"].only("NFC")
+        normalizer["type"].only("NFC", hint=HINT)
     added = dict(
         read_added(token, token["id"].of(int))
         for token in (file["added_tokens"] if file["added_tokens"].value is not None else ())
@@ -333,8 +281,8 @@ def read_tokenizer_json(path: Path) -> BytePairTokenizer:
 def read_pattern(file: Json) -> str:
     """The pattern that cuts a text into pieces; checks all that else would change the pieces."""
     model, pre = file["model"], file["pre_tokenizer"]
-    model["type"].only("BPE", None)
-    model["byte_fallback"].only(False, None)
+    model["type"].only("BPE", None, hint=HINT)
+    model["byte_fallback"].only(False, None, hint=HINT)
     model["dropout"].only(None, 0)
     model["continuing_subword_prefix"].only(None, "")
     model["end_of_word_suffix"].only(None, "")
@@ -342,7 +290,7 @@ def read_pattern(file: Json) -> str:
     if len(steps) not in (1, 2):
         raise pre.refused("Split and ByteLevel, or ByteLevel alone")
     for step, kind in zip(steps, ("Split", "ByteLevel")[-len(steps) :], strict=True):
-        step["type"].only(kind)
+        step["type"].only(kind, hint=HINT)
     steps[-1]["add_prefix_space"].only(False)
     if len(steps) == 1:
         steps[0]["use_regex"].only(True, None)

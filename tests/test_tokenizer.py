@@ -313,7 +313,7 @@ TEMPLATE = {"type": "TemplateProcessing"}
 START, TEXT = {"SpecialToken": {"id": "<|eot_id|>"}}, {"Sequence": {"id": "A"}}
 REFUSALS = [  # field, value, what the message says
     ("model.type", "WordPiece", 'model.type is \'WordPiece\', supported is only "BPE"'),
-    ("model.type", "Unigram", "a sentencepiece model, its tokenizer.model is needed"),
+    ("model.type", "Unigram", "of a sentencepiece model its tokenizer.model is needed"),
     ("model.byte_fallback", True, "model.byte_fallback is True.*its tokenizer.model is needed"),
     ("model.dropout", 0.1, "model.dropout is 0.1"),
     ("model.continuing_subword_prefix", "##", "model.continuing_subword_prefix is '##'"),
@@ -401,7 +401,9 @@ def test_a_byte_that_is_missing_is_named(tmp_path):
 )
 def test_files_that_are_no_tokenizer_json(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"tokenizer.json(: | is not JSON)"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json(: | is not valid JSON| does not hold a JSON obj)"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -430,7 +432,7 @@ def test_a_value_of_any_depth_is_shown_in_short(tmp_path):
         value = "[" * depth + "]" * depth
         (tmp_path / "tokenizer.json").write_text(f'{{"model": {{"type": {value}}}}}')
         with pytest.raises(
-            ValueError, match=r"tokenizer.json(: model.type is \[\[| is not JSON)"
+            ValueError, match=r"tokenizer.json(: model.type is \[\[| is not valid JSON)"
         ) as e:
             load_tokenizer(tmp_path)
         assert len(str(e.value)) < 300
@@ -453,14 +455,14 @@ def test_a_text_that_needs_too_many_steps():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"added_tokens_decoder": {"x": {"content": "<a>"}}}, "added_tokens_decoder.x is"),
-        ({"added_tokens_decoder": {"5": {"content": 1}}}, "added_tokens_decoder.5.content is 1"),
-        ({"added_tokens_decoder": []}, r"added_tokens_decoder is \[\]"),
-        ([], "the file is"),
+        ({"added_tokens_decoder": {"x": {"content": "<a>"}}}, ": added_tokens_decoder.x is"),
+        ({"added_tokens_decoder": {"5": {"content": 1}}}, ": added_tokens_decoder.5.content is 1"),
+        ({"added_tokens_decoder": []}, r": added_tokens_decoder is \[\]"),
+        ([], " does not hold a JSON object"),
     ],
 )
 def test_refusals_of_tokenizer_config(config, words, llama2_dir, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((llama2_dir / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"tokenizer_config.json: " + words):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json" + words):
         load_tokenizer(tmp_path)
