@@ -1,20 +1,20 @@
 """Chat templates without a template engine.
 
-A directory's chat template is a Jinja program. The families that this project runs use five
-formats, known by a line that is in each template of theirs; the format is written down here, as a
-layout, and what varies within a family (default system prompt, dates, BOS) is read from the
-template. A layout is text with control tokens in it:
+A directory's chat template is a Jinja program. The families that this project runs use few formats,
+each known by lines that stand in all of its templates. A format is written down here, as layouts.
+Default system prompt, dates and BOS vary within a family and are read from the template. A layout
+is text with control tokens in it:
 
     <|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n
 
-What looks like a control token and is one of this tokenizer's becomes its id. All else is text, and
-text that touches is joined before it is encoded, as in the whole text that Jinja would give. What
-somebody says is always text: "<|im_end|>" typed by a user ends nothing.
+A control token of this tokenizer becomes its id. All else is text, and text that touches is joined
+before it is encoded, as in the whole text that Jinja would give. What somebody says is always text:
+"<|im_end|>" typed by a user ends nothing.
 
-A conversation is `start`, the model's answer, `reply`, its answer, `reply`: each time only what is
-new, behind what already is in the KV cache. So answers stay as the model gave them, where rendering
-all of it again would trim them or drop what Qwen3 thought, and Mistral's system prompt stays in the
-first turn, where the templates since v0.3 move it into the last one.
+A conversation is `start`, the model's answer, `reply`, its answer, `reply`. Each gives only the new
+ids, to be appended to the KV cache. So answers stay as the model gave them: rendering all of it
+again would trim them and drop Qwen3's thoughts. And Mistral's system prompt stays in the first
+turn, where the templates since v0.3 move it into the last one.
 """
 
 import re
@@ -28,6 +28,8 @@ from tokenizer import SentencePieceTokenizer, Tokenizer, tokenizer_config
 
 @dataclass(frozen=True, slots=True)
 class Format:
+    """The layouts of a chat format."""
+
     name: str
     known_by: tuple[str, ...]  # all are in the template without blanks and quotes; ¶: newline
     system: str  # what the model is told before the first turn
@@ -88,15 +90,17 @@ OTHERS = ("<|im_sep|>", "[SYSTEM_PROMPT]", "eliftrue==true")  # of formats that 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
+    """A format, with a tokenizer and what the directory's template adds to it."""
+
     tokenizer: Tokenizer
     format: Format
     ids: dict[str, int | None]  # of "{bos}" and "{eos}"; None: there is none
     end_id: int  # ends the model's answers
-    system: str | None  # what the model is told where nobody says anything else
-    preamble: str  # what it is always told before that
+    system: str | None  # the system prompt where none is given
+    preamble: str  # put before every system prompt
 
     def start(self, user: str, system: str | None = None) -> list[int]:
-        """Ids of a conversation up to the model's first answer."""
+        """Ids of a conversation up to the model's first answer; `system` replaces the default."""
         layout, system = self.format.turn, self.system if system is None else system
         if self.format.inside and system is not None:
             user = self.format.system.replace("{system}", system) + user
@@ -107,7 +111,7 @@ class Chat:
     def reply(self, user: str, ended: bool = False) -> list[int]:
         """Ids that follow the model's answer up to its next one.
 
-        `ended`: the answer has its end token; an answer cut short, or without it, gets one here.
+        An answer that was cut short lacks its end token (`ended` is False) and gets one here.
         """
         end = "" if ended else self.format.end
         return self.encode(end + self.format.after + self.format.turn, user)
@@ -130,9 +134,10 @@ class Chat:
 
 
 def load_chat(checkpoint_dir: Path, tokenizer: Tokenizer, today: date | None = None) -> Chat:
-    """The chat format of a checkpoint directory; `today` is what Llama 3.2 is told the date is.
+    """The chat format of a checkpoint directory; `today` is the date that Llama 3.2 is told.
 
-    Raises ValueError if the directory has no chat template, or one of no known format.
+    Raises ValueError if the directory has no chat template, one of no known format, or no token
+    that ends an answer.
     """
     path, template = read_template(checkpoint_dir)
     form = recognise(path, template)
@@ -152,19 +157,25 @@ def load_chat(checkpoint_dir: Path, tokenizer: Tokenizer, today: date | None = N
     if end_id is None:
         end = form.end.replace("{eos}", "eos_token of tokenizer_config.json")
         raise ValueError(f"{path}: {form.name} chats end with {end}, which is no token here")
-    told = default_system(template), preamble(template, today)
-    return Chat(tokenizer, form, ids, end_id, *told)
+    system, before = default_system(template), preamble(template, today)
+    return Chat(tokenizer, form, ids, end_id, system, before)
 
 
 def named(config: Json, field: str, tokenizer: Tokenizer) -> int | None:
-    """The id of the token that tokenizer_config.json names, as text or as an object."""
+    """The id of the token that tokenizer_config.json names, as text or as an object.
+
+    None where it names none. Raises ValueError if it is neither.
+    """
     token = config[field]
     token = token["content"] if isinstance(token.value, dict) else token
     return tokenizer.special(token.of(str)) if token.value is not None else None
 
 
 def read_template(checkpoint_dir: Path) -> tuple[Path, str]:
-    """File and text of the chat template; chat_template.jinja goes first, as in transformers."""
+    """File and text of the chat template; chat_template.jinja goes first, as in transformers.
+
+    Raises ValueError if there is none.
+    """
     path = checkpoint_dir / "chat_template.jinja"
     if path.is_file():
         return path, path.read_text(encoding="utf-8", errors="replace")
@@ -181,7 +192,7 @@ def read_template(checkpoint_dir: Path) -> tuple[Path, str]:
 
 
 def recognise(path: Path, template: str) -> Format:
-    """The format whose marks the template has."""
+    """The format whose marks the template has. Raises ValueError if it is none of ours."""
     compact = re.sub(r"[ \t'\"]", "", re.sub(r"\\n|\r?\n", "¶", template))
     compact = re.sub(r"message\.(role|content)", r"message[\1]", compact)
     for form in FORMATS:
@@ -196,12 +207,12 @@ def recognise(path: Path, template: str) -> Format:
 def default_system(template: str) -> str | None:
     """ChatML's default system prompt, where it is a part of a literal: '...system\\nYou are...'."""
     begin, end = r"<\|im_start\|>system(?:\\n|\n)", r"<\|im_end\|>"
-    found = re.search(begin + r"((?:[^'\"\\]|\\.)*?)" + end, template)
-    return found and re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), found[1])
+    match = re.search(begin + r"((?:[^'\"\\]|\\.)*?)" + end, template)
+    return match and re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), match[1])
 
 
 def preamble(template: str, today: date | None) -> str:
-    """What Llama 3.1 and later are told about dates."""
+    """The lines about dates that Llama 3.1 and later get; "" where the template has none."""
     if "Cutting Knowledge Date" not in template:
         return ""
     fixed = re.search(r'date_string = "([^"]+)"', template)

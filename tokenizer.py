@@ -1,22 +1,21 @@
 """Text to token ids and back, from the files that model directories hold.
 
-Three kinds of file, told by content, not by guessing from names:
+Three kinds of file, told by content:
 
 * sentencepiece `tokenizer.model` (binary protobuf): Llama 2, TinyLlama, Mistral, Yi, the demo;
-* tiktoken `tokenizer.model` (a line per token: base64, rank): Llama 3 as Meta ships it, where the
-  pre-tokenisation pattern and the special tokens are not in the file and are written down here;
+* tiktoken `tokenizer.model` (lines of base64 and rank): Llama 3 as Meta ships it;
 * Hugging Face `tokenizer.json` of the byte-level BPE kind: Llama 3, Qwen2, Qwen3, GPT-2.
 
-The last two are the same thing. A pattern cuts the text into pieces, the bytes of a piece are
-joined pair by pair, and the pair whose joined token is the oldest goes first; tiktoken does this:
+The last two work alike, and tiktoken does both. Meta's file lacks the pattern and the special
+tokens, which stand below. A pattern cuts the text into pieces. In a piece, starting from bytes,
+the pair whose joined token is the oldest is joined first:
 
     "low lower" -> "low", " lower" -> l o w, _ l o w e r -> low, _low er
 
-tokenizer.json lists the joins in order ("merges"). A token's first merge is its rank for tiktoken,
-and a table leads from ranks to ids, so ids may have any order. tiktoken joins by the joined bytes,
-tokenizer.json by the pair; for merges as trainers write them, each made of earlier tokens, this is
-the same, and so it is for Llama 3's, which list every pair of a token (`ignore_merges`). Other
-orders are refused, and so is all that would change ids unnoticed; the message names the field.
+tiktoken joins by the joined bytes, tokenizer.json by its list of pairs ("merges"). Both are the
+same where each merge is made of earlier ones, as trainers write them, and where every pair of a
+token is listed, as for Llama 3 (`ignore_merges`). A token's first merge is its rank for tiktoken,
+and ids may have any order. All that would change ids unnoticed is refused, by file and field.
 
 Text is always text: "<|eot_id|>" in a prompt is encoded as its characters, unless `specials` asks
 for the token. Added tokens that are not special (Qwen3's "<think>") are always matched.
@@ -26,6 +25,8 @@ import base64
 import re
 import unicodedata
 from abc import ABC, abstractmethod
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +35,13 @@ import tiktoken
 
 from config import Json, open_json
 
+# From the Llama 3 release, github.com/meta-llama/llama3, llama/tokenizer.py
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)  # from the Llama 3 release, github.com/meta-llama/llama3, llama/tokenizer.py
-GPT2_PATTERN = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+"
-    r"| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)  # ByteLevel's own; from the GPT-2 release, github.com/openai/gpt-2, src/encoder.py
+)
+# ByteLevel's own; from the GPT-2 release, github.com/openai/gpt-2, src/encoder.py
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPECIALS = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
     "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
@@ -50,7 +50,7 @@ LLAMA3_SPECIALS = (
 )  # fmt: skip
 CONTEXT = 8  # tokens that TextStream keeps, so that the next ones are decoded as they follow
 HINT = "; of a sentencepiece model its tokenizer.model is needed"  # not its tokenizer.json
-KINDS = "sentencepiece, tiktoken (Llama 3) and byte-level BPE (tokenizer.json of Llama 3, Qwen)"
+KINDS = "supported: sentencepiece, tiktoken (Llama 3), byte-level tokenizer.json (Llama 3, Qwen)"
 
 
 def tokenizer_config(checkpoint_dir: Path) -> Json:
@@ -69,46 +69,44 @@ class Added:
 
 
 class Tokenizer(ABC):
+    """Text to token ids and back. A kind of file adds `encode_text` and `decode`."""
+
     bos_id: int | None  # put before every text; None where the model has none
     vocab_size: int  # the largest id + 1
     added: dict[str, Added]
 
     def encode(self, text: str, bos: bool = True, specials: bool = False) -> list[int]:
-        """Ids of the text; `specials`: "<|eot_id|>" in it is that token, not its characters.
+        """Ids of the text. With `specials`, "<|eot_id|>" in it is that token, not its characters.
 
-        Raises ValueError for what is no text: halves of surrogate pairs, which stand for bytes that
-        are not UTF-8 on the command line, and which JSON can spell.
+        Raises ValueError for half a surrogate pair: JSON can spell it, a byte be read as one.
         """
         bad = surrogate(text)
         if bad is not None:
             raise ValueError(f"the text is not UTF-8: its character {bad} is {text[bad]!a}")
-        ids: list[int] = []
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
         for part in self.split(text, specials, normalized=False):
             if isinstance(part, int):
                 ids.append(part)
                 continue
             for piece in self.split(self.normalize(part), specials, normalized=True):
                 ids += [piece] if isinstance(piece, int) else self.encode_text(piece)
-        return ([self.bos_id] if bos and self.bos_id is not None else []) + ids
+        return ids
 
     def split(self, text: str, specials: bool, normalized: bool) -> list[str | int]:
-        """Text and ids of added tokens in turn; of two tokens at one place the longer counts."""
+        """Text and ids of added tokens in turn, text first and last."""
         tokens = {
             self.normalize(token) if normalized else token: added.id
             for token, added in self.added.items()
             if added.normalized == normalized and (specials or not added.special)
         }
-        if not tokens:
-            return [text]
-        longest_first = sorted(tokens, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
-        return [tokens[part] if i % 2 else part for i, part in enumerate(parts)]
+        return [tokens[part] if n % 2 else part for n, part in enumerate(split_at(tokens, text))]
 
     def normalize(self, text: str) -> str:
+        """The text as the model knows it, where other spellings mean the same."""
         return text
 
     def special(self, text: str) -> int | None:
-        """The id of a control or added token by its text; None if there is none."""
+        """The id of a control or added token by its text. None if there is none."""
         return self.added[text].id if text in self.added else None
 
     @abstractmethod
@@ -117,11 +115,17 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
-        """The text; ids outside the vocabulary (padding rows of the model) decode to nothing."""
+        """The text. Ids outside the vocabulary (padding rows of the model) decode to nothing."""
+
+
+def split_at(marks: Collection[str], text: str) -> list[str]:
+    """Text and marks in turn, text first and last. Of two marks at one place the longer counts."""
+    longest_first = sorted(marks, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if marks else [text]
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model, and the tokens that tokenizer_config.json adds to it."""
+    """A sentencepiece model, and what tokenizer_config.json adds. RuntimeError if it is none."""
 
     def __init__(self, path: Path, config: Json) -> None:
         self.model = model = sentencepiece.SentencePieceProcessor()
@@ -130,28 +134,24 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = model.bos_id() if bos else None
         control = [i for i in range(model.vocab_size()) if model.is_control(i)]
         self.added = {model.id_to_piece(i): Added(i, True, False) for i in control}
-        self.more: dict[int, str] = {}  # behind the model's vocabulary
         listed = config["added_tokens_decoder"]
         for number in listed.of(dict) if listed.value is not None else ():
             if not re.fullmatch("[0-9]{1,9}", number):
                 raise listed[number].refused("under the id of the token")
             text, added = read_added(listed[number], int(number))
             self.added[text] = Added(added.id, added.special, False)
-            if added.id >= model.vocab_size():
-                self.more[added.id] = text
-        self.vocab_size = max([model.vocab_size(), *(i + 1 for i in self.more)])
-        specials = [text for text, added in self.added.items() if added.special]
-        self.found = [text for text in specials if self.added[text].id in model.encode(text)]
+        n = model.vocab_size()
+        self.more = {token.id: text for text, token in self.added.items() if token.id >= n}
+        self.vocab_size = max([n, *(i + 1 for i in self.more)])
+        special = [text for text, token in self.added.items() if token.special]
+        self.hidden = [text for text in special if self.added[text].id in model.encode(text)]
 
     def encode_text(self, text: str) -> list[int]:
         """Special tokens that sentencepiece finds by itself are spelled out: text is text."""
-        if not self.found:
-            return self.model.encode(text)
-        parts = re.split(f"({'|'.join(map(re.escape, self.found))})", text)
-        ids = [
-            self.spell(part) if n % 2 else self.model.encode(part) for n, part in enumerate(parts)
-        ]
-        return sum(ids, [])
+        ids: list[int] = []
+        for n, part in enumerate(split_at(self.hidden, text)):
+            ids += self.spell(part) if n % 2 else self.model.encode(part)
+        return ids
 
     def spell(self, text: str) -> list[int]:
         """Ids of single characters, or of their bytes where the model has no such character."""
@@ -163,17 +163,17 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def special(self, text: str) -> int | None:
-        found = super().special(text)
-        if found is None:  # user-defined pieces: sentencepiece itself looks for them in texts
-            i = self.model.piece_to_id(text)
-            score = str(self.model.get_score(i))  # theirs is 0.0; the first merge's is -0.0
-            named = score == "0.0" and self.model.id_to_piece(i) == text
-            found = i if named and not self.model.is_byte(i) else None
-        return found
+        """User-defined pieces count too: sentencepiece itself looks for them in texts."""
+        i = self.model.piece_to_id(text)
+        score = str(self.model.get_score(i))  # theirs is 0.0; the first merge's is -0.0
+        defined = score == "0.0" and self.model.id_to_piece(i) == text
+        known = super().special(text)
+        return i if known is None and defined and not self.model.is_byte(i) else known
 
     def decode(self, ids: list[int]) -> str:
-        """Control tokens decode to nothing too, as sentencepiece has it."""
-        text, run = "", []
+        """Control tokens decode to nothing too, as in sentencepiece."""
+        text = ""
+        run: list[int] = []
         for i in ids:
             if i in self.more:
                 text, run = text + self.model.decode(run) + self.more[i], []
@@ -203,9 +203,11 @@ class BytePairTokenizer(Tokenizer):
         self.vocab_size = max(self.tokens) + 1
 
     def normalize(self, text: str) -> str:
+        """Composed characters (Unicode's NFC), if the file asks for it."""
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def encode_text(self, text: str) -> list[int]:
+        """Raises ValueError where the pattern's search is given up: a million blanks do it."""
         try:
             return [self.ids[rank] for rank in self.model.encode_ordinary(text)]
         except BaseException as e:  # what a panic of tiktoken is derived from
@@ -214,7 +216,7 @@ class BytePairTokenizer(Tokenizer):
         raise ValueError("the tokenizer's pattern needs too many steps on this text")
 
     def decode(self, ids: list[int]) -> str:
-        """Special tokens decode to their names."""
+        """Special tokens decode to their names, broken UTF-8 to U+FFFD."""
         return b"".join(self.tokens.get(i, b"") for i in ids).decode(errors="replace")
 
 
@@ -233,18 +235,16 @@ class NumberTokenizer(Tokenizer):
 
 
 def read_tiktoken(path: Path) -> BytePairTokenizer:
-    """Llama 3's `tokenizer.model`: ranks from the file, 256 special tokens after them."""
+    """Llama 3's `tokenizer.model`: ranks, then 256 special tokens. ValueError as in read_ranks."""
     ranks = read_ranks(path)
-    ids = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIALS)}
-    added = {token: Added(i, True, False) for token, i in ids.items()}
-    bos_id = ids["<|begin_of_text|>"]
-    return BytePairTokenizer(ranks, list(range(len(ranks))), LLAMA3_PATTERN, added, bos_id)
+    first = len(ranks)
+    added = {token: Added(first + i, True, False) for i, token in enumerate(LLAMA3_SPECIALS)}
+    return BytePairTokenizer(ranks, list(range(first)), LLAMA3_PATTERN, added, bos_id=first)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes -> rank of a tiktoken file. Raises ValueError if a line is not "base64 rank"."""
-    lines = path.read_bytes().split(b"\n")
-    pairs = [line.split() for line in lines if line.strip()]
+    """Token bytes -> rank of a tiktoken file. Raises ValueError if it is none."""
+    pairs = [line.split() for line in path.read_bytes().split(b"\n") if line.strip()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     if any(bytes([i]) not in ranks for i in range(256)):
         raise ValueError(f"{path} does not hold every single byte")
@@ -254,18 +254,14 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def read_tokenizer_json(path: Path) -> BytePairTokenizer:
-    """A Hugging Face `tokenizer.json` of the byte-level BPE kind.
-
-    Raises ValueError with file and field for every other kind and for what is malformed.
-    """
+    """A byte-level BPE `tokenizer.json`. Raises ValueError, with file and field, for all others."""
     file = open_json(path)
     pattern, normalizer = read_pattern(file), file["normalizer"]
     if normalizer.value is not None:
         normalizer["type"].only("NFC", hint=HINT)
-    added = dict(
-        read_added(token, token["id"].of(int))
-        for token in (file["added_tokens"] if file["added_tokens"].value is not None else ())
-    )
+    listed = file["added_tokens"]
+    tokens = [read_added(t, t["id"].of(int)) for t in listed] if listed.value is not None else []
+    added = dict(tokens)
     vocab = read_vocabulary(file["model"]["vocab"], added)
     order = read_merges(file["model"], vocab)
     bytes_of = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
@@ -279,7 +275,7 @@ def read_tokenizer_json(path: Path) -> BytePairTokenizer:
 
 
 def read_pattern(file: Json) -> str:
-    """The pattern that cuts a text into pieces; checks all that else would change the pieces."""
+    """The pattern that cuts a text into pieces. ValueError for what would cut it in another way."""
     model, pre = file["model"], file["pre_tokenizer"]
     model["type"].only("BPE", None, hint=HINT)
     model["byte_fallback"].only(False, None, hint=HINT)
@@ -289,20 +285,20 @@ def read_pattern(file: Json) -> str:
     steps = list(pre["pretokenizers"]) if pre["type"].value == "Sequence" else [pre]
     if len(steps) not in (1, 2):
         raise pre.refused("Split and ByteLevel, or ByteLevel alone")
-    for step, kind in zip(steps, ("Split", "ByteLevel")[-len(steps) :], strict=True):
-        step["type"].only(kind, hint=HINT)
-    steps[-1]["add_prefix_space"].only(False)
-    if len(steps) == 1:
-        steps[0]["use_regex"].only(True, None)
+    *split, byte_level = steps
+    byte_level["type"].only("ByteLevel", hint=HINT)
+    byte_level["add_prefix_space"].only(False)
+    byte_level["use_regex"].only(*((False,) if split else (True, None)))
+    if not split:
         return GPT2_PATTERN
-    steps[-1]["use_regex"].only(False)
-    steps[0]["behavior"].only("Isolated")
-    steps[0]["invert"].only(False, None)
-    return steps[0]["pattern"]["Regex"].of(str)
+    split[0]["type"].only("Split")
+    split[0]["behavior"].only("Isolated")
+    split[0]["invert"].only(False, None)
+    return split[0]["pattern"]["Regex"].of(str)
 
 
 def read_added(token: Json, i: int) -> tuple[str, Added]:
-    """Text and properties of an added token."""
+    """Text and properties of an added token. Raises ValueError for those we do not have."""
     for field in ("single_word", "lstrip", "rstrip"):
         token[field].only(False, None)
     text = token["content"].of(str)
@@ -314,23 +310,19 @@ def read_added(token: Json, i: int) -> tuple[str, Added]:
 
 
 def surrogate(text: str) -> int | None:
-    """Where the text has half of a surrogate pair, which no encoding of Unicode has."""
-    found = re.search("[\ud800-\udfff]", text)
-    return found and found.start()
+    """The place of the first half of a surrogate pair, which no encoding of Unicode has."""
+    return half.start() if (half := re.search("[\ud800-\udfff]", text)) else None
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letters for the bytes 0 to 255.
-
-    Bytes that print stand for themselves; the n-th one that does not is written chr(256 + n).
-    """
+    """GPT-2's letters for the bytes 0 to 255: itself if it prints, chr(256 + n) the n-th other."""
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printing]
     return [chr(256 + hidden.index(b) if b in hidden else b) for b in range(256)]
 
 
 def read_vocabulary(vocab: Json, added: dict[str, Added]) -> dict[str, int]:
-    """Token in byte letters -> id; no id may stand for two tokens, added ones included."""
+    """Token in byte letters -> id. Raises ValueError if an id stands for two tokens."""
     taken = {token.id: text for text, token in added.items()}
     if len(taken) != len(added):
         raise ValueError(f"{vocab.path}: added_tokens gives an id to two tokens")
@@ -349,27 +341,27 @@ def read_vocabulary(vocab: Json, added: dict[str, Added]) -> dict[str, int]:
 
 
 def read_merges(model: Json, vocab: dict[str, int]) -> dict[str, int]:
-    """Token in byte letters -> priority: single bytes, then joined tokens by their first merge."""
+    """Token in byte letters -> priority: bytes first, others by their first merge.
+
+    Raises ValueError for a merge of what is no token yet.
+    """
     whole = model["ignore_merges"].value is True  # a piece that is a token needs no merges
     ranks = {letter: byte for byte, letter in enumerate(byte_letters())}
-    known = vocab if whole else ranks
+    parts = vocab if whole else ranks
     for n, merge in enumerate(model["merges"].of(list)):
-        try:
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            fits = left in known and right in known and left + right in vocab
-        except (TypeError, ValueError):
-            fits = False
-        if not fits:
-            where = "the vocabulary" if whole else "the vocabulary, made by earlier merges,"
-            raise model["merges"][n].refused(f"two tokens of {where} that join to a third")
-        ranks.setdefault(left + right, len(ranks))
+        match merge.split(" ") if isinstance(merge, str) else merge:
+            case [str(a), str(b)] if a in parts and b in parts and a + b in vocab:
+                ranks.setdefault(a + b, len(ranks))
+            case _:
+                where = "the vocabulary" if whole else "the vocabulary, made by earlier merges,"
+                raise model["merges"][n].refused(f"two tokens of {where} that join to a third")
     for token in vocab if whole else ():
         ranks.setdefault(token, len(ranks))
     return ranks
 
 
 def read_bos(post: Json, added: dict[str, Added]) -> int | None:
-    """The id that the post-processor puts before a text, if it does."""
+    """The id that the post-processor puts before a text. Raises ValueError if it does more."""
     if post.value is None:
         return None
     for step in post["processors"] if post["type"].value == "Sequence" else (post,):
@@ -395,32 +387,25 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     """
     config = tokenizer_config(checkpoint_dir)
     names = ("tokenizer.model", "tokenizer.json", "original/tokenizer.model")
-    found = [checkpoint_dir / name for name in names if (checkpoint_dir / name).is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"{checkpoint_dir / names[0]} does not exist, nor {names[1]} or {names[2]}; "
-            f"supported are {KINDS}"
-        )
-    if found[0].suffix == ".json":
-        return read_tokenizer_json(found[0])
-    try:
-        return read_tiktoken(found[0])
-    except ValueError:
-        pass
-    try:
-        return SentencePieceTokenizer(found[0], config)
-    except RuntimeError:
-        raise ValueError(
-            f"{found[0]} is neither a sentencepiece model nor a tiktoken vocabulary; "
-            f"supported are {KINDS}"
-        ) from None
+    paths = [checkpoint_dir / name for name in names if (checkpoint_dir / name).is_file()]
+    if not paths:
+        missing = f"{checkpoint_dir / names[0]} does not exist, nor {names[1]} or {names[2]}"
+        raise FileNotFoundError(f"{missing}; {KINDS}")
+    if paths[0].suffix == ".json":
+        return read_tokenizer_json(paths[0])
+    with suppress(ValueError):
+        return read_tiktoken(paths[0])
+    with suppress(RuntimeError):
+        return SentencePieceTokenizer(paths[0], config)
+    neither = f"{paths[0]} is neither a sentencepiece model nor a tiktoken vocabulary"
+    raise ValueError(f"{neither}; {KINDS}")
 
 
 class TextStream:
     """Turns tokens that keep coming into text, never giving out half a character.
 
-    The text of a token may depend on its neighbours, so the newest ones are decoded together; the
-    ones before, whose text is out, are forgotten.
+    The text of a token may depend on its neighbours, so the newest ones are decoded together. The
+    ones before are forgotten once their text is out.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
@@ -429,21 +414,20 @@ class TextStream:
         self.shown = len(whole_characters(tokenizer.decode(self.ids)))
 
     def feed(self, new_ids: list[int]) -> str:
-        """The text that these tokens complete; an unfinished character waits for the next call."""
+        """The text that these tokens complete. An unfinished character waits for the next call."""
         self.ids = self.ids + new_ids
         decoded = self.tokenizer.decode(self.ids)
         text = whole_characters(decoded)
-        fresh = text[self.shown :]
-        self.shown = max(self.shown, len(text))
+        fresh, self.shown = text[self.shown :], max(self.shown, len(text))
         if len(self.ids) > 4 * CONTEXT and text == decoded:
             self.forget()
         return fresh
 
     def forget(self) -> None:
-        """Keep some context, if the text that follows is the same behind it."""
-        kept = self.tokenizer.decode(self.ids[-CONTEXT:])
-        if kept and kept == whole_characters(kept):
-            self.ids, self.shown = self.ids[-CONTEXT:], len(kept)
+        """Keep the newest tokens only, where their text ends with a whole character."""
+        text = self.tokenizer.decode(self.ids[-CONTEXT:])
+        if text and text == whole_characters(text):
+            self.ids, self.shown = self.ids[-CONTEXT:], len(text)
 
     def close(self) -> str:
         """What is left, unfinished characters included."""
