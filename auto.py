@@ -3,7 +3,7 @@
 `--draft auto` never asks the user to know whether speculation pays. It decides in three stages:
 
     calibrate   before the prompts: time a plain step and verifications at several lengths, fit the
-                cost model's constants to them (`cost_model.fit`), time each candidate's draft step
+                cost model's constants to them (`roofline.fit`), time each candidate's draft step
     probe       the first rounds of decoding: a few with each candidate that could win, on the
                 actual text; their tokens are output like any others. Prompt lookup needs none:
                 what it would have proposed can be held against the text that is there

@@ -1,22 +1,11 @@
-"""What a step costs, what speculation gains, and which draft to use: arithmetic, no torch.
+"""What speculation gains, from which length on, and which strategy to use: arithmetic, no torch.
 
     python cost_model.py --model llama-3.1-8b --hardware h100 --num_gpus 8 \\
         --batch_size 32 64 128 --prefix_len 8192 32768 100000
 
-**One forward** of T tokens for each of B rows with S tokens of context (`step`). A GPU reads memory
-and computes at the same time, so a stage takes the longer of the two (roofline):
-
-    linear      max( weight_bytes / bandwidth,        2 * params * B * T / flops )
-    attention   max( B * S * kv_bytes / bandwidth,    4 * L * H * D * S * B * T / flops )
-    activations written and read between the matrices, new K and V, logits: bytes / bandwidth
-    all-reduce  2 per layer with tensor parallelism:  latency + bytes / link bandwidth
-    fixed       per layer: launches, norms, everything that does not grow
-
-Weights, heads and arithmetic are divided by the number of GPUs. Bandwidth and flops are peaks times
-efficiencies. At long context the attention stage of T = 1 and of T = gamma + 1 read the same bytes:
-T_V is near T_T, and speculation is possible.
-
-**A round** yields Omega(gamma, alpha) tokens and takes gamma * T_D + T_V(gamma), so
+A plain step takes T_T seconds, a draft step T_D, a verification of gamma drafts T_V(gamma): each is
+a forward, and `roofline.py` has its time. Each draft is accepted with probability alpha. Then a
+round takes gamma * T_D + T_V(gamma), yields Omega(gamma, alpha) tokens, and
 
     speedup = T_T * Omega(gamma, alpha) / (gamma * T_D + T_V(gamma))        (arXiv 2408.11049)
 
@@ -24,19 +13,19 @@ T_T and T_V grow with B * S, T_D with B * budget only: that is why the gain grow
 length, where other speculative decoding fades. Below a critical length it is a loss, and then the
 answer of `plan` is "none".
 
-The presets' constants are one set per GPU type. Those of the A100 and the H100 are fitted to the
-paper's measurements (`--measured`), and `HARDWARE` says what the others rest on. `fit` finds
-such constants from timed steps of a real model on a real device, for `--draft auto` (`auto.py`).
+**Where the numbers come from.** Times follow from a model's dimensions and a device's constants.
+Alpha has to be measured: the table's is the paper's, `--acceptance` takes your own. Nothing is
+assumed about a budget smaller than the measured ones. `benchmarks/paper.py` holds the times against
+the paper's. The formula is that of one row. A static batch waits for its slowest row, so it gains
+less than this.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import math
-import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,26 +33,26 @@ from config import (
     MODELS,
     PREFILL_CHUNK,
     ModelConfig,
-    kv_bytes_per_token,
     load_config,
     lookup_name,
     total_params,
     work_bytes,
 )
-from roofline import HARDWARE, Hardware, Workload, forward_time
+from roofline import HARDWARE, Hardware, Workload, forward_time, kv_bytes_on_gpu, layer_windows
+
+MAX_COUNT = 10**9  # of anything that is counted in what a user gives
 
 
 def omega(gamma: int, alpha: float) -> float:
     """Expected tokens of a round, the target's own included (arXiv 2211.17192, eq. 1).
 
-    1 + alpha + ... + alpha^gamma, if each draft is accepted with probability alpha given that those
-    before it were.
+    A draft is accepted with probability alpha, given that those before it were.
     """
     return sum(alpha**i for i in range(gamma + 1))
 
 
 def alpha_of(tokens_per_round: float, gamma: int) -> float:
-    """The acceptance at which a round yields that many tokens; ValueError outside 1..gamma + 1."""
+    """The acceptance at which omega is `tokens_per_round`; ValueError outside 1..gamma + 1."""
     if not 1 <= tokens_per_round <= gamma + 1:
         raise ValueError(f"{tokens_per_round} tokens per round is not in 1..{gamma + 1}")
     low, high = 0.0, 1.0
@@ -73,15 +62,14 @@ def alpha_of(tokens_per_round: float, gamma: int) -> float:
     return low
 
 
-def break_even(t_target: float, t_round: float, gamma: int) -> float | None:
-    """The acceptance from which a round beats plain decoding; None if none does."""
-    needed = t_round / t_target
-    return None if needed > gamma + 1 else alpha_of(max(needed, 1.0), gamma)
+def round_cost(gamma: int, t_target: float, t_draft: float, t_verify: float) -> float:
+    """Plain steps that a round takes. Its tokens over this are the speedup. Times in seconds."""
+    return (gamma * t_draft + t_verify) / t_target
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """A candidate: who drafts, reading how much, how far. Names are those of `--draft`."""
+class Strategy:
+    """A way to draft: who, reading how much, how far. Policies have the names of `--draft`."""
 
     policy: str  # none, streaming, snapkv, full, ngram
     gamma: int = 0
@@ -89,90 +77,141 @@ class Draft:
     model: ModelConfig | None = None  # None: self-speculation
     model_name: str = ""
     select_every: int = 16  # snapkv: rounds from one selection to the next; 0: never again
-    obs_window: int = 8
+    obs_window: int = 8  # snapkv: newest tokens that a selection observes
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether drafting reads K and V, of the target or of a smaller model."""
+        return self.policy not in ("none", "ngram")
 
     def __str__(self) -> str:
-        if self.policy in ("none", "ngram"):
+        if not self.has_cache:
             return self.policy
         who = self.model_name or ("draft model" if self.model else "self")
         return f"{who}, {self.policy}" + (f" {self.budget}" if self.budget else "")
 
+    def draft_seconds(self, target: ModelConfig, hw: Hardware, w: Workload) -> float:
+        """T_D: seconds per draft token, with its share of selecting or reading again."""
+        if not self.has_cache:
+            return 0.0
+        m = self.model or target
+        context = w.prefix_len if self.policy == "full" else min(self.budget, w.prefix_len)
+        seconds = forward_time(m, hw, w, 1, context).total
+        if self.policy == "streaming" and self.model:  # read again before its own context ends
+            rounds = max((m.max_seq_len - self.budget) // (self.gamma + 1), 1)
+            again = forward_time(m, hw, w, self.budget, self.budget).total
+            seconds += again / rounds / self.gamma
+        if self.policy == "snapkv" and self.select_every:
+            seconds += self.selection_seconds(m, hw, w) / self.select_every / self.gamma
+        return seconds
 
-PLAIN = Draft("none")
+    def selection_seconds(self, m: ModelConfig, hw: Hardware, w: Workload) -> float:
+        """Seconds of one SnapKV selection: a forward of the observed tokens, and their scores.
+
+        The scores read K once more, and are themselves written and read a few times in float32.
+        """
+        look = forward_time(m, hw, w, self.obs_window).total
+        tokens = w.batch_size * w.prefix_len
+        score_bytes = 4 * 4 * m.n_layer * m.n_head * self.obs_window * tokens / w.num_gpus
+        return look + (tokens * kv_bytes_on_gpu(m, w) / 2 + score_bytes) / hw.bandwidth
+
+    def memory_bytes(self, target: ModelConfig, w: Workload, capacity: int) -> float:
+        """Bytes of the draft's caches and model on each GPU, for texts of `capacity` tokens."""
+        if not self.has_cache:
+            return 0.0
+        m = self.model or target
+        n = capacity if self.policy == "full" else self.budget + self.gamma + 1
+        if self.model:  # and what it selects or reads again from
+            n += {"snapkv": capacity, "streaming": self.budget}.get(self.policy, 0)
+        weights = total_params(m) * w.itemsize / w.num_gpus if self.model else 0
+        return w.batch_size * n * kv_bytes_on_gpu(m, w) + weights
+
+    def expected_acceptance(self, length: int, table: Iterable["Acceptance"]) -> float | None:
+        """Alpha of the measured entry nearest in length, of those with the budget nearest below.
+
+        More budget is taken to be no worse; nothing is known of less than was measured: None.
+        """
+        own_model = self.model is not None
+        alike = [a for a in table if (a.policy, a.own_model) == (self.policy, own_model)
+                 and a.budget <= self.budget]  # fmt: skip
+
+        def distance(a: Acceptance) -> tuple[float, float]:
+            return -a.budget, abs(math.log(a.prefix_len / length))
+
+        return min(alike, key=distance).alpha if alike else None
 
 
-def draft_step(draft: Draft, target: ModelConfig, hw: Hardware, w: Workload) -> float:
-    """T_D: seconds per draft token, the selection's share included."""
-    if draft.policy in ("none", "ngram"):
-        return 0.0
-    m = draft.model or target
-    context = w.prefix_len if draft.policy == "full" else min(draft.budget, w.prefix_len)
-    seconds = forward_time(m, hw, w, 1, context).total
-    if draft.policy == "streaming" and draft.model:  # read again before its own context ends
-        rounds = max((m.max_seq_len - draft.budget) // (draft.gamma + 1), 1)
-        seconds += forward_time(m, hw, w, draft.budget, draft.budget).total / rounds / draft.gamma
-    if draft.policy == "snapkv" and draft.select_every:
-        seconds += selection(draft, m, hw, w) / draft.select_every / draft.gamma
-    return seconds
-
-
-def selection(draft: Draft, m: ModelConfig, hw: Hardware, w: Workload) -> float:
-    """Seconds of one SnapKV selection: a forward of the observed tokens, and their scores.
-
-    The scores read K once more, and are themselves written and read a few times in float32.
-    """
-    look = forward_time(m, hw, w, draft.obs_window).total
-    n_scores = m.n_layer * m.n_head * draft.obs_window * w.batch_size * w.prefix_len / w.num_gpus
-    kv_gpus = min(w.num_gpus, m.n_kv_head)
-    k_bytes = w.batch_size * w.prefix_len * kv_bytes_per_token(m, w.itemsize) / 2 / kv_gpus
-    return look + (k_bytes + 4 * 4 * n_scores) / hw.bandwidth
+PLAIN = Strategy("none")
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a candidate is expected to do."""
+    """What a strategy is expected to do for a batch, at an acceptance."""
 
-    draft: Draft
+    target: ModelConfig
+    hw: Hardware
+    w: Workload
+    strategy: Strategy
     alpha: float
-    t_target: float  # T_T, seconds
-    t_draft: float  # T_D
-    t_verify: float  # T_V(gamma)
 
     @property
-    def round_seconds(self) -> float:
-        return self.draft.gamma * self.t_draft + self.t_verify
+    def t_target(self) -> float:
+        """T_T, seconds."""
+        return forward_time(self.target, self.hw, self.w).total
 
     @property
-    def tokens_per_round(self) -> float:
-        return omega(self.draft.gamma, self.alpha)
+    def t_draft(self) -> float:
+        """T_D, seconds."""
+        return self.strategy.draft_seconds(self.target, self.hw, self.w)
 
     @property
-    def seconds_per_token(self) -> float:
-        return self.round_seconds / self.tokens_per_round
+    def t_verify(self) -> float:
+        """T_V(gamma), seconds."""
+        return forward_time(self.target, self.hw, self.w, self.strategy.gamma + 1).total
+
+    @property
+    def round_cost(self) -> float:
+        """Plain steps that a round takes."""
+        return round_cost(self.strategy.gamma, self.t_target, self.t_draft, self.t_verify)
 
     @property
     def speedup(self) -> float:
-        return self.t_target / self.seconds_per_token
+        """Over plain decoding."""
+        return omega(self.strategy.gamma, self.alpha) / self.round_cost
 
     @property
     def break_even(self) -> float | None:
-        return break_even(self.t_target, self.round_seconds, self.draft.gamma)
+        """The acceptance from which on it beats plain decoding; None if none does."""
+        cost, gamma = self.round_cost, self.strategy.gamma
+        return None if cost > gamma + 1 else alpha_of(cost, gamma)
 
+    def wins_from(self, max_length: int = 2**20) -> int | None:
+        """The shortest context from which on, up to `max_length`, it beats plain decoding.
 
-def predict(
-    target: ModelConfig, hw: Hardware, w: Workload, draft: Draft, alpha: float
-) -> Prediction:
-    t_target = forward_time(target, hw, w).total
-    t_verify = forward_time(target, hw, w, draft.gamma + 1).total
-    return Prediction(draft, alpha, t_target, draft_step(draft, target, hw, w), t_verify)
+        None if it does not at `max_length`. A draft costs more with every token until its budget or
+        its window is full, and can lose on the way what it won at short contexts. Then it costs no
+        more, and can win again. Between two of these ends it starts to win once at most.
+        """
 
+        def wins(length: int) -> bool:
+            return replace(self, w=replace(self.w, prefix_len=length)).speedup > 1
 
-MOST = 10**9  # of anything that is counted in what a user gives
+        if not wins(max_length):
+            return None
+        full = {self.strategy.budget, *layer_windows(self.strategy.model or self.target)}
+        ends = sorted({1, max_length, *(n for n in full if 0 < n < max_length)}, reverse=True)
+        for high, low in itertools.pairwise(ends):
+            if not wins(low):
+                while high - low > 1:
+                    middle = (low + high) // 2
+                    low, high = (low, middle) if wins(middle) else (middle, high)
+                return high
+        return 1
 
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """One measured acceptance: where the default table comes from."""
+    """One measured acceptance. ValueError for a budget or length that is no such number."""
 
     policy: str
     own_model: bool  # a draft model of its own
@@ -182,10 +221,10 @@ class Acceptance:
     source: str
 
     def __post_init__(self) -> None:
-        for field, least in (("budget", 0), ("prefix_len", 1)):
+        for field, low in (("budget", 0), ("prefix_len", 1)):
             value = getattr(self, field)
-            if type(value) is not int or not least <= value <= MOST:
-                raise ValueError(f"{field} {value!r} must be a whole number in {least}..{MOST}")
+            if type(value) is not int or not low <= value <= MAX_COUNT:
+                raise ValueError(f"{field} {value!r} must be a whole number in {low}..{MAX_COUNT}")
 
 
 # Streaming: tokens per round of the paper's Table 3 (gamma = 2, PG-19) as alpha. SnapKV: the rate
@@ -200,30 +239,14 @@ ACCEPTANCE = (
 )
 
 
-def expected_acceptance(draft: Draft, w: Workload, table: Iterable[Acceptance]) -> float | None:
-    """Alpha of the measured entry that is nearest in length, of those with a budget nearest below.
-
-    More budget is taken to be no worse; nothing is known of less than was measured: None.
-    """
-    alike = [a for a in table
-             if a.policy == draft.policy and a.own_model == (draft.model is not None)
-             and (draft.policy in ("ngram", "full") or a.budget <= draft.budget)]  # fmt: skip
-
-    def distance(a: Acceptance) -> tuple[float, float]:
-        return -a.budget, abs(math.log(a.prefix_len / w.prefix_len))
-
-    return min(alike, key=distance).alpha if alike else None
-
-
 def read_acceptance(path: Path) -> Acceptance:
-    """The acceptance of a run with one fixed draft, from what `generate.py --json` wrote."""
+    """That of a run with one fixed draft, as `generate.py --json` wrote it; else ValueError."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         plan, stats = run["plan"], run["speculative"]
-        for field in ("predicted_speedup", "synthetic_acceptance"):
-            if field in plan:
-                raise ValueError(f"its plan has {field}")
-        policies = dict.fromkeys(("streaming", "snapkv", "full", "ngram"))  # those of candidates
+        if "predicted_speedup" in plan:
+            raise ValueError("its plan has predicted_speedup")
+        policies = dict.fromkeys(("streaming", "snapkv", "full", "ngram"))  # all_strategies'
         lookup_name(policies, plan["strategy"], "draft")
         return Acceptance(
             plan["strategy"],
@@ -240,34 +263,22 @@ def read_acceptance(path: Path) -> Acceptance:
         ) from None
 
 
-def memory_bytes(
-    target: ModelConfig, w: Workload, draft: Draft = PLAIN, new_tokens: int = 0
-) -> float:
-    """Weights, caches and work on each GPU, the largest of them.
+def memory_bytes(target: ModelConfig, w: Workload, strategy: Strategy = PLAIN) -> float:
+    """Bytes of weights, caches and work on each GPU, the largest of them.
 
     Work is what sampling needs, greedy decoding needs less; each GPU has all of the logits. A
     sliding window saves no memory: the cache holds the whole text, as `kv_cache.KVCache` does.
     """
-    kv_gpus = min(w.num_gpus, target.n_kv_head)
-    S = w.prefix_len + new_tokens + draft.gamma + 1
-    total = total_params(target) * w.itemsize / w.num_gpus
-    total += w.batch_size * S * kv_bytes_per_token(target, w.itemsize) / kv_gpus
-    if draft.policy not in ("none", "ngram"):
-        m = draft.model or target
-        n = S if draft.policy == "full" else draft.budget + draft.gamma + 1
-        n += {"snapkv": S, "streaming": draft.budget}.get(draft.policy, 0) if draft.model else 0
-        total += w.batch_size * n * kv_bytes_per_token(m, w.itemsize) / min(w.num_gpus, m.n_kv_head)
-        total += total_params(m) * w.itemsize / w.num_gpus if draft.model else 0
-    work = work_bytes(target, w.batch_size, draft.gamma, PREFILL_CHUNK, w.itemsize, sampled=True)
-    return total + work
+    capacity = w.prefix_len + strategy.gamma + 1
+    weights = total_params(target) * w.itemsize / w.num_gpus
+    caches = w.batch_size * capacity * kv_bytes_on_gpu(target, w)
+    work = work_bytes(target, w.batch_size, strategy.gamma, PREFILL_CHUNK, w.itemsize, sampled=True)
+    return weights + caches + strategy.memory_bytes(target, w, capacity) + work
 
 
-def largest_batch(
-    target: ModelConfig, hw: Hardware, w: Workload, draft: Draft = PLAIN, new_tokens: int = 0
-) -> int:
+def largest_batch(target: ModelConfig, hw: Hardware, w: Workload, s: Strategy = PLAIN) -> int:
     """Most rows of that length that fit into memory; 0 if not even the weights do."""
-    one = memory_bytes(target, replace(w, batch_size=1), draft, new_tokens)
-    two = memory_bytes(target, replace(w, batch_size=2), draft, new_tokens)
+    one, two = (memory_bytes(target, replace(w, batch_size=n), s) for n in (1, 2))
     return max(int((hw.memory - one) // (two - one)) + 1, 0)
 
 
@@ -275,8 +286,8 @@ def crossing_length(target: ModelConfig, hw: Hardware, w: Workload, gamma: int) 
     """Roofline critical length: from here a verification of this batch is bound by memory.
 
     Reading, weights + S * kv, and computing, linear + S * attention, take equally long at
-    S = (linear - weights) / (kv - attention). 0 where it always reads longer. Infinite where
-    attention itself is bound by arithmetic, or reads no further than a window shorter than S.
+    S = (linear - weights) / (kv - attention), if every layer sees all of S. 0 where it always reads
+    longer. Infinite where attention itself is bound by arithmetic, or the windows end before.
 
     The paper's figure prints 395 for Llama-2-7B and 1,958 for Llama-3-8B: this formula with batch
     256, gamma = 2 and the A100's peaks (efficiencies 1) has 404 and 1,951.
@@ -285,239 +296,75 @@ def crossing_length(target: ModelConfig, hw: Hardware, w: Workload, gamma: int) 
     per_token = one.kv - one.attention_compute
     if per_token <= 0:
         return math.inf
-    length = max(none.linear_compute - none.weights, 0) / per_token
-    return length if length <= (target.sliding_window or math.inf) else math.inf
+    needed = max(none.linear_compute - none.weights, 0) / per_token * target.n_layer
+    for i, window in enumerate(sorted(layer_windows(target))):  # the shortest are full first
+        length = needed / (target.n_layer - i)
+        if length <= window:
+            return length
+        needed -= window
+    return math.inf
 
 
-def winning_length(
-    target: ModelConfig, hw: Hardware, w: Workload, draft: Draft, alpha: float, most: int = 2**20
-) -> int | None:
-    """The shortest context from which on, up to `most`, a candidate beats plain decoding.
-
-    None if it does not at `most`. A draft costs more with every token until its budget or its
-    window is full, and can lose on the way what it won at short contexts. Then it costs no more,
-    and can win again. So it can start to win once below such a length and once above it.
-    """
-
-    def wins(length: int) -> bool:
-        return predict(target, hw, replace(w, prefix_len=length), draft, alpha).speedup > 1
-
-    if not wins(most):
-        return None
-    full = (draft.budget, draft.model and draft.model.sliding_window)
-    ends = sorted({1, most, *(n for n in full if n and n < most)}, reverse=True)
-    for high, low in itertools.pairwise(ends):
-        if not wins(low):
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if wins(middle) else (middle, high)
-            return high
-    return 1
-
-
-def candidates(
+def all_strategies(
     models: dict[str, ModelConfig], budgets: Iterable[int], gammas: Iterable[int]
-) -> list[Draft]:
+) -> list[Strategy]:
     """Every strategy of this project; models are draft models by name."""
-    found = [PLAIN]
+    every = [PLAIN]
     for gamma in gammas:
-        found.append(Draft("ngram", gamma))
-        found += [Draft("full", gamma, 0, m, name) for name, m in models.items()]
+        every.append(Strategy("ngram", gamma))
+        every += [Strategy("full", gamma, 0, m, name) for name, m in models.items()]
         for budget, policy in itertools.product(budgets, ("streaming", "snapkv")):
-            found.append(Draft(policy, gamma, budget))
-            found += [Draft(policy, gamma, budget, m, name) for name, m in models.items()]
-    return found
+            every.append(Strategy(policy, gamma, budget))
+            every += [Strategy(policy, gamma, budget, m, name) for name, m in models.items()]
+    return every
 
 
 def plan(
     target: ModelConfig,
     hw: Hardware,
     w: Workload,
-    drafts: Iterable[Draft],
+    strategies: Iterable[Strategy],
     acceptance: Iterable[Acceptance] = ACCEPTANCE,
 ) -> list[Prediction]:
-    """The candidates whose acceptance is known, fastest first. Plain decoding is always one."""
-    ranked = [predict(target, hw, w, PLAIN, 0.0)]
-    for draft in drafts:
-        alpha = expected_acceptance(draft, w, acceptance)
-        if draft.gamma and alpha is not None:
-            ranked.append(predict(target, hw, w, draft, alpha))
-    return sorted(ranked, key=lambda p: p.seconds_per_token)
+    """The strategies that fit and whose acceptance is known, fastest first; plain is always one."""
+    ranked = [Prediction(target, hw, w, PLAIN, 0.0)]
+    for s in strategies:
+        alpha = s.expected_acceptance(w.prefix_len, acceptance)
+        if s.gamma and alpha is not None and memory_bytes(target, w, s) <= hw.memory:
+            ranked.append(Prediction(target, hw, w, s, alpha))
+    return sorted(ranked, key=lambda p: -p.speedup)
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A published row, and what the model says to it."""
-
-    row: dict[str, str]
-    prediction: Prediction
-    t_target: float  # seconds, measured
-    t_drafts: float  # of all drafts of a round
-    t_verify: float
-    speedup: float
+LINE = "{:>8}{:>6}{:>9}{:>9}{:>9}  {:34}{:>5}{:>7}{:>11}{:>9}{:>13}"
+HEAD = LINE.format("S", "B", "T_T ms", "T_D ms", "T_V ms", "best draft", "gamma", "alpha",
+                   "break-even", "speedup", "wins from S")  # fmt: skip
 
 
-COLUMNS = ("target", "draft", "draft_method", "draft_budget", "gpu", "num_gpus", "prefix_len",
-           "batch_size", "gamma", "draft_ms_per_round", "verify_ms", "tokens_per_round",
-           "autoregressive_ms_per_token", "speedup")  # fmt: skip
-
-
-def read_measured(path: Path) -> list[Measured]:
-    """Rows of a CSV with COLUMNS; ValueError names line and column of what cannot be used."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path}, line 1: no column {missing[0]}; needed: {', '.join(COLUMNS)}"
-            )
-        rows = [read_row(row, f"{path}, line {reader.line_num}") for row in reader]
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    return rows
-
-
-def read_row(row: dict[str, str], place: str) -> Measured:
-    """One measurement held against the model; `place` is for the error message."""
-
-    def get(column: str, convert: Callable):
-        try:
-            return convert(row[column])
-        except (ValueError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{place}, column {column}: {row[column]!r}: {e}") from None
-
-    def positive(text: str) -> float:
-        value = float(text)
-        if not 0 < value < math.inf:
-            raise ValueError("not a positive number")
-        return value
-
-    def count(text: str) -> int:
-        return int(positive(text) and text)
-
-    target = get("target", lambda s: lookup_name(MODELS, s.split()[0].lower(), "model"))
-    hw = get("gpu", lambda s: lookup_name(HARDWARE, s.lower(), "hardware"))
-    own = get("draft", lambda s: not s.startswith("self"))
-    model = (
-        get("draft", lambda s: lookup_name(MODELS, s.split()[0].lower(), "model")) if own else None
-    )
-    methods = {"StreamingLLM": "streaming", "SnapKV": "snapkv"}
-    policy = get("draft_method", lambda s: lookup_name(methods, s, "method"))
-    w = Workload(get("batch_size", count), get("prefix_len", count), get("num_gpus", count))
-    gamma, tokens = get("gamma", count), get("tokens_per_round", positive)
-    draft = Draft(policy, gamma, get("draft_budget", count), model, select_every=0)
-    alpha = get("tokens_per_round", lambda _: alpha_of(tokens, gamma))
-    ms = [get(c, positive) / 1e3
-          for c in ("autoregressive_ms_per_token", "draft_ms_per_round", "verify_ms")]  # fmt: skip
-    return Measured(row, predict(target, hw, w, draft, alpha), *ms, get("speedup", positive))
-
-
-def compare(rows: list[Measured]) -> str:
-    """Predicted against measured, row by row, and the errors."""
-    lines = [f"{'target':16}{'draft':>16}{'S':>8}{'B':>5}"
-             f"{'T_T ms':>15}{'gamma T_D ms':>15}{'T_V ms':>15}{'speedup':>13}",
-             "each time and speedup: predicted / measured"]  # fmt: skip
-    errors: dict[str, list[float]] = {"T_T": [], "gamma T_D": [], "T_V": [], "speedup": []}
-    wrong = 0
-    for r in rows:
-        p = r.prediction
-        pairs = ((p.t_target, r.t_target), (p.draft.gamma * p.t_draft, r.t_drafts),
-                 (p.t_verify, r.t_verify), (p.speedup, r.speedup))  # fmt: skip
-        for error, (ours, theirs) in zip(errors.values(), pairs, strict=True):
-            error.append(abs(ours / theirs - 1))
-        times = "".join(f"{1e3 * ours:8.1f}/{1e3 * theirs:6.1f}" for ours, theirs in pairs[:3])
-        lines.append(
-            f"{r.row['target']:16}{r.row['draft'].split()[0]:>16}{r.row['prefix_len']:>8}"
-            f"{r.row['batch_size']:>5}{times}{p.speedup:8.2f}/{r.speedup:.2f}"
-        )
-        wrong += (p.speedup - 1) * (r.speedup - 1) < 0 and abs(p.speedup - 1) > 0.05
-    lines += [
-        f"{name:10} median error {statistics.median(e):.1%}, largest {max(e):.1%}"
-        for name, e in errors.items()
-    ]
-    lines.append(f"on the wrong side of 1.0 by more than 0.05: {wrong} of {len(rows)} rows")
-    return "\n".join(lines)
-
-
-HEAD = (f"{'S':>8}{'B':>6}{'T_T ms':>9}{'T_D ms':>9}{'T_V ms':>9}  "
-        f"{'best draft':34}{'gamma':>5}{'alpha':>7}{'break-even':>11}{'speedup':>9}"
-        f"{'wins from S':>13}")  # fmt: skip
-
-
-def table(args, target: ModelConfig, hw: Hardware) -> tuple[str, int]:
-    """One line per (S, B): the best candidate. Also how many of them fit into memory."""
-    lines, fitting = [HEAD], 0
-    models = {name: lookup_name(MODELS, name, "model") for name in args.draft_model}
-    drafts = candidates(models, args.draft_budget, args.gamma)
-    for S in args.prefix_len:
-        for B in args.batch_size:
-            w = Workload(B, S, args.num_gpus)
-            most = largest_batch(target, hw, w)
-            if most < B:
-                lines.append(f"{S:8}{B:6}   does not fit into {args.num_gpus} x "
-                             f"{hw.memory / 1e9:.0f} GB; the largest batch is {most}")  # fmt: skip
-                continue
-            fitting += 1
-            fits = [d for d in drafts if memory_bytes(target, w, d) <= hw.memory]
-            ranked = plan(target, hw, w, [d for d in fits if d.budget < S], args.acceptance)
-            p, strategy = ranked[0], [p for p in ranked if p.draft != PLAIN]
-            even = "" if p.break_even is None or p.draft == PLAIN else f"{p.break_even:.2f}"
-            wins = None
-            if strategy:
-                best = strategy[0]
-                most = S if best.speedup > 1 else 2**20  # where it wins: since when
-                wins = winning_length(target, hw, w, best.draft, best.alpha, most)
-            times = f"{1e3 * p.t_target:9.2f}{1e3 * p.t_draft:9.2f}{1e3 * p.t_verify:9.2f}"
-            lines.append(f"{S:8}{B:6}{times}  {p.draft!s:34}{p.draft.gamma:5}"
-                         f"{p.alpha:7.2f}{even:>11}{p.speedup:9.2f}"
-                         f"{wins or 'never':>13}")  # fmt: skip
-    B = max(args.batch_size)
-    crossing = crossing_length(target, hw, Workload(B, 1, args.num_gpus), 4)
-    lines.append(f"verifying 4 drafts of {B} rows is memory-bound from {crossing:,.0f} tokens on")
-    return "\n".join(lines), fitting
-
-
-def plot(args, target: ModelConfig, hw: Hardware, path: Path) -> None:
-    """The paper's two figures: speedup over batch size, and what a step's time goes to."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    drafts = candidates({}, args.draft_budget, args.gamma)
-    for S in args.prefix_len:
-        points = [
-            (B, plan(target, hw, Workload(B, S, args.num_gpus), drafts, args.acceptance)[0].speedup)
-            for B in args.batch_size
-        ]
-        left.plot(*zip(*points, strict=True), marker="o", label=f"{S:,} tokens")
-    left.set(xlabel="batch size", ylabel="predicted speedup, best strategy", xscale="log")
-    left.axhline(1, color="grey", linewidth=0.8)
-    left.legend()
-    steps = [forward_time(target, hw, Workload(B, args.prefix_len[-1], args.num_gpus))
-             for B in args.batch_size]  # fmt: skip
-    parts = {
-        "weights": [1e3 * t.weights for t in steps],
-        "KV": [1e3 * t.kv for t in steps],
-        "compute beyond reading": [1e3 * t.compute_beyond for t in steps],
-        "activations, all-reduce, fixed": [
-            1e3 * (t.activations + t.all_reduce + t.fixed) for t in steps
-        ],
-    }
-    right.stackplot(args.batch_size, parts.values(), labels=parts)
-    right.set(xlabel="batch size", ylabel=f"ms of a step at {args.prefix_len[-1]:,} tokens")
-    right.legend(loc="upper left")
-    figure.savefig(path)
+def best_line(ranked: list[Prediction]) -> str:
+    """The table's line for a batch: the fastest strategy, and since when drafting wins."""
+    p, even, wins = ranked[0], None, None
+    drafting = [p for p in ranked if p.strategy != PLAIN]
+    if drafting:
+        best = drafting[0]
+        even = best.break_even if best is p else None
+        wins = best.wins_from(p.w.prefix_len) if best is p else best.wins_from()
+    ms = (f"{1e3 * t:.2f}" for t in (p.t_target, p.t_draft, p.t_verify))
+    return LINE.format(
+        p.w.prefix_len, p.w.batch_size, *ms, str(p.strategy), p.strategy.gamma, f"{p.alpha:.2f}",
+        "" if even is None else f"{even:.2f}", f"{p.speedup:.2f}", wins or "never",
+    )  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
+    """Raises ValueError, in one line, where argparse prints a usage text and exits."""
+
     def error(self, message: str) -> None:
-        """One line for the caller to print, instead of a usage text."""
+        """Called by argparse for a command line that it cannot read."""
         raise ValueError(f"{message} (see --help)")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The flags; ValueError for one that cannot be used."""
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--model", default="llama-3.1-8b", help=", ".join(MODELS))
     p.add_argument("--checkpoint_path", type=Path, help="read the dimensions from its config.json")
@@ -528,55 +375,49 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--draft_budget", type=int, nargs="+", default=[256, 512, 1024, 2048])
     p.add_argument("--gamma", type=int, nargs="+", default=list(range(1, 9)))
     p.add_argument("--draft_model", nargs="+", default=[], help="also consider these as drafts")
-    p.add_argument(
-        "--acceptance",
-        type=Path,
-        nargs="+",
-        metavar="JSON",
-        help="take it from these runs of generate.py --json, not from the paper",
-    )
-    p.add_argument("--measured", type=Path, metavar="CSV", help="hold the model against these")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="write the paper's two figures")
+    p.add_argument("--acceptance", type=Path, nargs="+", metavar="JSON",
+                   help="from these runs of generate.py --json, not from the paper")  # fmt: skip
     args = p.parse_args(argv)
     for name in ("batch_size", "prefix_len", "draft_budget", "gamma", "num_gpus"):
-        given, most = getattr(args, name), 100 if name == "gamma" else MOST
+        given, high = getattr(args, name), 100 if name == "gamma" else MAX_COUNT
         for value in given if isinstance(given, list) else [given]:
-            if not 1 <= value <= most:
-                raise ValueError(f"--{name} {value} must be in 1..{most}")
+            if not 1 <= value <= high:
+                raise ValueError(f"--{name} {value} must be in 1..{high}")
     return args
 
 
-def read_dimensions(checkpoint_dir: Path) -> ModelConfig:
-    """Of a Hugging Face directory, by the model's own reader (which imports torch)."""
-
-    return load_config(checkpoint_dir)
+def report(args: argparse.Namespace) -> None:
+    """Print a line per length and batch. ValueError if none of them fits into memory."""
+    hw = lookup_name(HARDWARE, args.hardware, "hardware")
+    acceptance = [read_acceptance(path) for path in args.acceptance or ()] or ACCEPTANCE
+    if args.checkpoint_path:
+        target = load_config(args.checkpoint_path)
+    else:
+        target = lookup_name(MODELS, args.model, "model")
+    models = {name: lookup_name(MODELS, name, "model") for name in args.draft_model}
+    strategies, some_fit = all_strategies(models, args.draft_budget, args.gamma), False
+    print(f"{args.checkpoint_path or args.model} on {args.num_gpus} x {hw.name}, 16 bit\n{HEAD}")
+    for S, B in itertools.product(args.prefix_len, args.batch_size):
+        w = Workload(B, S, args.num_gpus)
+        rows = largest_batch(target, hw, w)
+        if rows < B:
+            print(f"{S:8}{B:6}   does not fit into {args.num_gpus} x {hw.memory / 1e9:.0f} GB; "
+                  f"the largest batch is {rows}")  # fmt: skip
+            continue
+        some_fit = True
+        ranked = plan(target, hw, w, (s for s in strategies if s.budget < S), acceptance)
+        print(best_line(ranked))
+    B = max(args.batch_size)
+    crossing = crossing_length(target, hw, Workload(B, 1, args.num_gpus), 4)
+    print(f"verifying 4 drafts of {B} rows is memory-bound from {crossing:,.0f} tokens on")
+    if not some_fit:
+        raise ValueError("nothing of this fits; take more GPUs, fewer rows or a shorter context")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 for input that cannot be used."""
     try:
-        args = parse_args(argv)
-        if args.measured:
-            print(compare(read_measured(args.measured)))
-            return 0
-        hw = lookup_name(HARDWARE, args.hardware, "hardware")
-        args.acceptance = [read_acceptance(path) for path in args.acceptance or ()] or ACCEPTANCE
-        target = (
-            read_dimensions(args.checkpoint_path)
-            if args.checkpoint_path
-            else lookup_name(MODELS, args.model, "model")
-        )
-        text, fitting = table(args, target, hw)
-        print(
-            f"{args.checkpoint_path or args.model} on {args.num_gpus} x {hw.name}, 16 bit\n{text}"
-        )
-        if not fitting:
-            raise ValueError(
-                "nothing of this fits; take more GPUs, fewer rows or a shorter context"
-            )
-        if args.plot:
-            plot(args, target, hw, args.plot)
-            print(f"wrote {args.plot}")
+        report(parse_args(argv))
         return 0
     except (ValueError, OSError) as e:
         print("cost_model.py:", " ".join(str(e).split()), file=sys.stderr)

@@ -1,4 +1,23 @@
-"""Roofline."""
+"""What one forward costs on a device: bytes and arithmetic, fitted to timings.
+
+A forward of T new tokens for each of B rows with S tokens of context does two kinds of work. A GPU
+reads memory and computes at the same time, so a stage takes the longer of the two (a roofline):
+
+    linear      max( weight_bytes / bandwidth,        2 * params * B * T / flops )
+    attention   max( B * S * kv_bytes / bandwidth,    4 * L * H * D * S * B * T / flops )
+    activations written and read between the matrices, new K and V, logits: bytes / bandwidth
+    all-reduce  2 per layer with tensor parallelism:  latency + bytes / link bandwidth
+    fixed       per layer: launches, norms, everything that does not grow
+
+Weights, heads and arithmetic are divided by the number of GPUs. Bandwidth and FLOP/s are the data
+sheet's peaks times efficiencies. A layer with a sliding window reads its window, not S.
+
+At long context the attention stage of T = 1 and of T = gamma + 1 read the same bytes. So checking
+gamma + 1 tokens takes hardly longer than decoding one, and speculation is possible.
+
+**The constants.** A preset has one set per type of GPU (`HARDWARE`). For another device, or one
+that is shared, `fit` finds them from a few timed forwards of a real model.
+"""
 
 import itertools
 import math
@@ -24,14 +43,16 @@ class Hardware:
 
     @property
     def flops(self) -> float:
+        """FLOP/s as reached."""
         return self.peak_flops * self.flop_efficiency
 
     @property
     def bandwidth(self) -> float:
+        """Bytes/s as reached."""
         return self.peak_bandwidth * self.bandwidth_efficiency
 
 
-# Peaks: NVIDIA's and AMD's data sheets. The other constants, and what they rest on (`--measured`):
+# Peaks: NVIDIA's and AMD's data sheets. The other constants rest on (`benchmarks/paper.py`):
 # A100  47 rows of the paper, 8 GPUs, three model pairs: the defaults above.
 # H100  4 rows of the paper, 8 GPUs, Llama-3.1-8B at 32k. They settle two numbers, the latencies and
 #       the link; the efficiencies stay the A100's. Rows of 8 GPUs alone cannot tell the time of a
@@ -53,7 +74,7 @@ HARDWARE = {
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A batch on some devices."""
+    """A batch on one or several GPUs. ValueError for a number below 1."""
 
     batch_size: int  # B
     prefix_len: int  # S, tokens of context per row
@@ -80,12 +101,13 @@ class ForwardTime:
 
     @property
     def compute_beyond(self) -> float:
-        """What computing takes longer than the reading that goes on meanwhile, stage by stage."""
+        """Seconds by which computing outlasts the reading beside it, over both stages."""
         linear = max(self.linear_compute - self.weights, 0)
         return linear + max(self.attention_compute - self.kv, 0)
 
     @property
     def total(self) -> float:
+        """Seconds of all of it."""
         reading = self.weights + self.kv + self.activations
         return reading + self.compute_beyond + self.all_reduce + self.fixed
 
@@ -103,13 +125,27 @@ def activation_bytes(m: ModelConfig, itemsize: int = 2) -> int:
     return numbers + kv_bytes_per_token(m, itemsize) + 2 * 4 * m.vocab_size
 
 
-def forward_time(m: ModelConfig, hw: Hardware, w: Workload, T: int = 1, context: int | None = None):
-    """StepTime of T new tokens per row that each see `context` tokens (default: all of them)."""
-    S = w.prefix_len if context is None else context
-    S = min(S, m.sliding_window or S)
+def layer_windows(m: ModelConfig) -> list[float]:
+    """Newest tokens that a query sees, layer by layer; infinite: all of them."""
+    return [m.sliding_window or math.inf] * m.n_layer
+
+
+def tokens_seen(m: ModelConfig, length: int) -> float:
+    """Tokens of a text of that length that a query sees: the mean over the layers."""
+    return sum(min(length, window) for window in layer_windows(m)) / m.n_layer
+
+
+def kv_bytes_on_gpu(m: ModelConfig, w: Workload) -> float:
+    """Bytes of K and V of one token in all layers, on each GPU. A KV head is not divided."""
+    return kv_bytes_per_token(m, w.itemsize) / min(w.num_gpus, m.n_kv_head)
+
+
+def forward_time(
+    m: ModelConfig, hw: Hardware, w: Workload, T: int = 1, context: int | None = None
+) -> ForwardTime:
+    """Seconds of a forward of T new tokens per row that see `context` tokens; None: the prefix."""
     rows = w.batch_size * T
-    kv_gpus = min(w.num_gpus, m.n_kv_head)  # a KV head is not divided, it is held several times
-    kv_bytes = w.batch_size * S * kv_bytes_per_token(m, w.itemsize) / kv_gpus
+    S = tokens_seen(m, w.prefix_len if context is None else context)
     attention_flops = 4 * m.n_layer * m.n_head * m.head_dim * S * rows / w.num_gpus
     all_reduce = 0.0
     if w.num_gpus > 1:  # a ring moves 2 (n - 1) / n of the bytes through each link
@@ -118,7 +154,7 @@ def forward_time(m: ModelConfig, hw: Hardware, w: Workload, T: int = 1, context:
     return ForwardTime(
         weights=matrix_params(m) * w.itemsize / w.num_gpus / hw.bandwidth,
         linear_compute=2 * matrix_params(m) * rows / w.num_gpus / hw.flops,
-        kv=kv_bytes / hw.bandwidth,
+        kv=w.batch_size * S * kv_bytes_on_gpu(m, w) / hw.bandwidth,
         attention_compute=attention_flops / hw.flops,
         activations=rows * activation_bytes(m, w.itemsize) / w.num_gpus / hw.bandwidth,
         all_reduce=all_reduce,
@@ -128,7 +164,7 @@ def forward_time(m: ModelConfig, hw: Hardware, w: Workload, T: int = 1, context:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One timed forward, to fit a device's constants to."""
+    """One timed forward, to fit a device's constants to. ValueError unless 0 < seconds < inf."""
 
     workload: Workload
     T: int  # new tokens per row
@@ -144,14 +180,14 @@ DRIFT = 1e-4  # weight of a constant's squared logarithmic change, that of a tim
 
 
 def fit(m: ModelConfig, hw: Hardware, timings: list[Timing]) -> tuple[Hardware, float]:
-    """The device with its constants fitted to timed steps of this model, and what is unexplained.
+    """The device with constants that explain timed forwards of this model, and what is left.
 
     The constants are the two efficiencies and the fixed time per layer. The squared logarithm of
     predicted / measured is minimised by stepping all of them up or down by a factor that shrinks.
-    Leaving its old value costs a constant a little (DRIFT): one that the timings do not show stays,
-    and two that explain the same do not run off in opposite directions.
-    What is returned with them is the median of |predicted / measured - 1|. ValueError without
-    timings.
+    Leaving its old value costs a constant a little (DRIFT). So one that the timings do not show
+    stays, and two that explain the same do not run off in opposite directions.
+
+    Returned with it is the median of |predicted / measured - 1|. ValueError without timings.
     """
     if not timings:
         raise ValueError("there are no timings to fit to")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from auto import GAMMAS, Auto, Candidate
 from checkpoint import load_model, write_json
-from cost_model import Draft, draft_step
+from cost_model import Strategy as Planned
 from device import timed
 from drafters import Strategy
 from generate import AUTO_POLICIES, DEMO_CHECKPOINT, DTYPES, step_times, warm_up
@@ -53,14 +53,14 @@ def predicted_against_timed(engine: Engine, auto: Auto, repeats: int) -> list[di
         step_times(engine, 1)
         ms = {k: statistics.median(v) for k, v in step_times(engine, repeats).items()}
         strategy = engine.strategy
-        streaming = Draft("streaming", gamma, strategy.budget)
+        streaming = Planned("streaming", gamma, strategy.budget)
         verify = auto.verify_seconds(S)
         found += [
             {"what": "T_T", "predicted_ms": 1e3 * verify[0], "ms": ms["target_step_ms"],
              "formula_ms": 1e3 * forward_time(config, hw, w).total},
             {"what": f"T_V({gamma})", "predicted_ms": 1e3 * verify[gamma], "ms": ms["verify_ms"],
              "formula_ms": 1e3 * forward_time(config, hw, w, gamma + 1).total},
-            {"what": "T_D", "predicted_ms": 1e3 * draft_step(streaming, config, hw, w),
+            {"what": "T_D", "predicted_ms": 1e3 * streaming.draft_seconds(config, hw, w),
              "ms": ms["draft_step_ms"]},
         ]  # fmt: skip
     return found
