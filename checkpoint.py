@@ -1,11 +1,20 @@
-"""Checkpoint."""
+"""A Hugging Face directory, opened once; weights read and written.
+
+`open_checkpoint` reads what is small: config, tokenizer, chat format. `Checkpoint.load` then reads
+the weights, and until then nothing large is made, so that whatever is wrong with a directory is
+said at once. `random:NAME` stands for a directory of a preset's geometry with random weights.
+
+A checkpoint is data from strangers. Only safetensors are opened, never a pickle, which is a
+program. The names and shapes in all headers are compared with the config before anything is
+allocated, and every number must be finite. What is written replaces a file in one step.
+"""
 
 import errno
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as brief
 from typing import NamedTuple
@@ -14,11 +23,80 @@ import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 
+from chat import Chat, load_chat
 from config import ModelConfig, is_random, load_config, open_json, total_params
 from device import check_fits
 from model import Transformer, rope_frequencies
+from tokenizer import NumberTokenizer, Tokenizer, load_tokenizer
 
+DEMO_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors call them
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a directory holds beside its weights."""
+
+    path: Path  # or random:NAME
+    config: ModelConfig
+    tokenizer: Tokenizer
+    chat: Chat | None  # its chat format, where one was asked for
+
+    def encode(self, text: str, system: str | None = None) -> list[int]:
+        """Token ids of a prompt, in the chat format if there is one; none of an empty text.
+
+        `system` is the chat's system message; None: the format's own. ValueError for what is no
+        text.
+        """
+        if self.chat and text:
+            return self.chat.start(text, system)
+        return self.tokenizer.encode(text) if text else []
+
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, and the one that ends an answer in the chat format."""
+        ids = eos_token_ids(self.path) + ((self.chat.end_id,) if self.chat else ())
+        return tuple(dict.fromkeys(ids))
+
+    def check_same_vocabulary(self, draft: "Checkpoint") -> None:
+        """ValueError unless both models speak of the same tokens; padding rows do not matter."""
+        ours, theirs = self.tokenizer, draft.tokenizer
+        n, m = ours.vocab_size, theirs.vocab_size
+        why = f"they have {m} and {n} tokens" if n != m else f"both have {n} tokens, but others"
+        if n != m or any(ours.decode([i]) != theirs.decode([i]) for i in range(n)):
+            raise ValueError(
+                f"{draft.path} cannot draft for {self.path}: {why}; "
+                f"take a draft model of the same family"
+            )
+
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_tensor: Callable[[int, int], None] = lambda done, total: None,  # bytes of the model
+    ) -> Transformer:
+        """The model with its weights, see `load_model`."""
+        return load_model(self.path, device, dtype, on_tensor, self.config)
+
+
+def open_checkpoint(checkpoint_dir: Path, chat: bool = False) -> Checkpoint:
+    """Read all of a directory but its weights; with `chat` also its chat format.
+
+    OSError for a file that is missing, ValueError for one that cannot be used, and for a tokenizer
+    that does not belong to the model.
+    """
+    config = load_config(checkpoint_dir)
+    if is_random(checkpoint_dir):
+        tokenizer: Tokenizer = NumberTokenizer(config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(checkpoint_dir)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{checkpoint_dir}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"only {config.vocab_size}: they do not belong together"
+        )
+    form = load_chat(checkpoint_dir, tokenizer) if chat else None
+    return Checkpoint(checkpoint_dir, config, tokenizer, form)
 
 
 def hf_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -57,6 +135,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,  # bytes of the model
+    config: ModelConfig | None = None,  # None: read from the directory
 ) -> Transformer:
     """The model of a Hugging Face directory: `config.json` and safetensors, single or sharded.
 
@@ -66,7 +145,7 @@ def load_model(
     for a file that cannot be read, and ValueError, naming file and tensor; NaN and infinity are no
     weights.
     """
-    config, random = load_config(checkpoint_dir), is_random(checkpoint_dir)
+    config, random = config or load_config(checkpoint_dir), is_random(checkpoint_dir)
     headers = {} if random else read_headers(weight_files(checkpoint_dir))
     what = f"the weights of {checkpoint_dir}"
     n_bytes = total_params(config) * dtype.itemsize

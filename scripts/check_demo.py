@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import load_model
+from checkpoint import DEMO_CHECKPOINT, load_model
 from drafters import Strategy
-from generate import DEMO_CHECKPOINT
 from prompts import demo_prompts
 from spec_decode import Engine, Sampling, generate
 from tokenizer import load_tokenizer

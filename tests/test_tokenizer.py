@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 import tiktoken
 
-from generate import DEMO_CHECKPOINT
+from checkpoint import DEMO_CHECKPOINT
 from tokenizer import (
     LLAMA3_PATTERN,
     LLAMA3_SPECIALS,
