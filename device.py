@@ -1,4 +1,8 @@
-"""Device."""
+"""What the machine has (devices, memory, compiler, kernels), and how long work takes on it.
+
+Work on a GPU is only queued by the call that asks for it, so a clock is read when the device has
+nothing left to do. `timed` is one such reading, `median_seconds` a repeated one.
+"""
 
 import platform
 import resource
@@ -7,8 +11,26 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, made the current one. ValueError if this machine has not got it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(device)  # streams and graphs are of the current device
+    return device
 
 
 def flex_runs(device: torch.device) -> bool:
@@ -66,6 +88,7 @@ def check_fits(
 
 
 def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -74,14 +97,27 @@ def device_name(device: torch.device) -> str:
     return f"{names[0]}, {len(names)} CPUs" if names else platform.machine()
 
 
+def machine(device: torch.device) -> dict:
+    """Device, versions and threads: what a figure of this process depends on."""
+    return {
+        "device": device.type,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
 def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held at a time: tensors on a GPU, all memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def median_seconds(device: torch.device, work: Callable[[], object], repeats: int = 3) -> float:
-    """Median time of the work, after one run of it that may compile; short work is repeated."""
+    """Median seconds of the work, after one run that may compile; short work is repeated more."""
     seconds: list[float] = []
     timed(device, work)
     while len(seconds) < repeats or (sum(seconds) < 0.03 and len(seconds) < 20):
@@ -90,11 +126,12 @@ def median_seconds(device: torch.device, work: Callable[[], object], repeats: in
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, object]:
+def timed(device: torch.device, work: Callable[[], T]) -> tuple[float, T]:
     """Seconds that the work took, and what it returned."""
     synchronize(device)
     start = time.perf_counter()

@@ -13,7 +13,6 @@ from torch._inductor.utils import run_and_get_code
 
 import device
 from config import work_bytes
-from device import check_fits
 from drafters import Strategy
 from kv_cache import NEVER, CacheSpec, KVCache, SparseKVCache, query_tile
 from model import Transformer, compile_blocks
@@ -274,28 +273,6 @@ def test_a_finished_row_visits_no_block_and_changes_no_other_row():
     some = model(tokens, pos, cache)
     assert torch.equal(some[[0, 2, 3]], everyone[[0, 2, 3]])
     assert some.isfinite().all() and not torch.equal(some[1], everyone[1])
-
-
-def test_too_little_memory_is_said_with_both_numbers():
-    with pytest.raises(ValueError, match=r"need 1048576.0 GiB, but cpu has [\d.]+ GiB free"):
-        check_fits(2**50, torch.device("cpu"), "they", lambda share: "less")
-    check_fits(2**20, torch.device("cpu"), "they", lambda share: "less")
-
-
-def test_the_pools_of_cuda_graphs_are_not_free(monkeypatch):
-    """Free is what the driver says, and what this GPU's shared pool holds without using it."""
-
-    def segment(total: int, active: int, pool=(0, 0), device: int = 1) -> dict:
-        return {"device": device, "segment_pool_id": pool, "total_size": total,
-                "active_size": active, "allocated_size": active - 1}  # fmt: skip
-
-    segments = [segment(100, 60), segment(30, 1), segment(5000, 2000, pool=(0, 3)),
-                segment(700, 1, pool=(2, 0)), segment(900, 1, device=0)]  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 10**9))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    for name, free in (("cuda:1", 10**6 + 40 + 29), ("cuda", 10**6 + 69), ("cuda:0", 10**6 + 899)):
-        assert device.free_memory(torch.device(name)) == free
 
 
 def test_the_largest_batch_that_fits_is_computed(monkeypatch):

@@ -15,7 +15,6 @@ import torch
 
 from checkpoint import check_writable, eos_token_ids, load_model, save_model, write_json
 from config import MODELS, ModelConfig, RopeScaling, load_config
-from device import flex_runs
 from kv_cache import Access, CacheSpec, KVCache
 from model import Block, Transformer, attend, compile_blocks, rope_frequencies
 from tests.reference import (
@@ -179,16 +178,6 @@ def test_attention_with_a_mask_in_every_dtype(dtype):
                 expected = scores.softmax(0) @ v[b, h // 3, seen].double()
                 tolerance = 1e-5 if dtype == torch.float32 else 0.05
                 assert (got[b, t, h] - expected).abs().max() < tolerance
-
-
-@pytest.mark.parametrize(
-    "capability, runs",
-    [("AVX2", True), ("AVX512", True), ("NO AVX", False), ("DEFAULT", False), ("SVE256", False)],
-)
-def test_flex_attention_on_the_cpu_needs_avx2(monkeypatch, capability, runs):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert flex_runs(torch.device("cpu")) == runs
-    assert flex_runs(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("window", [1, 50, 300, 444, 445, None])
