@@ -3,10 +3,9 @@
     python generate.py                        # the demo: 16 long prompts, plain and speculative
     python generate.py --checkpoint_path DIR --prompt_file book.txt --max_new_tokens 512 --compare
 
-A run loads the model, reads the prompts, compiles, prefills, and decodes: once with the chosen
-draft, and with `--compare` once more plainly, in the same process with the same caches and compiled
-blocks, from the same prefill. It ends with a table (`report.py`). Timing lives here: the engine has
-none.
+`Options` are the flags, checked; nobody writes into them, and nothing below this file sees them.
+`load` makes all that a run needs, the cheap things first. Then `batch` decodes one batch and says
+what came of it (`measure.py`, `report.py`), or `converse` answers line by line.
 
 What a user can get wrong ends in one line on standard error and exit status 2.
 """
@@ -16,14 +15,14 @@ import io
 import json
 import os
 import signal
-import statistics
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Any, TextIO
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
 
@@ -39,155 +38,215 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import torch
 
+import report
 from auto import Auto, Candidate, draft_lengths
-from chat import Chat, load_chat
-from checkpoint import check_writable, eos_token_ids, load_model, write_file, write_json
-from config import ModelConfig, is_random, kv_bytes_per_token, load_config
+from checkpoint import (
+    DEMO_CHECKPOINT,
+    DTYPES,
+    Checkpoint,
+    check_writable,
+    open_checkpoint,
+    write_file,
+    write_json,
+)
+from config import ModelConfig, is_random, kv_bytes_per_token
 from cost_model import Parser
-from device import check_fits, compiler_runs, timed
-from drafters import NGRAM, ModelDrafter, Strategy, check_strategy
+from device import check_fits, compiler_runs, find_device, timed
+from drafters import NGRAM, Strategy, check_strategy
+from measure import Progress, Request, Run, decode, measure, warm_up
 from model import Transformer, compile_blocks
 from policies import POLICIES
-from prompts import encode_prompt, read_prompts
-from report import Report, Run, table, to_json, verdict
-from spec_decode import MAX_EOS, Engine, Sampling, Stats, decode
-from tokenizer import NumberTokenizer, TextStream, Tokenizer, continuation, load_tokenizer
+from prompts import (
+    DEMO_LONGEST,
+    DEMO_ROWS,
+    check_lengths,
+    demo_prompts,
+    fill_rows,
+    longest_prompt,
+    read_prompts,
+)
+from spec_decode import MAX_EOS, Engine, Sampling
+from tokenizer import TextStream, Tokenizer, continuation
 
-DEMO_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "demo"
 AUTO_POLICIES = ("ngram", "streaming", "snapkv")  # what --draft auto chooses from
 LARGE = 10**9  # bytes of weights from which loading is worth a line
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument(
-        "--checkpoint_path",
-        type=Path,
-        default=DEMO_CHECKPOINT,
-        help="Hugging Face directory; random:llama-3.1-8b: random weights of that geometry",
-    )
-    p.add_argument(
-        "--draft_checkpoint_path", type=Path, help="draft with this smaller model of its own"
-    )
-    p.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        help="text; an integer N: N random tokens, different ones in every row",
-    )
-    p.add_argument(
-        "--prompt_file", action="append", default=[], type=Path, help="UTF-8 text (repeatable)"
-    )
-    p.add_argument("--prompts", type=Path, help='.jsonl, an object with "prompt" per line')
-    p.add_argument("--batch_size", type=int, help="rows; prompts are repeated to fill them")
-    p.add_argument("--max_new_tokens", type=int, default=256)
-    p.add_argument("--max_context", type=int, metavar="N",
-                   help="most tokens of prompt and answer; default: the model's own")  # fmt: skip
-    p.add_argument("--temperature", type=float, default=Sampling().temperature, help="0: greedy")
-    p.add_argument("--top_k", type=int)
-    p.add_argument("--top_p", type=float)
-    p.add_argument("--seed", type=int, default=1234)
-    p.add_argument("--ignore_eos", action="store_true", help="go on to the limit")
-    p.add_argument("--draft", default="auto",
-                   help=f"how to draft: auto, none, ngram, {', '.join(POLICIES)}; "
-                        "with --draft_checkpoint_path also full")  # fmt: skip
-    p.add_argument("--speculate_k", "--gamma", type=int_or_auto, default="auto", metavar="N|auto",
-                   help="draft tokens per round; 0: plain decoding")  # fmt: skip
-    p.add_argument("--draft_budget", type=int, default=Strategy().budget,
-                   help="tokens of KV that the draft reads per row, sinks included")  # fmt: skip
-    p.add_argument("--n_sink", type=int, default=Strategy().n_sink)
-    p.add_argument("--obs_window", type=int, default=Strategy().obs_window,
-                   help="newest tokens that are observed; default: the policy's own")  # fmt: skip
-    p.add_argument("--reselect_every", type=int, metavar="ROUNDS",
-                   help="how often to select the draft's KV again; 0: never")  # fmt: skip
-    p.add_argument("--synthetic_acceptance", type=float, metavar="RATE",
-                   help="benchmarks: draw the accepted count at this rate")  # fmt: skip
-    p.add_argument(
-        "--compare", action=argparse.BooleanOptionalAction, help="run plain decoding too"
-    )
-    p.add_argument(
-        "--check_lossless", action="store_true", help="compare, and exit 1 on a difference"
-    )
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
-    p.add_argument(
-        "--profile", type=Path, metavar="FILE", help="write a Chrome trace of the decoding"
-    )
-    p.add_argument(
-        "--chat", action="store_true", help="put prompts into the checkpoint's chat template"
-    )
-    p.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
-    p.add_argument("--interactive", action="store_true",
-                   help="prompts from standard input; with --chat, a conversation")  # fmt: skip
-    p.add_argument(
-        "--json", metavar="FILE", help="write the numbers and outputs; -: standard output"
-    )
-    args = p.parse_args(argv)
-    check_args(args)
-    return args
 
 
 def int_or_auto(text: str) -> int | str:
+    """A number of drafts, or the word."""
     try:
         return text if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor auto") from None
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """ValueError for values and combinations that make no sense; fills in dependent defaults."""
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
-    if args.batch_size is not None and not 1 <= args.batch_size < 2**31:
-        raise ValueError(f"--batch_size {args.batch_size} must be in 1..2**31 - 1")
-    given = sum(map(bool, (args.prompt, args.prompt_file, args.prompts, args.interactive)))
-    if given > 1:
-        raise ValueError("give one of --prompt, --prompt_file, --prompts and --interactive")
-    drafts = args.draft != "none" and args.speculate_k != 0
-    if args.compare is None:
-        args.compare = args.check_lossless or (drafts and not given)
-    for flag in ("check_lossless", "compare", "synthetic_acceptance"):
-        value = getattr(args, flag)
-        if value is not None and value is not False and not drafts:
-            raise ValueError(f"--{flag} needs a draft: not --draft none, not --speculate_k 0")
-    if args.interactive and (args.compare or args.json or args.profile):
-        raise ValueError("--interactive has no --compare, --check_lossless, --json or --profile")
-    if args.check_lossless and (args.temperature > 0 or args.synthetic_acceptance is not None):
-        raise ValueError(
-            "--check_lossless compares greedy outputs: no --temperature, no --synthetic_acceptance"
-        )
-    if args.check_lossless and not args.compare:
-        raise ValueError("--check_lossless needs the plain run that --no-compare leaves out")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed} must be in 0..2**63 - 1")
-    if args.max_context is not None and args.max_context < 2:
-        raise ValueError(f"--max_context {args.max_context} must be at least 2")
-    if args.interactive and is_random(args.checkpoint_path):
-        raise ValueError("--interactive needs a tokenizer, which random weights do not have")
-    if args.chat and not given:
-        raise ValueError("--chat needs a --prompt, --prompt_file, --prompts or --interactive")
-    if args.system is not None and not args.chat:
-        raise ValueError("--system needs --chat: without a template there is no place for it")
-    check_targets(args)
-    if args.draft_checkpoint_path and not drafts:
-        raise ValueError("--draft_checkpoint_path needs a draft: not --draft none, --speculate_k 0")
-    if args.synthetic_acceptance is not None and "auto" in (args.draft, args.speculate_k):
-        raise ValueError("--synthetic_acceptance needs a --draft and a --speculate_k, not auto")
-    args.device = check_device(args.device)
-    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
+def flag(default: object, meaning: str | None = None, *names: str, **how: Any) -> Any:
+    """A field of Options that is a flag: its default, its help, other names, and how to parse it.
+
+    Without another word a flag is parsed as what its default is.
+    """
+    how = how if {"type", "action"} & how.keys() else how | {"type": type(default)}
+    return field(default=default, metadata={"names": names, "how": how | {"help": meaning}})
 
 
-def check_targets(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The flags. ValueError for values and combinations that make no sense."""
+
+    checkpoint_path: Path = flag(
+        DEMO_CHECKPOINT,
+        "Hugging Face directory; random:llama-3.1-8b: random weights of that geometry", type=Path,
+    )  # fmt: skip
+    draft_checkpoint_path: Path | None = flag(
+        None, "draft with this smaller model of its own", type=Path
+    )
+    prompt: tuple[str, ...] = flag(
+        (), "text; an integer N: N random tokens, different ones in every row", action="append"
+    )
+    prompt_file: tuple[Path, ...] = flag((), "UTF-8 text (repeatable)", action="append", type=Path)
+    prompts: Path | None = flag(None, '.jsonl, an object with "prompt" per line', type=Path)
+    batch_size: int | None = flag(None, "rows; prompts are repeated to fill them", type=int)
+    max_new_tokens: int = flag(256, "per row")
+    max_context: int | None = flag(
+        None, "most tokens of prompt and answer; default: the model's own", type=int, metavar="N"
+    )
+    temperature: float = flag(Sampling().temperature, "0: greedy")
+    top_k: int | None = flag(Sampling().top_k, type=int)
+    top_p: float | None = flag(Sampling().top_p, type=float)
+    seed: int = flag(1234)
+    ignore_eos: bool = flag(False, "go on to the limit", action="store_true")
+    draft: str = flag(
+        "auto",
+        f"how to draft: auto, none, ngram, {', '.join(POLICIES)}; with --draft_checkpoint_path "
+        f"also full",
+    )
+    speculate_k: int | str = flag(
+        "auto", "draft tokens per round; 0: plain decoding", "--gamma",
+        type=int_or_auto, metavar="N|auto",
+    )  # fmt: skip
+    draft_budget: int = flag(
+        Strategy().budget, "tokens of KV that the draft reads per row, sinks included"
+    )
+    n_sink: int = flag(Strategy().n_sink, "of them, the first ones of the text")
+    obs_window: int | None = flag(
+        Strategy().obs_window,
+        "newest tokens that are observed; default: the policy's own", type=int,
+    )  # fmt: skip
+    reselect_every: int | None = flag(
+        Strategy().reselect_every,
+        "how often to select the draft's KV again; 0: never", type=int, metavar="ROUNDS",
+    )  # fmt: skip
+    compare: bool | None = flag(
+        None, "run plain decoding too", action=argparse.BooleanOptionalAction
+    )
+    check_lossless: bool = flag(False, "compare, and exit 1 on a difference", action="store_true")
+    compile: bool = flag(True, action=argparse.BooleanOptionalAction)
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu")
+    dtype: str | None = flag(
+        None, "default: float32 on the CPU, bfloat16 on a GPU", type=str, choices=DTYPES
+    )
+    profile: Path | None = flag(
+        None, "write a Chrome trace of the decoding", type=Path, metavar="FILE"
+    )
+    chat: bool = flag(False, "put prompts into the checkpoint's chat template", action="store_true")
+    system: str | None = flag(None, "with --chat: the system message", type=str, metavar="TEXT")
+    interactive: bool = flag(
+        False, "prompts from standard input; with --chat, a conversation", action="store_true"
+    )
+    json: str | None = flag(
+        None, "write the numbers and outputs; -: standard output", type=str, metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        for wrong, why in self.refusals():
+            if wrong:
+                raise ValueError(why)
+
+    def refusals(self) -> tuple[tuple[object, str], ...]:
+        """What may be wrong with the values and their combinations, and what is said of it."""
+        rows_fit = self.batch_size is None or 1 <= self.batch_size < 2**31
+        context_fits = self.max_context is None or self.max_context >= 2
+        drafts = "needs a draft: not --draft none, not --speculate_k 0"
+        return (
+            (self.max_new_tokens < 1, f"--max_new_tokens {self.max_new_tokens} must be at least 1"),
+            (not rows_fit, f"--batch_size {self.batch_size} must be in 1..2**31 - 1"),
+            (self.n_sources > 1,
+             "give one of --prompt, --prompt_file, --prompts and --interactive"),
+            (self.check_lossless and not self.drafts, f"--check_lossless {drafts}"),
+            (self.compare and not self.drafts, f"--compare {drafts}"),
+            (self.draft_checkpoint_path and not self.drafts, f"--draft_checkpoint_path {drafts}"),
+            (self.interactive and (self.compares or self.json or self.profile),
+             "--interactive has no --compare, --check_lossless, --json or --profile"),
+            (self.check_lossless and self.temperature > 0,
+             "--check_lossless compares greedy outputs: no --temperature"),
+            (self.check_lossless and not self.compares,
+             "--check_lossless needs the plain run that --no-compare leaves out"),
+            (not 0 <= self.seed < 2**63, f"--seed {self.seed} must be in 0..2**63 - 1"),
+            (not context_fits, f"--max_context {self.max_context} must be at least 2"),
+            (self.interactive and is_random(self.checkpoint_path),
+             "--interactive needs a tokenizer, which random weights do not have"),
+            (self.chat and not self.n_sources,
+             "--chat needs a --prompt, --prompt_file, --prompts or --interactive"),
+            (self.system is not None and not self.chat,
+             "--system needs --chat: without a template there is no place for it"),
+        )  # fmt: skip
+
+    @property
+    def n_sources(self) -> int:
+        """How many kinds of prompts were given; 0: the demo's own are meant."""
+        return sum(map(bool, (self.prompt, self.prompt_file, self.prompts, self.interactive)))
+
+    @property
+    def drafts(self) -> bool:
+        """Whether anything is drafted at all."""
+        return self.draft != "none" and self.speculate_k != 0
+
+    @property
+    def automatic(self) -> bool:
+        """Whether there is something left to decide."""
+        return self.drafts and "auto" in (self.draft, self.speculate_k)
+
+    @property
+    def compares(self) -> bool:
+        """Whether plain decoding runs too: when asked for, and on the demo's prompts."""
+        if self.compare is not None:
+            return self.compare
+        return self.check_lossless or (self.drafts and not self.n_sources)
+
+    def gammas(self, device_type: str, n_group: int) -> tuple[int, ...]:
+        """Draft lengths that may be used; n_group is G, the target's heads per KV head."""
+        if self.speculate_k == "auto":
+            return draft_lengths(device_type, n_group)
+        return (self.speculate_k,)
+
+    def strategy(self, policy: str, gamma: int) -> Strategy:
+        """This way to draft with the flags' values. ValueError if they do not go together."""
+        optional = self.draft == "auto"  # what a policy cannot do is then asked of the others only
+        reselects = policy in POLICIES and POLICIES[policy].reselect_every
+        every = None if optional and not reselects else self.reselect_every
+        return Strategy(policy, gamma, self.draft_budget, self.n_sink, self.obs_window, every)
+
+
+def parse_args(argv: list[str] | None) -> Options:
+    """The flags of a command line (None: this process's own). ValueError for unusable ones."""
+    p = Parser(
+        description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for f in fields(Options):
+        p.add_argument(f"--{f.name}", *f.metadata["names"], **f.metadata["how"])
+    given = vars(p.parse_args(argv))
+    return Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+
+
+def check_targets(o: Options) -> None:
     """ValueError for files and streams that cannot be used at the end of a run."""
-    if sys.stdout is None or (args.interactive and sys.stdin is None):
+    if sys.stdout is None or (o.interactive and sys.stdin is None):
         raise ValueError(
             "standard output must be open, and with --interactive standard input; for no output "
             "write > /dev/null"
         )
     targets = []
-    for flag, path in (("json", args.json), ("profile", args.profile)):
+    for flag, path in (("json", o.json), ("profile", o.profile)):
         if path is None or path == "-":
             continue
         if not str(path):
@@ -198,223 +257,120 @@ def check_targets(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag}: cannot write {path}: {e.strerror}") from None
         targets.append(os.path.realpath(path))
     if len(set(targets)) < len(targets):
-        raise ValueError(f"--json and --profile are the same file, {args.json}; give two")
+        raise ValueError(f"--json and --profile are the same file, {o.json}; give two")
 
 
-def check_device(name: str) -> torch.device:
-    """The device of that name, if this machine has it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not supported; use cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
-        torch.cuda.set_device(device)  # streams and graphs are of the current device
-    return device
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """All that a run needs."""
+
+    checkpoint: Checkpoint
+    engine: Engine
+    auto: Auto | None  # what decides how to draft, if anything is left to decide
+    request: Request
 
 
-def decoder(engine: Engine, auto: Auto | None) -> Callable[[Callable[[], None]], Stats]:
-    """What decodes the batch: the automatic choice, or the drafting that was asked for."""
-    return auto.decode if auto else lambda on_round: decode(engine, on_round=on_round)
-
-
-def warm_up(engine: Engine, auto: Auto | None, later_turns: bool = False) -> None:
-    """Compile every shape that will run; the automatic choice is calibrated."""
-    engine.warm_up(later_turns)
-    if auto:
-        auto.prepare()
-
-
-def step_times(
-    engine: Engine, repeats: int = 9, gamma: int | None = None, **more: Callable[[], object]
-) -> dict[str, list[float]]:
-    """Milliseconds, by repeat, of a plain step, a draft step, a verification, and of more work.
-
-    A plain step and a verification end with what is decided from their logits; of the latter that
-    part, sampling for instance, is timed alone too (accept_ms). All are taken in turn, so that they
-    see the same machine.
-    """
-    gamma, nothing = engine.gamma if gamma is None else gamma, engine.draft(0)
-    work = {"target_step_ms": lambda: engine.decide(nothing)}
-    if gamma:
-        engine.refresh()
-        draft = engine.draft(gamma)
-        logits = engine.verify(draft.tokens)
-        work["draft_step_ms"] = lambda: engine.draft(gamma)
-        work["verify_ms"] = lambda: engine.decide(draft)
-        work["accept_ms"] = lambda: engine.accept(draft, logits)
-    work = more | {name: engine.capture(step) for name, step in work.items()}
-    times = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, step in work.items():
-            steps = gamma if name == "draft_step_ms" else 1
-            times[name].append(1e3 * timed(engine.tokens.device, step)[0] / steps)
-    return times
-
-
-def run(
-    engine: Engine,
-    work: Callable[[Callable[[], None]], Stats],  # decodes, calling what it is given every round
-    show: Callable[[], None] = lambda: None,
-    tracer: AbstractContextManager | None = None,  # a profiler
-) -> Run:
-    """Decode the prefilled batch from its first tokens, timed."""
-    engine.rewind()
-    show()
-    with tracer or nullcontext():
-        seconds, stats = timed(engine.tokens.device, lambda: work(show))
-    return Run(stats, engine.outputs(), seconds)
-
-
-class RowPrinter:
-    """Prints the first row's text as it is decided, for which it waits for every round."""
-
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, prompt: list[int], out) -> None:
-        self.engine, self.out = engine, out
-        self.text = TextStream(tokenizer, prompt)
-        self.done = len(prompt)
-
-    def __call__(self) -> None:
-        end = self.engine.seq_len[0].item()
-        ids, eos = self.engine.tokens[0, self.done : end].tolist(), self.engine.eos.tolist()
-        self.out.write(self.text.feed([i for i in ids if i not in eos]))
-        self.out.flush()
-        self.done = end
-
-
-def save_trace(tracer: torch.profiler.profile, path: Path) -> None:
-    """Write a Chrome trace. OSError if there is no room for it."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
-        tracer.export_chrome_trace(str(file))  # which does not say if it could not
-        if not file.is_file():
-            raise OSError(f"{path}: the trace does not fit into {tempfile.gettempdir()}")
-        write_file(file.read_bytes(), path)
-
-
-class Progress:
-    """Says how far something is whenever another quarter of it is done."""
-
-    def __init__(self, say: Callable[..., None]) -> None:
-        self.say, self.quarters = say, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if 4 * done // total > self.quarters:
-            self.quarters = 4 * done // total
-            self.say(f"{25 * self.quarters}%", end=" ")
-
-
-def load(path: Path, args: argparse.Namespace) -> Transformer:
-    """The model; of a large one, standard error tells how far it is."""
-
-    def say(text: str, end: str = "\n") -> None:
-        print(text, end=end, file=sys.stderr, flush=True)
-
-    progress = Progress(say)
-
-    def on_tensor(done: int, total: int) -> None:
-        if total >= LARGE:
-            if not done:
-                say(f"loading {path}: {total / 1e9:.1f} GB", end=" ... ")
-            progress(done, total)
-            if done == total:
-                say("")
-
-    return load_model(path, args.device, DTYPES[args.dtype], on_tensor)
-
-
-def prepare(
-    args: argparse.Namespace,
-) -> tuple[Engine, Auto | None, Tokenizer, Chat | None, list[list[int]]]:
+def load(o: Options) -> Loaded:
     """Everything that bad input can break, the cheap things first: the weights come last."""
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    config, tokenizer = load_text_side(args.checkpoint_path)
-    chat = load_chat(args.checkpoint_path, tokenizer) if args.chat else None
-    args.eos_ids = () if args.ignore_eos else end_tokens(args.checkpoint_path, chat)
-    longest = min(config.max_seq_len, args.max_context or config.max_seq_len)
-    prompts = read_prompts(args, tokenizer, chat, longest, partial(check_rows, args, config))
-    if not args.interactive:
-        longest = max(map(len, prompts)) + args.max_new_tokens
-    strategies, draft_config = read_strategies(args, config), None
-    if args.draft_checkpoint_path:
-        draft_config, draft_tokenizer = load_text_side(args.draft_checkpoint_path)
-        check_same_vocabulary(args, tokenizer, draft_tokenizer)
+    sampling, device = Sampling(o.temperature, o.top_k, o.top_p), find_device(o.device)
+    dtype = DTYPES[o.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    checkpoint, draft = open_checkpoint(o.checkpoint_path, o.chat), None
+    end_ids = () if o.ignore_eos else read_end_ids(checkpoint)
+    config = checkpoint.config
+    longest = min(config.max_seq_len, o.max_context or config.max_seq_len)
+    prompts = read_rows(o, checkpoint, longest, partial(check_rows, config, device, dtype))
+    if not o.interactive:
+        longest = max(map(len, prompts)) + o.max_new_tokens
+    gammas = o.gammas(device.type, config.n_group)
+    strategies = read_strategies(o, max(gammas))
+    if o.draft_checkpoint_path:
+        draft = open_checkpoint(o.draft_checkpoint_path)
+        checkpoint.check_same_vocabulary(draft)
     if len(strategies) == 1:
-        check_strategy(strategies[0], draft_config, longest)
-    compiling = args.compile and compiler_runs(args.device)
-    if args.compile and not compiling:
+        check_strategy(strategies[0], draft and draft.config, longest)
+    compiling = o.compile and compiler_runs(device)
+    if o.compile and not compiling:
         print(
             "generate.py: no working compiler for torch.compile on this machine (the CPU needs "
             "g++): running eagerly, which is slower",
             file=sys.stderr,
         )
-    model, draft_model = (
-        path and load(path, args) for path in (args.checkpoint_path, args.draft_checkpoint_path)
-    )
+    model, draft_model = (c and load_weights(c, device, dtype) for c in (checkpoint, draft))
     for m in filter(None, (model, draft_model)) if compiling else ():
         compile_blocks(m)
-    if not automatic(args):
-        engine = Engine(
-            model, len(prompts), longest, strategies[0], sampling, args.seed, draft_model
-        )
-        return engine, None, tokenizer, chat, prompts
-    engine = Engine(model, len(prompts), longest, Strategy(), sampling, args.seed)
-    found = [Candidate(d) for d in strategies if not draft_model or args.draft == "auto"]
-    if draft_model:
-        named = "streaming" if args.draft == "auto" else args.draft
-        found += [Candidate(d, draft_model) for d in strategies if d.policy == named]
-    auto = Auto(engine, found, gammas(args, config), named=args.draft != "auto")
-    return engine, auto, tokenizer, chat, prompts
+    size, request = (len(prompts), longest), Request(prompts, o.max_new_tokens, end_ids, o.compares)
+    if not o.automatic:
+        engine = Engine(model, *size, strategies[0], sampling, o.seed, draft_model)
+        return Loaded(checkpoint, engine, None, request)
+    engine = Engine(model, *size, Strategy(), sampling, o.seed)
+    named = "streaming" if o.draft == "auto" else o.draft
+    found = [Candidate(d) for d in strategies if not draft_model or o.draft == "auto"]
+    found += [Candidate(d, draft_model) for d in strategies if draft_model and d.policy == named]
+    auto = Auto(engine, found, gammas, named=o.draft != "auto")
+    return Loaded(checkpoint, engine, auto, request)
 
 
-def check_rows(args: argparse.Namespace, config: ModelConfig, n_rows: int, n_tokens: int) -> None:
-    """ValueError if the K and V of so many rows and tokens alone are too much for the device.
-
-    The engine asks again, for all that it needs. Until then nothing may be made for every row.
-    """
-    n_bytes = n_rows * n_tokens * kv_bytes_per_token(config, DTYPES[args.dtype].itemsize)
-    remedy = "a smaller --batch_size or --max_context"
-    check_fits(n_bytes, args.device, "the KV caches", lambda share: remedy)
-
-
-def end_tokens(checkpoint_dir: Path, chat: Chat | None) -> tuple[int, ...]:
-    """The tokens that end a text, and the one that ends an answer in this chat format."""
-    ids = eos_token_ids(checkpoint_dir) + ((chat.end_id,) if chat else ())
-    ids = tuple(dict.fromkeys(ids))
+def read_end_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The tokens that end a text. ValueError if they are more than an engine takes."""
+    ids = checkpoint.end_ids()
     if len(ids) > MAX_EOS:
         raise ValueError(
-            f"{checkpoint_dir}: {len(ids)} tokens end a text (eos_token_id); at most {MAX_EOS} are "
-            f"possible"
+            f"{checkpoint.path}: {len(ids)} tokens end a text (eos_token_id); at most {MAX_EOS} "
+            f"are possible"
         )
     return ids
 
 
-def automatic(args: argparse.Namespace) -> bool:
-    """Whether there is something left to decide."""
-    return args.draft != "none" and args.speculate_k != 0 and "auto" in (
-        args.draft, args.speculate_k)  # fmt: skip
+def read_rows(
+    o: Options,
+    checkpoint: Checkpoint,
+    max_context: int,  # tokens
+    check_size: Callable[[int, int], None],
+) -> list[list[int]]:
+    """Token ids of every row of the batch; with --interactive, which has none yet, empty ones.
+
+    `check_size` is told the rows and the tokens of the longest, answer included, before rows are
+    made, and raises ValueError if they cannot fit.
+    """
+    longest = longest_prompt(max_context, o.max_new_tokens)
+    if o.interactive:
+        n_rows = o.batch_size or 1
+        check_size(n_rows, max_context)
+        return [[]] * n_rows
+    if not o.n_sources:
+        n_rows, longest = o.batch_size or DEMO_ROWS, min(DEMO_LONGEST, longest)
+        check_size(n_rows, longest + o.max_new_tokens)
+        return demo_prompts(checkpoint.tokenizer, n_rows, longest)
+    encode = partial(checkpoint.encode, system=o.system)
+    prompts = read_prompts(o.prompt, o.prompt_file, o.prompts, encode)
+    longest = check_lengths(prompts, max_context, o.max_new_tokens)
+    n_rows = o.batch_size or len(prompts)
+    check_size(n_rows, longest + o.max_new_tokens)
+    return fill_rows(prompts, n_rows, checkpoint.tokenizer.vocab_size, o.seed)
 
 
-def read_strategies(args: argparse.Namespace, config: ModelConfig) -> list[Strategy]:
+def check_rows(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, n_rows: int, n_tokens: int
+) -> None:
+    """ValueError if the K and V of these rows and tokens alone are too much for the device.
+
+    The engine asks again, for all that it needs. Until then nothing may be made for every row.
+    """
+    n_bytes = n_rows * n_tokens * kv_bytes_per_token(config, dtype.itemsize)
+    remedy = "a smaller --batch_size or --max_context"
+    check_fits(n_bytes, device, "the KV caches", lambda share: remedy)
+
+
+def read_strategies(o: Options, gamma: int) -> list[Strategy]:
     """What the flags allow: one way to draft, or with --draft auto several."""
-    gamma = max(gammas(args, config))
-    if args.draft == "none" or gamma == 0:
+    if not o.drafts:
         return [Strategy(gamma=gamma)]
-
-    def strategy(policy: str, reselect_every: int | None) -> Strategy:
-        return Strategy(policy, gamma, args.draft_budget, args.n_sink, args.obs_window,
-                        reselect_every, args.synthetic_acceptance)  # fmt: skip
-
-    if args.draft != "auto":
-        return [strategy(args.draft, args.reselect_every)]
+    if o.draft != "auto":
+        return [o.strategy(o.draft, gamma)]
     found, refusal = [], None
     for policy in AUTO_POLICIES:
-        reselects = policy in POLICIES and POLICIES[policy].reselect_every
         try:
-            found.append(strategy(policy, args.reselect_every if reselects else None))
+            found.append(o.strategy(policy, gamma))
         except ValueError as e:
             refusal = e
     if not any(d.policy in POLICIES for d in found):
@@ -422,105 +378,46 @@ def read_strategies(args: argparse.Namespace, config: ModelConfig) -> list[Strat
     return found
 
 
-def gammas(args: argparse.Namespace, config: ModelConfig) -> tuple[int, ...]:
-    """Draft lengths that may be used; config is the target's."""
-    if args.speculate_k == "auto":
-        return draft_lengths(args.device.type, config.n_group)
-    return (args.speculate_k,)
+def say_on(out: TextIO | None) -> Callable[..., None]:
+    """Printing to this stream at once."""
+    return partial(print, file=out, flush=True)
 
 
-def load_text_side(checkpoint_dir: Path) -> tuple[ModelConfig, Tokenizer]:
-    """Config and tokenizer of a directory; ValueError if they do not belong together."""
-    config = load_config(checkpoint_dir)
-    if is_random(checkpoint_dir):
-        return config, NumberTokenizer(config.vocab_size)
-    tokenizer = load_tokenizer(checkpoint_dir)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{checkpoint_dir}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
-            f"only {config.vocab_size}: they do not belong together"
-        )
-    return config, tokenizer
-
-
-def check_same_vocabulary(args, tokenizer: Tokenizer, draft_tokenizer: Tokenizer) -> None:
-    """ValueError unless both models speak of the same tokens; padding rows do not matter."""
-    n, m = tokenizer.vocab_size, draft_tokenizer.vocab_size
-    why = f"they have {m} and {n} tokens" if n != m else f"both have {n} tokens, but others"
-    if n != m or any(tokenizer.decode([i]) != draft_tokenizer.decode([i]) for i in range(n)):
-        raise ValueError(
-            f"{args.draft_checkpoint_path} cannot draft for {args.checkpoint_path}: {why}; "
-            f"take a draft model of the same family"
-        )
-
-
-def measure(args, engine: Engine, auto: Auto | None, prompts, say, tracer) -> Report:
-    """Warm up, prefill, decode, time the steps; with --compare plainly too, from the same prefill.
-
-    Nothing is printed inside a timed run.
-    """
-    device = engine.tokens.device
-    say("compiling" if engine.model.compiled else "warming up", end=" ... ")
-    compile_seconds, _ = timed(device, lambda: warm_up(engine, auto))
-    say(f"{compile_seconds:.1f} s")
+def load_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The model; of a large one, standard error tells how far it is."""
+    say = say_on(sys.stderr)
     progress = Progress(say)
-    say(f"prefilling {sum(map(len, prompts)):,} tokens", end=" ... ")
-    limits = [args.max_new_tokens] * len(prompts)
-    prefill_seconds, _ = timed(
-        device,
-        lambda: engine.prefill(
-            prompts, limits, args.eos_ids, lambda b: progress(b + 1, len(prompts))
-        ),
-    )
-    say(f"{prefill_seconds:.1f} s")
-    draft_prefill_seconds = None
-    if isinstance(engine.drafter, ModelDrafter):
-        draft_prefill_seconds, _ = timed(device, engine.catch_up)
-        say(f"prefilling the draft model ... {draft_prefill_seconds:.1f} s")
-    baseline = None
-    if args.compare:
-        say("decoding plainly", end=" ... ")
-        baseline = run(engine, lambda show: decode(engine, 0, show))
-        say(f"{baseline.seconds:.1f} s")
-    say("decoding", end=" ... ")
-    main_run = run(engine, decoder(engine, auto), tracer=tracer)
-    say(f"{main_run.seconds:.1f} s")
-    if auto:
-        say(auto.explain())
-        auto.install(auto.chosen)
-    engine.rewind()
-    times = step_times(engine, gamma=auto.gamma if auto else None)
-    step_ms = {name: statistics.median(values) for name, values in times.items()}
-    return Report(
-        engine,
-        prompts,
-        compile_seconds,
-        prefill_seconds,
-        draft_prefill_seconds,
-        step_ms,
-        main_run,
-        baseline,
-        auto,
-    )
+
+    def on_tensor(done: int, total: int) -> None:
+        if total >= LARGE:
+            if not done:
+                say(f"loading {checkpoint.path}: {total / 1e9:.1f} GB", end=" ... ")
+            progress(done, total)
+            if done == total:
+                say("")
+
+    return checkpoint.load(device, dtype, on_tensor)
 
 
-def describe(args: argparse.Namespace, engine: Engine, auto: Auto | None, prompts) -> str:
+def describe(o: Options, loaded: Loaded) -> str:
     """What is about to run, in three lines."""
-    n_params = sum(p.numel() for p in engine.model.parameters())
-    lengths, s = [len(p) for p in prompts], engine.sampling
+    engine, auto, model = loaded.engine, loaded.auto, loaded.engine.model
+    n_params = sum(p.numel() for p in model.parameters())
+    lengths, s, spec = [*map(len, loaded.request.prompts)], engine.sampling, engine.full.spec
     how = "greedy" if s.greedy else f"temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}"
     draft = "no draft: plain decoding"
     if auto:
         what = ", ".join(map(str, auto.candidates))
         draft = f"auto: {what}; gamma of {', '.join(map(str, auto.gammas))}"
         draft += "" if auto.named else ", or no draft"
-    elif engine.gamma:
-        draft = describe_draft(args.draft_checkpoint_path, engine)
+    elif engine.drafter:
+        draft = describe_draft(o.draft_checkpoint_path, engine)
+    dtype = str(spec.dtype).removeprefix("torch.")
     return (
-        f"{args.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {args.dtype} on {args.device}, "
+        f"{o.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {dtype} on {o.device}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
-        f"{len(prompts)} rows of {min(lengths)} to {max(lengths)} tokens, up to "
-        f"{args.max_new_tokens} new ones each, {how}\n{draft}"
+        f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, up to "
+        f"{o.max_new_tokens} new ones each, {how}\n{draft}"
     )
 
 
@@ -537,42 +434,65 @@ def describe_draft(draft_dir: Path | None, engine: Engine) -> str:
     return f"{who}, {what}{again}, gamma {engine.gamma}"
 
 
-def batch(args, engine: Engine, auto: Auto | None, tokenizer: Tokenizer, prompts) -> int:
+def batch(o: Options, loaded: Loaded) -> int:
     """One batch from prompts to numbers. Returns the exit status."""
-    out = sys.stderr if args.json == "-" else sys.stdout
-
-    def say(text: str, end: str = "\n") -> None:
-        print(text, end=end, file=out, flush=True)
-
-    say(describe(args, engine, auto, prompts))
-    tracer = torch.profiler.profile() if args.profile else None
-    report = measure(args, engine, auto, prompts, say, tracer)
-    new = report.main.outputs[0]
+    say, request = say_on(sys.stderr if o.json == "-" else sys.stdout), loaded.request
+    say(describe(o, loaded))
+    tracer = torch.profiler.profile() if o.profile else None
+    measured = measure(loaded.engine, loaded.auto, request, say, tracer)
+    rows = zip(request.prompts, measured.main.outputs, strict=True)
+    texts = [continuation(loaded.checkpoint.tokenizer, prompt, ids) for prompt, ids in rows]
+    result = report.build(measured, texts, request.end_ids)
     try:
-        say("\nrow 0 continues:\n" + continuation(tokenizer, prompts[0], new))
-        say("\n" + table(report))
-        if report.baseline:
-            say(verdict(report))
+        say("\nrow 0 continues:\n" + texts[0])
+        say("\n" + report.table(result))
+        if request.compare:
+            say(report.verdict(result))
     finally:  # also where nobody reads standard output any more
-        if args.json == "-":
-            print(json.dumps(to_json(report, tokenizer), indent=2))
-        elif args.json:
-            write_json(to_json(report, tokenizer), Path(args.json))
+        if o.json == "-":
+            print(json.dumps(result, indent=2))
+        elif o.json:
+            write_json(result, Path(o.json))
         if tracer:
-            save_trace(tracer, args.profile)
-    return 1 if args.check_lossless and not all(report.identical) else 0
+            save_trace(tracer, o.profile)
+    return 1 if o.check_lossless and not result["identical"] else 0
 
 
-def converse(
-    args, engine: Engine, auto: Auto | None, tokenizer: Tokenizer, chat: Chat | None
-) -> int:
+def save_trace(tracer: torch.profiler.profile, path: Path) -> None:
+    """Write a Chrome trace. OSError if there is no room for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        tracer.export_chrome_trace(str(file))  # which does not say if it could not
+        if not file.is_file():
+            raise OSError(f"{path}: the trace does not fit into {tempfile.gettempdir()}")
+        write_file(file.read_bytes(), path)
+
+
+class RowPrinter:
+    """Prints the first row's text as it is decided, for which it waits for every round."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        self.engine = engine
+        self.text = TextStream(tokenizer, prompt)
+        self.done = len(prompt)
+
+    def __call__(self) -> None:
+        end = self.engine.seq_len[0].item()
+        ids, eos = self.engine.tokens[0, self.done : end].tolist(), self.engine.eos.tolist()
+        print(self.text.feed([i for i in ids if i not in eos]), end="", flush=True)
+        self.done = end
+
+
+def converse(o: Options, loaded: Loaded) -> int:
     """Answer one prompt after another from standard input, until it ends.
 
     With a chat template it is one conversation: its K and V stay in the cache, and of every turn
     only what is new is read. Otherwise every prompt stands for itself.
     """
-    rows, longest = len(engine.rows), engine.max_len - args.max_new_tokens
-    warm_up(engine, auto, later_turns=chat is not None)
+    engine, auto, checkpoint = loaded.engine, loaded.auto, loaded.checkpoint
+    rows, end_ids = len(loaded.request.prompts), loaded.request.end_ids
+    longest = engine.max_len - o.max_new_tokens
+    warm_up(engine, auto, later_turns=o.chat)
     so_far: list[int] = []  # the conversation
     while True:
         try:
@@ -580,7 +500,7 @@ def converse(
         except EOFError:
             return 0
         try:
-            prompt = encode_turn(text, args, tokenizer, chat, so_far)
+            prompt = encode_turn(text, o.system, checkpoint, so_far)
         except ValueError as e:
             print(e)
             continue
@@ -593,29 +513,38 @@ def converse(
             print(f"a prompt needs 1 to {longest} tokens; this one has {len(prompt)}")
             continue
         n_reused = engine.n_reused(0, prompt) if so_far else 0
-        limits = [args.max_new_tokens] * rows
-        engine.prefill([prompt] * rows, limits, args.eos_ids, reuse=bool(so_far))
-        show = RowPrinter(engine, tokenizer, prompt, sys.stdout)
-        result = run(engine, decoder(engine, auto), show)
-        print(show.text.close())
-        print(
-            f"[{result.tokens_per_second:.1f} tokens/s, mean acceptance length "
-            f"{result.stats.mean_acceptance_length:.2f}; of {len(prompt)} tokens of prompt "
-            f"{n_reused} were in the cache]",
-            file=sys.stderr,
+        engine.prefill([prompt] * rows, [o.max_new_tokens] * rows, end_ids, reuse=bool(so_far))
+        answer = say_answer(
+            engine, auto, RowPrinter(engine, checkpoint.tokenizer, prompt), n_reused
         )
-        if chat:
-            answer = result.outputs[0]
-            so_far = prompt + (answer[:-1] if answer[-1] in args.eos_ids else answer)
+        if o.chat:
+            so_far = prompt + (answer[:-1] if answer[-1] in end_ids else answer)
+
+
+def say_answer(engine: Engine, auto: Auto | None, show: "RowPrinter", n_reused: int) -> list[int]:
+    """Decode the prefilled batch, printing its first row as it comes; that row's new tokens."""
+    n_prompt = show.done
+    show()
+    work = partial(auto.decode, show) if auto else partial(decode, engine, on_round=show)
+    seconds, stats = timed(engine.tokens.device, work)
+    run = Run(stats, engine.outputs(), seconds)
+    print(show.text.close())
+    print(
+        f"[{run.tokens_per_second:.1f} tokens/s, mean acceptance length "
+        f"{stats.mean_acceptance_length:.2f}; of {n_prompt} tokens of prompt "
+        f"{n_reused} were in the cache]",
+        file=sys.stderr,
+    )
+    return run.outputs[0]
 
 
 def encode_turn(
-    text: str, args, tokenizer: Tokenizer, chat: Chat | None, so_far: list[int]
+    text: str, system: str | None, checkpoint: Checkpoint, so_far: list[int]
 ) -> list[int]:
     """Tokens of all that the model reads for this line; ValueError if it is no text."""
-    if chat and text and so_far:
-        return so_far + chat.reply(text)
-    return encode_prompt(text, args, tokenizer, chat)
+    if checkpoint.chat and text and so_far:
+        return so_far + checkpoint.chat.reply(text)
+    return checkpoint.encode(text, system)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -625,11 +554,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare_streams()
         with torch.inference_mode():
-            args = parse_args(argv)
-            engine, auto, tokenizer, chat, prompts = prepare(args)
-            if args.interactive:
-                return converse(args, engine, auto, tokenizer, chat)
-            return batch(args, engine, auto, tokenizer, prompts)
+            options = parse_args(argv)
+            check_targets(options)
+            run = converse if options.interactive else batch
+            return run(options, load(options))
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not out_of_memory(e):
             raise

@@ -1,14 +1,20 @@
-"""Prompts: from the command line, from files, or the demo's own."""
+"""Where prompts come from: texts, files, lines of JSON, random tokens, or the demo's own.
 
-import argparse
+    --prompt TEXT       a text; an integer N stands for N random tokens, different in every row
+    --prompt_file FILE  a text
+    --prompts FILE      a line is an object with a "prompt"
+    none of them        beginnings of standard modules that the demo checkpoint was not trained on
+
+A batch has a row for every prompt; more rows repeat them in order.
+"""
+
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from chat import Chat
 from tokenizer import Tokenizer, surrogate
 
 DEMO_MODULES = (  # standard modules that the demo checkpoint was not trained on
@@ -17,6 +23,9 @@ DEMO_MODULES = (  # standard modules that the demo checkpoint was not trained on
     "tarfile", "threading", "typing", "zipfile",
 )  # fmt: skip
 DEMO_ROWS, DEMO_SHORTEST, DEMO_LONGEST = 16, 3000, 3840  # rows, tokens
+MAX_SYNTHETIC = 10**7  # tokens, more than any model has of context
+
+Prompt = list[int] | int  # token ids; an integer: that many random ones, drawn for each row
 
 
 def module_source(name: str) -> str:
@@ -69,58 +78,44 @@ def read_jsonl(path: Path) -> list[str]:
     return texts
 
 
+def read_prompts(
+    texts: Sequence[str],
+    files: Sequence[Path],
+    jsonl: Path | None,
+    encode: Callable[[str], list[int]],
+) -> list[Prompt]:
+    """All prompts in order, encoded. An integer is a length among `texts`, a text in a file.
+
+    OSError or ValueError for a file that cannot be used.
+    """
+    prompts: list[Prompt] = [
+        synthetic_length(text) if text.isdecimal() else encode(text) for text in texts
+    ]
+    read = read_jsonl(jsonl) if jsonl else []
+    return prompts + [encode(text) for text in [*read, *map(read_text, files)]]
+
+
 def synthetic_length(text: str) -> int:
-    """N of a --prompt that is an integer. ValueError if no model has so long a context."""
-    n = int(text) if len(text) < 10 else 10**9
-    if n > 10**7:
+    """N of a --prompt that is an integer. ValueError if no model has a context of N tokens."""
+    n = int(text) if len(text) < 10 else MAX_SYNTHETIC + 1
+    if n > MAX_SYNTHETIC:
         raise ValueError(f"--prompt {text}: a synthetic prompt of so many tokens fits no model")
     return n
 
 
-def encode_prompt(
-    text: str, args: argparse.Namespace, tokenizer: Tokenizer, chat: Chat | None
-) -> list[int]:
-    """Tokens of a prompt, none of an empty one."""
-    if chat and text:
-        return chat.start(text, args.system)
-    return tokenizer.encode(text) if text else []
-
-
-def read_prompts(
-    args: argparse.Namespace,
-    tokenizer: Tokenizer,
-    chat: Chat | None,
-    max_context: int,
-    check_size: Callable[[int, int], None] = lambda n_rows, n_tokens: None,
-) -> list[list[int]]:
-    """Token ids of every row of the batch; with --interactive, which has none yet, empty ones.
-
-    `check_size` is told the rows and the tokens of the longest, answer included, before rows are
-    made, and raises ValueError if they cannot fit. A --prompt that is an integer N stands for N
-    random tokens, different ones in every row.
-    """
-    longest = max_context - args.max_new_tokens  # prompt tokens that leave room for the answer
-    if longest < 1:
+def longest_prompt(max_context: int, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have beside its answer. ValueError if that is none."""
+    if max_new_tokens >= max_context:
         raise ValueError(
-            f"--max_new_tokens {args.max_new_tokens} does not fit into the context of "
+            f"--max_new_tokens {max_new_tokens} does not fit into the context of "
             f"{max_context} tokens"
         )
-    if args.interactive:
-        n_rows = args.batch_size or 1
-        check_size(n_rows, max_context)
-        return [[]] * n_rows
-    if not (args.prompt or args.prompt_file or args.prompts):
-        n_rows, longest = args.batch_size or DEMO_ROWS, min(DEMO_LONGEST, longest)
-        check_size(n_rows, longest + args.max_new_tokens)
-        return demo_prompts(tokenizer, n_rows, longest)
-    texts = read_jsonl(args.prompts) if args.prompts else args.prompt
-    texts = texts + [read_text(path) for path in args.prompt_file]
-    prompts: list[list[int] | int] = [  # an integer: of so many random tokens
-        synthetic_length(text)
-        if args.prompt and text.isdecimal()
-        else encode_prompt(text, args, tokenizer, chat)
-        for text in texts
-    ]
+    return max_context - max_new_tokens
+
+
+def check_lengths(prompts: list[Prompt], max_context: int, max_new_tokens: int) -> int:
+    """Tokens of the longest prompt. ValueError names an empty one, and one that is too long."""
+    longest = longest_prompt(max_context, max_new_tokens)
     lengths = [prompt if isinstance(prompt, int) else len(prompt) for prompt in prompts]
     for number, length in enumerate(lengths):
         if not length:
@@ -128,17 +123,20 @@ def read_prompts(
         if length > longest:
             raise ValueError(
                 f"prompt {number} has {length} tokens; the context of {max_context} "
-                f"leaves room for {longest} with --max_new_tokens {args.max_new_tokens}"
+                f"leaves room for {longest} with --max_new_tokens {max_new_tokens}"
             )
-    n_rows = args.batch_size or len(prompts)
+    return max(lengths)
+
+
+def fill_rows(prompts: list[Prompt], n_rows: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Token ids of every row. ValueError if there are fewer rows than prompts."""
     if n_rows < len(prompts):
         raise ValueError(f"--batch_size {n_rows} is less than the {len(prompts)} prompts given")
-    check_size(n_rows, max(lengths) + args.max_new_tokens)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(seed)
 
-    def row_of(prompt: list[int] | int) -> list[int]:
+    def row_of(prompt: Prompt) -> list[int]:
         if isinstance(prompt, list):
             return prompt
-        return torch.randint(tokenizer.vocab_size, (prompt,), generator=generator).tolist()
+        return torch.randint(vocab_size, (prompt,), generator=generator).tolist()
 
     return [row_of(prompts[row % len(prompts)]) for row in range(n_rows)]

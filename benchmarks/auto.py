@@ -21,14 +21,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from auto import GAMMAS, Auto, Candidate
-from checkpoint import load_model, write_json
+from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
 from cost_model import Strategy as Planned
 from device import timed
 from drafters import Strategy
-from generate import AUTO_POLICIES, DEMO_CHECKPOINT, DTYPES, step_times, warm_up
+from generate import AUTO_POLICIES
+from measure import environment, step_times, warm_up
 from model import compile_blocks
 from prompts import demo_prompts
-from report import environment
 from roofline import Workload, forward_time
 from spec_decode import Engine, Sampling, decode
 from tokenizer import load_tokenizer

@@ -5,9 +5,9 @@
 The floor of a plain decode step is the time to read what it must read once, the K and V of all
 valid tokens and the weights, at the read bandwidth of this machine measured in the same run, in
 turn with the steps (shared machines drift) by summing the caches. The caches hold random numbers:
-time does not depend on them. Acceptance is therefore synthetic: all draft and verification work is
-done, only the accepted count is drawn. --acceptance is the probability that a draft is accepted
-given that those before it were; 0.94 yields a mean acceptance length of 5.2.
+time does not depend on them. Acceptance is therefore synthetic too (`synthetic.py`): all draft and
+verification work is done, only the accepted count is drawn. --acceptance is the probability that a
+draft is accepted given that those before it were; 0.94 yields a mean acceptance length of 5.2.
 """
 
 import argparse
@@ -20,27 +20,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import load_model, write_json
+from synthetic import SyntheticEngine, random_prompts
+
+from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
 from device import timed
 from drafters import Strategy
-from generate import DEMO_CHECKPOINT, DTYPES, step_times
+from measure import decode, environment, step_bytes, step_times
 from model import compile_blocks
 from prompts import demo_lengths
-from report import environment, step_bytes
-from spec_decode import Engine, Sampling, decode
+from spec_decode import Engine, Sampling
 
 NEW_TOKENS = 128
-
-
-def pretend_prefill(engine: Engine, lengths: list[int], new_tokens: int) -> None:
-    """Random K, V and tokens of the given lengths, as if these prompts had been prefilled."""
-    for buffer in engine.full.k + engine.full.v:
-        buffer.normal_()
-    engine.tokens.random_(engine.model.config.vocab_size)
-    engine.prompt_len.copy_(torch.tensor(lengths))
-    engine.limit.copy_(engine.prompt_len + new_tokens)
-    engine.n_prefills, engine.shortest = 1, min(lengths)
-    engine.rewind()
 
 
 def read_caches(engine: Engine) -> None:
@@ -49,11 +39,12 @@ def read_caches(engine: Engine) -> None:
         buffer.sum()
 
 
-def measure(model, lengths: list[int], strategy: Strategy, repeats: int) -> dict:
+def measure(model, lengths: list[int], strategy: Strategy, rate: float, repeats: int) -> dict:
     """Step times and their floor at these lengths, and plain against speculative decoding."""
-    engine = Engine(model, len(lengths), max(lengths) + NEW_TOKENS, strategy, Sampling())
-    gamma, n_bytes = strategy.gamma, step_bytes(engine, [range(n) for n in lengths])
-    pretend_prefill(engine, lengths, NEW_TOKENS)
+    B, most = len(lengths), max(lengths) + NEW_TOKENS
+    engine = SyntheticEngine(model, B, most, strategy, Sampling(), rate=rate)
+    gamma, n_bytes = strategy.gamma, step_bytes(engine, lengths)
+    engine.prefill(random_prompts(lengths, model.config.vocab_size), [NEW_TOKENS] * B)
     device = engine.tokens.device
     cache_bytes = sum(buffer.nbytes for buffer in engine.full.k + engine.full.v)
     step_times(engine, repeats=2)  # compile
@@ -102,9 +93,7 @@ def main() -> None:
     device = torch.device(args.device)
     model = load_model(DEMO_CHECKPOINT, device, DTYPES[args.dtype])
     compile_blocks(model)
-    strategy = Strategy(
-        "streaming", args.gamma, args.draft_budget, synthetic_acceptance=args.acceptance
-    )
+    strategy = Strategy("streaming", args.gamma, args.draft_budget)
     B = args.batch_size
     workloads = {"demo_lengths": demo_lengths(B), "8192": [8192] * B}
     result = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"),
@@ -112,7 +101,7 @@ def main() -> None:
               "synthetic_acceptance": args.acceptance}  # fmt: skip
     with torch.inference_mode():
         for name, lengths in workloads.items():
-            r = result[name] = measure(model, lengths, strategy, args.repeats)
+            r = result[name] = measure(model, lengths, strategy, args.acceptance, args.repeats)
             print(
                 f"{name}: read {r['read_bandwidth_gb_per_s']:.1f} GB/s, "
                 f"floor {r['floor_ms']:.1f} ms, T_T {r['target_step_ms']:.1f} ms "

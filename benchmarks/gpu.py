@@ -34,18 +34,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from floor import pretend_prefill
+from synthetic import SyntheticEngine, random_prompts
 
-from checkpoint import load_model, randomize, write_json
+from checkpoint import DTYPES, load_model, randomize, write_json
 from config import ModelConfig, layer_params, read_json
 from cost_model import omega
 from device import timed
 from drafters import Strategy
-from generate import DTYPES
 from generate import main as generate_main
 from kv_cache import KVCache
+from measure import environment
 from model import Transformer, compile_blocks
-from report import environment
 from roofline import HARDWARE, Timing, Workload, fit, forward_time
 from spec_decode import Engine, Sampling
 
@@ -125,8 +124,9 @@ class Point:
         device = model.norm.weight.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.engine = Engine(model, B, S + NEW_TOKENS, Strategy(), Sampling())
-        pretend_prefill(self.engine, [S] * B, NEW_TOKENS)
+        self.engine = SyntheticEngine(model, B, S + NEW_TOKENS, Strategy(), Sampling())
+        prompts = random_prompts([S] * B, model.config.vocab_size)
+        self.engine.prefill(prompts, [NEW_TOKENS] * B)
         self.device = device
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
         if not model.config.tie_embeddings:
@@ -194,7 +194,8 @@ class Point:
 
     def tokens_per_second(self, gamma: int, rate: float = 0.0) -> float:
         """Of whole rounds, selections and the host's part included, while no row is finished."""
-        seconds = []
+        seconds: list[float] = []
+        self.engine.accept_at(rate)
         for _ in range(4):  # the first one compiles and captures
             self.engine.rewind()
             seconds.append(timed(self.device, lambda: self.engine.run(gamma, ROUNDS))[0])
@@ -206,8 +207,7 @@ class Point:
         found = {"plain_tokens_per_s": self.tokens_per_second(0), "runs": []}
         for policy, budget, rate in ACCEPTED:
             budget = min(budget, max(self.settings.budgets))
-            strategy = Strategy(policy, POLICY_GAMMA, budget, synthetic_acceptance=rate)
-            t_draft = self.draft_step(strategy)
+            t_draft = self.draft_step(Strategy(policy, POLICY_GAMMA, budget))
             for gamma in self.settings.round_gammas:
                 speed = self.tokens_per_second(gamma, rate)
                 found["runs"].append({
@@ -243,7 +243,11 @@ class Point:
 
     def prefill(self) -> dict:
         """One row's prompt: tokens/s, and FLOP/s of its matrices and attention."""
-        seconds = 1e-3 * milliseconds(lambda: self.engine.prefill_row(0, self.S), self.device, 1)
+
+        def read() -> torch.Tensor:  # as an engine does that makes nothing up
+            return Engine.prefill_row(self.engine, 0, self.S)
+
+        seconds = 1e-3 * milliseconds(read, self.device, 1)
         c = self.model.config
         matrices = c.n_layer * layer_params(c)  # no logits but the last
         flops = 2 * matrices * self.S

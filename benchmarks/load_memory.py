@@ -20,8 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import load_model, save_model, write_json
-from generate import DTYPES
+from checkpoint import DTYPES, load_model, save_model, write_json
 
 BOUND = 1.2  # of the largest shard
 

@@ -33,15 +33,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import load_model, write_json
+from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
 from device import timed
 from drafters import Strategy
-from generate import DEMO_CHECKPOINT, DTYPES, step_times
+from measure import decode, environment, step_times
 from model import Transformer, compile_blocks
 from policies import POLICIES
 from prompts import DEMO_LONGEST, DEMO_MODULES, demo_prompts, module_source
-from report import environment
-from spec_decode import Engine, Sampling, decode
+from spec_decode import Engine, Sampling
 from tokenizer import Tokenizer, load_tokenizer
 
 CUE = 32  # tokens of the repeated passage that are given

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from benchmarks import load_memory
+from benchmarks.synthetic import SyntheticEngine, random_prompts
 from config import MODELS, ModelConfig, total_params
+from drafters import Strategy
+from measure import decode
+from spec_decode import Sampling
+from tests.reference import tiny_model
+from tests.test_spec_decode import PROMPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,3 +86,45 @@ def test_a_time_out_does_not_lose_what_the_tests_printed(tmp_path, monkeypatch):
     assert log.read_text() == "one\ntwo\n"
     assert gpu.run_logged(["sh", "-c", "echo three; exit 3"], log, 60) == 3
     assert log.read_text() == "three\n"
+
+
+def synthetic_engine(n_rows: int, **options) -> SyntheticEngine:
+    strategy = Strategy("streaming", 3, 20, 3)
+    return SyntheticEngine(tiny_model(), n_rows, 270, strategy, Sampling(), **options)
+
+
+def test_synthetic_acceptance_has_the_asked_rate():
+    engine = synthetic_engine(32, rate=0.8)
+    engine.prefill(PROMPTS * 8, [200] * 32)
+    stats = decode(engine)
+    assert stats.acceptance_rate_per_position == pytest.approx([0.8, 0.64, 0.512], abs=0.04)
+    for rate, accepted in ((0.0, 0.0), (1.0, 1.0)):
+        engine.accept_at(rate)
+        engine.rewind()
+        assert decode(engine).draft_acceptance_rate == accepted
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+def test_a_rate_that_is_no_probability_is_refused(rate):
+    with pytest.raises(ValueError, match="must be in 0..1"):
+        synthetic_engine(1, rate=rate)
+
+
+def test_made_up_prompts_fill_the_caches_of_their_rows():
+    engine = synthetic_engine(2)
+    engine.prefill(random_prompts([30, 60], 97), [9, 9])
+    assert engine.prompt_len.tolist() == [30, 60]
+    for buffer in engine.full.k + engine.full.v:
+        assert buffer[:, :, :60].std(dim=-1).min() > 0.1
+
+
+def test_floor_measures_steps_against_it(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import floor
+
+    monkeypatch.setattr(floor, "NEW_TOKENS", 20)
+    r = floor.measure(tiny_model(), [30, 50], Strategy("streaming", 2, 20), 0.9, repeats=2)
+    assert len(r["target_step_over_floor_by_repeat"]) == 2
+    assert r["target_step_over_floor"] > 0 and r["speedup"] > 0
+    assert 2 < r["mean_acceptance_length"] <= 3
+    assert not r["environment"]["compiled"]

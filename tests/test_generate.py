@@ -13,12 +13,14 @@ import pytest
 import sentencepiece
 import torch
 
+import checkpoint as checkpoint_module
 import config
 import generate
 from chat import load_chat
-from checkpoint import load_model, save_model
-from generate import DEMO_CHECKPOINT, main
+from checkpoint import DEMO_CHECKPOINT, load_model, open_checkpoint, save_model
+from generate import main
 from prompts import demo_prompts
+from spec_decode import Engine
 from tests.reference import plain_greedy, tiny_model
 from tokenizer import continuation, load_tokenizer
 
@@ -337,13 +339,12 @@ def test_one_new_token_and_a_first_token_that_ends_the_row(checkpoint, capsys):
     assert "nothing was left to decode" in capsys.readouterr().out
 
 
-def test_synthetic_numbers_are_labelled_and_nothing_is_called_identical(checkpoint, capsys):
+def test_sampled_outputs_are_not_called_identical(checkpoint, capsys):
     flags = ["--prompt", "x", "--max_new_tokens", "20", "--compare", *FIXED]
-    _, result = run(checkpoint, *flags, "--synthetic_acceptance", "0.5")
-    assert result["plan"]["synthetic_acceptance"] == 0.5 and "identical" not in result
-    assert capsys.readouterr().out.count("synthetic") >= 3
     _, result = run(checkpoint, *flags, "--temperature", "1")
     assert "identical" not in result and result["speedup"] > 0
+    out = capsys.readouterr().out
+    assert "speedup" in out and "identical" not in out and "of which accepting" in out
 
 
 def test_sampled_text_depends_on_the_seed_alone(checkpoint):
@@ -356,7 +357,7 @@ def test_interruption_leaves_no_file(checkpoint, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "decode", interrupt)
+    monkeypatch.setattr(Engine, "run", interrupt)
     out = checkpoint / "out.json"
     flags = ["--checkpoint_path", str(checkpoint), "--no-compile", "--prompt", "x", *FIXED,
              "--json", str(out)]  # fmt: skip
@@ -379,7 +380,6 @@ BAD_FLAGS = [
     (["--speculate_k", "-1"], "speculate_k -1"),
     (["--speculate_k", "99"], "0..32"),
     (["--speculate_k", "two"], "--speculate_k"),
-    (["--synthetic_acceptance", "0.5"], "not auto"),
     (["--draft", "none", "--speculate_k", "auto", "--compare"], "needs a draft"),
     (["--draft_budget", "4"], "at least n_sink"),
     (["--draft", "streming"], "known: none, streaming"),
@@ -396,15 +396,13 @@ BAD_FLAGS = [
     (["--max_context", "1"], "--max_context 1 must be at least 2"),
     (["--max_context", "50", "--prompt", "60", "--max_new_tokens", "9"], "context of 50 leaves"),
     (["--checkpoint_path", "random:llama-2-7b", "--interactive"], "needs a tokenizer"),
-    (["--draft", "none", "--synthetic_acceptance", "0"], "--synthetic_acceptance needs a draft"),
     (["--chat", "--prompt", "a"], "no chat_template"),
     (["--check_lossless", "--temperature", "1"], "greedy"),
     (["--check_lossless", "--no-compare"], "--no-compare"),
-    (["--synthetic_acceptance", "0.5", "--draft", "none"], "needs a draft"),
     (["--prompt_file", "/nowhere/a.txt"], "/nowhere/a.txt"),
     (["--prompt", "99999999999999"], "99999999999999"),
     (["--prompt", "9999999"], "leaves room for"),
-    (["--speculate_k", "0", "--synthetic_acceptance", "0.5"], "needs a draft"),
+    (["--speculate_k", "0", "--compare"], "needs a draft"),
     (["--draft", "none", "--check_lossless"], "needs a draft"),
     (["--draft", "none", "--compare"], "needs a draft"),
     (["--prompt", "a", "--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
@@ -507,7 +505,8 @@ def test_an_answer_ends_where_the_chat_format_says(chat_checkpoint, monkeypatch)
     _, free = run(chat_checkpoint, *flags, "--chat", "--ignore_eos")
     token_ids = free["outputs"][0]["token_ids"]
     end = token_ids[6]
-    monkeypatch.setattr(generate, "load_chat", lambda *args: replace(load_chat(*args), end_id=end))
+    other = lambda *args: replace(load_chat(*args), end_id=end)  # noqa: E731
+    monkeypatch.setattr(checkpoint_module, "load_chat", other)
     _, result = run(chat_checkpoint, *flags, "--chat")
     row = result["outputs"][0]
     assert row["finish_reason"] == "eos"
@@ -574,10 +573,10 @@ def test_closed_streams_are_told_before_the_run(checkpoint, monkeypatch, capsys,
 
 def test_memory_that_runs_out_on_the_cpu_is_one_line(monkeypatch, capsys):
     """There it is a RuntimeError like any other, and the others are mistakes of ours."""
-    monkeypatch.setattr(generate, "prepare", lambda args: torch.empty(10**14))
+    monkeypatch.setattr(generate, "load", lambda options: torch.empty(10**14))
     assert main(["--prompt", "a"]) == 2
     assert "out of memory; use a smaller --batch_size or --max_context" in one_line(capsys)
-    monkeypatch.setattr(generate, "prepare", lambda args: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(generate, "load", lambda options: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError):
         main(["--prompt", "a"])
 
@@ -650,11 +649,46 @@ def test_demo_checkpoint_reproduces_recorded_logits():
 
 
 def test_on_a_gpu_the_draft_lengths_follow_from_the_heads():
-    config = tiny_model(8, 2).config
-    args = generate.parse_args(["--device", "cpu"])
-    assert generate.gammas(args, config) == (2, 5)
-    args.device = torch.device("cuda")
-    assert generate.gammas(args, config) == (1, 3, 7, 11)
-    assert {d.gamma for d in generate.read_strategies(args, config)} == {11}
-    args.speculate_k = 5
-    assert generate.gammas(args, config) == (5,)
+    options = generate.parse_args([])
+    assert options.gammas("cpu", 4) == (2, 5)
+    assert options.gammas("cuda", 4) == (1, 3, 7, 11)
+    assert {d.gamma for d in generate.read_strategies(options, 11)} == {11}
+    assert generate.parse_args(["--gamma", "5"]).gammas("cuda", 4) == (5,)
+
+
+def test_options_are_what_was_given_and_stay_so():
+    options = generate.parse_args(
+        ["--prompt", "a", "--prompt", "b", "--no-compile", "--gamma", "3"]
+    )
+    expected = generate.Options(prompt=("a", "b"), compile=False, speculate_k=3)
+    assert options == expected and generate.parse_args([]) == generate.Options()
+    with pytest.raises(AttributeError):
+        options.seed = 1
+
+
+def test_plain_decoding_is_compared_with_where_it_was_not_said(checkpoint):
+    for flags, compares in [
+        ([], True), (["--no-compare"], False), (["--prompt", "a"], False),
+        (["--prompt", "a", "--check_lossless"], True), (["--draft", "none"], False),
+    ]:  # fmt: skip
+        assert generate.parse_args(flags).compares == compares
+
+
+def sizes_of(*flags: str, max_context: int = 100) -> tuple[int, int]:
+    """Rows and tokens that a batch is refused for before it is made."""
+
+    def refuse(*asked):
+        raise ValueError(asked)
+
+    options = generate.parse_args(["--max_new_tokens", "8", *flags])
+    with pytest.raises(ValueError) as error:
+        generate.read_rows(options, open_checkpoint(DEMO_CHECKPOINT), max_context, refuse)
+    return error.value.args[0]
+
+
+def test_the_size_is_checked_before_rows_are_made():
+    """A list of a thousand million rows takes 8 GB."""
+    many = "--batch_size", str(10**9)
+    assert sizes_of(*many, "--interactive") == (10**9, 100)
+    assert sizes_of(*many, "--prompt", "x", "--prompt", "20") == (10**9, 28)
+    assert sizes_of(*many) == (10**9, 100)

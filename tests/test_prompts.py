@@ -1,17 +1,16 @@
 """Prompts: what is read from files, what is refused by name, and rows that were made up."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from test_chat import CHATML
 
-from chat import load_chat
 from prompts import (
     DEMO_MODULES,
+    check_lengths,
     demo_lengths,
     demo_prompts,
+    fill_rows,
     module_source,
     read_jsonl,
     read_prompts,
@@ -23,15 +22,11 @@ FIXTURES = Path(__file__).parent / "fixtures" / "tokenizers"
 TOKENIZER = load_tokenizer(FIXTURES / "gpt2")
 
 
-def options(**given) -> Namespace:
-    """The flags that matter here, as generate.py's parser leaves them."""
-    flags = {"prompt": [], "prompt_file": [], "prompts": None, "interactive": False, "system": None,
-             "batch_size": None, "max_new_tokens": 8, "seed": 1}  # fmt: skip
-    return Namespace(**flags | given)
-
-
-def rows(max_context: int = 100, tokenizer=TOKENIZER, chat=None, **given) -> list[list[int]]:
-    return read_prompts(options(**given), tokenizer, chat, max_context)
+def rows(
+    texts=(), files=(), jsonl=None, n_rows=None, tokenizer=TOKENIZER, seed=1
+) -> list[list[int]]:
+    prompts = read_prompts(texts, files, jsonl, tokenizer.encode)
+    return fill_rows(prompts, n_rows or len(prompts), tokenizer.vocab_size, seed)
 
 
 def test_texts_become_rows_in_order(tmp_path):
@@ -39,39 +34,36 @@ def test_texts_become_rows_in_order(tmp_path):
     file.write_text("Grüße\n", encoding="utf-8")
     lines.write_text('{"prompt": "fox"}\n{"prompt": "漢\\u00e9", "id": 7}\n', encoding="utf-8")
     fox, greeting = TOKENIZER.encode("fox"), TOKENIZER.encode("Grüße\n")
-    assert rows(prompt=["fox", "Grüße\n"]) == [fox, greeting]
-    assert rows(prompt_file=[file, file]) == [greeting, greeting]
-    assert rows(prompts=lines) == [fox, TOKENIZER.encode("漢é")]
-    assert rows(prompt=["fox", "Grüße\n"], batch_size=5) == [fox, greeting, fox, greeting, fox]
+    assert rows(["fox", "Grüße\n"]) == [fox, greeting]
+    assert rows(files=[file, file]) == [greeting, greeting]
+    assert rows(jsonl=lines) == [fox, TOKENIZER.encode("漢é")]
+    assert rows(["fox", "Grüße\n"], n_rows=5) == [fox, greeting, fox, greeting, fox]
 
 
-def test_a_chat_wraps_texts_and_no_random_tokens(tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes((FIXTURES / "qwen3/tokenizer.json").read_bytes())
-    (tmp_path / "chat_template.jinja").write_text(CHATML)
-    tokenizer = load_tokenizer(tmp_path)
-    chat = load_chat(tmp_path, tokenizer)
-    got = rows(tokenizer=tokenizer, chat=chat, prompt=["Hi", "6"], system="Be brief.")
-    assert got[0] == chat.start("Hi", "Be brief.") and len(got[1]) == 6
+def test_texts_are_encoded_and_random_tokens_are_not():
+    """As in a chat, which wraps what it encodes."""
+    got = read_prompts(["Hi", "6"], [], None, lambda text: [0, *TOKENIZER.encode(text)])
+    assert got == [[0, *TOKENIZER.encode("Hi")], 6]
 
 
 def test_an_integer_is_that_many_random_tokens_different_in_every_row():
     tokenizer = NumberTokenizer(1000)
-    made = rows(tokenizer=tokenizer, prompt=["50"], batch_size=8)
+    made = rows(["50"], n_rows=8, tokenizer=tokenizer)
     assert [len(row) for row in made] == [50] * 8
     assert len(set(map(tuple, made))) == 8
     assert all(0 <= i < 1000 for row in made for i in row) and max(map(max, made)) > 900
-    assert rows(tokenizer=tokenizer, prompt=["50"], batch_size=8) == made
-    assert rows(tokenizer=tokenizer, prompt=["50"], batch_size=3) == made[:3]
-    assert rows(tokenizer=tokenizer, prompt=["50"], batch_size=8, seed=2) != made
-    mixed = rows(prompt=["fox", "9"], batch_size=4)
+    assert rows(["50"], n_rows=8, tokenizer=tokenizer) == made
+    assert rows(["50"], n_rows=3, tokenizer=tokenizer) == made[:3]
+    assert rows(["50"], n_rows=8, tokenizer=tokenizer, seed=2) != made
+    mixed = rows(["fox", "9"], n_rows=4)
     assert mixed[0] == mixed[2] == TOKENIZER.encode("fox") and mixed[1] != mixed[3]
 
 
 def test_an_integer_in_a_file_is_text(tmp_path):
     (tmp_path / "a.txt").write_text("50")
     (tmp_path / "a.jsonl").write_text('{"prompt": "50"}')
-    assert rows(prompt_file=[tmp_path / "a.txt"]) == [TOKENIZER.encode("50")]
-    assert rows(prompts=tmp_path / "a.jsonl") == [TOKENIZER.encode("50")]
+    assert rows(files=[tmp_path / "a.txt"]) == [TOKENIZER.encode("50")]
+    assert rows(jsonl=tmp_path / "a.jsonl") == [TOKENIZER.encode("50")]
 
 
 def test_marks_and_empty_lines_of_editors_are_no_text(tmp_path):
@@ -108,41 +100,28 @@ def test_files_that_are_no_text_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, words",
+    "prompts, max_new_tokens, words",
     [
-        ({"max_new_tokens": 100}, "--max_new_tokens 100 does not fit into the context of 100"),
-        ({"prompt": [""]}, "prompt 0 is empty"),
-        ({"prompt": ["a", "0"]}, "prompt 1 is empty"),
-        ({"prompt": ["93"]}, "prompt 0 has 93 tokens; the context of 100 leaves room for 92 with"),
-        ({"prompt": ["99999999999"]}, "--prompt 99999999999: a synthetic prompt of so many"),
-        ({"prompt": ["a", "b"], "batch_size": 1}, "--batch_size 1 is less than the 2 prompts"),
-        ({"prompt": ["caf\udce9"]}, "the text is not UTF-8: its character 3"),
+        ([5], 100, "--max_new_tokens 100 does not fit into the context of 100"),
+        ([[]], 8, "prompt 0 is empty"),
+        ([[1], 0], 8, "prompt 1 is empty"),
+        ([93], 8, "prompt 0 has 93 tokens; the context of 100 leaves room for 92 with"),
+        ([[1], [1] * 93], 8, "prompt 1 has 93 tokens"),
     ],
 )
-def test_refusals(given, words):
+def test_lengths_that_do_not_fit_are_refused(prompts, max_new_tokens, words):
     with pytest.raises(ValueError, match=words):
-        rows(**given)
-    assert rows(prompt=["92"])  # just fits
+        check_lengths(prompts, 100, max_new_tokens)
+    assert check_lengths([[1], 92, [1] * 91], 100, 8) == 92  # just fits
 
 
-@pytest.mark.parametrize(
-    "given, size",
-    [
-        ({"interactive": True}, (10**9, 100)),
-        ({"prompt": ["x", "20"]}, (10**9, 28)),
-        ({}, (10**9, 100)),
-    ],
-)
-def test_the_size_is_checked_before_rows_are_made(given, size):
-    """A list of a thousand million rows takes 8 GB."""
-
-    def refuse(*asked):
-        raise ValueError(f"too much: {asked}")
-
-    with pytest.raises(ValueError) as error:
-        read_prompts(options(batch_size=10**9, **given), TOKENIZER, None, 100, refuse)
-    assert str(error.value) == f"too much: {size}"
-    assert read_prompts(options(interactive=True, batch_size=3), TOKENIZER, None, 100) == [[]] * 3
+def test_texts_that_cannot_be_prompts_are_refused():
+    with pytest.raises(ValueError, match="--prompt 99999999999: a synthetic prompt of so many"):
+        rows(["99999999999"])
+    with pytest.raises(ValueError, match="--batch_size 1 is less than the 2 prompts"):
+        rows(["a", "b"], n_rows=1)
+    with pytest.raises(ValueError, match="the text is not UTF-8: its character 3"):
+        rows(["caf\udce9"])
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 7, 16, 45])
@@ -153,7 +132,6 @@ def test_demo_prompts_are_beginnings_of_modules_of_different_lengths(n_rows):
     for row, prompt in enumerate(prompts):
         text = module_source(DEMO_MODULES[row % len(DEMO_MODULES)])
         assert text.startswith(TOKENIZER.decode(prompt).rstrip("\ufffd"))
-    assert rows(max_context=208, batch_size=n_rows) == prompts
     assert demo_lengths(n_rows, 1) == [1] * n_rows
 
 

@@ -1,34 +1,52 @@
 """What the table and the JSON say of a run: every figure against one worked out by hand."""
 
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
-import torch
 
-import config
-import generate
-from drafters import Strategy
-from report import Report, Run, step_bytes, table, to_json, top2_margin, verdict
-from spec_decode import Engine, Sampling, Stats, decode
-from tests.reference import plain_greedy, reference_logits, tiny_model
-from tests.test_spec_decode import PROMPTS
-from tokenizer import NumberTokenizer
-
-GREEDY = Sampling()
-
-
-def engine_of(strategy: Strategy, sampling: Sampling = GREEDY, n: int = 20) -> Engine:
-    engine = Engine(tiny_model(), 4, 70 + n, strategy, sampling)
-    engine.prefill(PROMPTS, [n] * 4)
-    return engine
-
+from measure import Measurement, Run
+from report import build, table, verdict
+from spec_decode import Stats
 
 # Two rows of 5 and 9 tokens: plainly 4 and 8 rounds of 1 s, speculatively 2 and 6 of 1.5 s.
 PLAIN = Run(Stats(8, 12, [12], [12]), [[0] * 5, [0] * 9], 8.0)
 DRAFTED = Run(Stats(6, 12, [5, 2, 1], [0, 0, 8]), [[0] * 5, [0] * 9], 9.0)
+SETTING = {
+    "environment": {"device": "cpu"},
+    "model": {"dim": 40},
+    "sampling": {"temperature": 0.0, "top_k": None, "top_p": None},
+    "plan": {"strategy": "streaming", "gamma": 2, "draft_budget": 20},
+}
+MEASURED = Measurement(
+    setting=SETTING,
+    speculative=True,
+    prompt_lengths=[30, 50],
+    compile_seconds=1.0,
+    prefill_seconds=2.0,
+    draft_prefill_seconds=None,
+    step_ms={"target_step_ms": 4.0, "draft_step_ms": 3.0, "verify_ms": 8.0, "accept_ms": 0.5},
+    step_bytes=6 * 10**7,
+    peak_memory_bytes=3 * 2**30,
+    main=DRAFTED,
+    baseline=PLAIN,
+    differences=[],
+)
+ALONE = replace(
+    MEASURED,
+    setting=SETTING | {"plan": {"strategy": "none", "gamma": 0}},
+    speculative=False,
+    step_ms={"target_step_ms": 4.0},
+    main=PLAIN,
+    baseline=None,
+    differences=None,
+)
 
 
-def report_of(main: Run, baseline: Run | None, engine: Engine, **step_ms: float) -> Report:
-    prompts = [[1] * 30, [1] * 50]
-    return Report(engine, prompts, 1.0, 2.0, None, step_ms, main, baseline, None)
+def report_of(m: Measurement) -> dict:
+    return build(m, ["one", "two"], (7,))
 
 
 def test_a_row_waits_for_others_but_its_milliseconds_do_not():
@@ -36,100 +54,106 @@ def test_a_row_waits_for_others_but_its_milliseconds_do_not():
     assert PLAIN.ms_per_token == 1000
     assert DRAFTED.ms_per_token == pytest.approx(1500 * 8 / 12)
     assert DRAFTED.tokens_per_second == pytest.approx(12 / 9)
-    report = report_of(DRAFTED, PLAIN, engine_of(Strategy("streaming", 2, 20)))
-    assert report.speedup == pytest.approx(8 / 9)
-    assert report.row_speedup == pytest.approx(1.0)
-    line = verdict(report).splitlines()[0]
+    result = report_of(MEASURED)
+    assert result["speedup"] == pytest.approx(8 / 9)
+    assert result["row_speedup"] == pytest.approx(1.0)
+    line = verdict(result).splitlines()[0]
     assert "0.89x" in line and "1.00x while a row runs" in line
     assert "6 rounds where the mean row needs 4" in line
 
 
 def test_the_table_shows_both_runs_and_the_bandwidth():
-    engine = engine_of(Strategy("streaming", 2, 20))
-    ms = {"target_step_ms": 0.01, "draft_step_ms": 3.0, "verify_ms": 0.02, "accept_ms": 0.5}
-    report = report_of(DRAFTED, PLAIN, engine, **ms)
-    lines = {line[:24].strip(): line[24:].split() for line in table(report).splitlines()}
+    text = table(report_of(MEASURED))
+    lines = {line[:24].strip(): line[24:].split() for line in text.splitlines()}
+    assert lines[""] == ["plain", "streaming"]
     assert lines["decode tokens/s"] == ["1.5", "1.3"]
     assert lines["rounds, slowest row"] == ["8", "6"]
     assert lines["rounds, mean row"] == ["6.0", "4.0"]
     assert lines["mean acceptance length"] == ["1.00", "1.50"]
-    kv = (30 + 50) * 2 * 2 * 2 * 16 * 4  # tokens, layers, K and V, KV heads, head_dim, bytes
-    assert step_bytes(engine, report.prompts) > kv
-    speed = step_bytes(engine, report.prompts) / 0.01 / 1e6
-    assert f"T_T 0.0 ms, T_D 3.0 ms, T_V(2) 0.0 ms = 2.00 T_T; T_T reads {speed:.1f} GB/s" in table(
-        report
-    )
+    assert "acceptance rate 0.250, by position 0.375 0.125\n" in text
+    steps = "T_T 4.0 ms, T_D 3.0 ms, T_V(2) 8.0 ms = 2.00 T_T; T_T reads 15.0 GB/s"
+    assert text.endswith(f"\n{steps}; peak memory 3.0 GiB")
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_p=0.9)])
-def test_steps_are_timed_as_what_they_are(monkeypatch, sampling):
-    """By a clock that counts tokens fed to the model and, as a tenth, uniforms that are drawn."""
-    engine = engine_of(Strategy("streaming", 3, 20), sampling)
-    clock, hidden, uniforms = [0.0], engine.model.hidden, engine.uniforms
-
-    def fed(tokens, *more):
-        clock[0] += tokens.shape[1]
-        return hidden(tokens, *more)
-
-    def drawn(n):
-        clock[0] += n / 10
-        return uniforms(n)
-
-    def timed(device, work):
-        before = clock[0]
-        result = work()
-        return clock[0] - before, result
-
-    monkeypatch.setattr(engine.model, "hidden", fed)
-    monkeypatch.setattr(engine, "uniforms", drawn)
-    monkeypatch.setattr(generate, "timed", timed)
-    seconds = {k: v[0] / 1e3 for k, v in generate.step_times(engine, repeats=1).items()}
-    u = 0.0 if sampling.greedy else 0.1
-    expected = {"target_step_ms": 1 + u, "draft_step_ms": 1 + u, "verify_ms": 4 * (1 + u)}
-    assert seconds == pytest.approx(expected | {"accept_ms": 4 * u})
-    assert generate.step_times(engine, 1, gamma=0).keys() == {"target_step_ms"}
+def test_what_accepting_takes_is_told_where_it_takes_something():
+    sampled = SETTING | {"sampling": {"temperature": 0.8, "top_k": None, "top_p": None}}
+    result = report_of(replace(MEASURED, setting=sampled, differences=None))
+    assert "= 2.00 T_T, of which accepting 0.5 ms; T_T reads" in table(result)
+    assert "identical" not in result and len(verdict(result).splitlines()) == 1
 
 
-def test_a_margin_touches_nothing_of_the_engine():
-    """Asked for in the middle of a conversation, whose next turn reads only what is new."""
-    engine, model = engine_of(Strategy("streaming", 3, 20)), tiny_model()
-    decode(engine)
-    margin = top2_margin(engine, PROMPTS[2][:40])
-    first, second = reference_logits(model, PROMPTS[2][:40])[-1].topk(2).values.tolist()
-    assert margin == pytest.approx(first - second, abs=1e-4)
-    texts = [p + a + [3] for p, a in zip(PROMPTS, engine.outputs(), strict=True)]
-    engine = Engine(model, 4, 200, Strategy(), Sampling())
-    engine.prefill(PROMPTS, [20] * 4)
-    decode(engine)
-    top2_margin(engine, PROMPTS[2][:40])
-    engine.prefill(texts, [10] * 4, reuse=True)
-    decode(engine)
-    assert engine.outputs() == [plain_greedy(model, t, 10) for t in texts]
+def test_a_plain_run_is_its_own_baseline():
+    result = report_of(ALONE)
+    text = table(result)
+    assert text.splitlines()[0].split() == ["plain"]
+    assert "T_T 4.0 ms; T_T reads" in text and "acceptance rate" not in text
+
+
+def test_a_run_that_chose_by_itself_is_called_auto():
+    plan = {"strategy": "none", "gamma": 0, "candidates": []}
+    m = replace(MEASURED, setting=SETTING | {"plan": plan}, step_ms={"target_step_ms": 4.0})
+    text = table(report_of(m))
+    assert text.splitlines()[0].split() == ["plain", "auto"] and "T_D" not in text
+    assert "acceptance rate 0.250" in text  # it drafted, if not in the end
+
+
+def test_rows_that_part_are_told_with_place_and_margin():
+    found = [{"row": 1, "new_token": 3, "top2_logit_margin": 0.00123}]
+    result = report_of(replace(MEASURED, differences=found))
+    assert result["identical"] is False and result["differences"] == found
+    assert verdict(result).splitlines()[1:] == [
+        "1 of 2 outputs identical",
+        "row 1 differs from new token 3; top-2 logit margin 0.0012",
+    ]
+
+
+def test_where_the_prefill_decided_everything_there_is_no_speedup():
+    nothing = Run(Stats(0, 0, [0], [0]), [[7], [0]], 0.001)
+    result = report_of(replace(MEASURED, main=nothing, baseline=nothing))
+    assert "speedup" not in result and result["identical"]
+    assert "nothing was left to decode" in verdict(result)
+    assert table(result)
+
+
+RUN = {
+    "decode_tokens_per_second", "ms_per_token", "decode_seconds", "rounds", "row_rounds",
+    "prefill_seconds", "compile_seconds", "generated_tokens", "peak_memory_bytes", "target_step_ms",
+}  # fmt: skip
+SPECULATIVE = RUN | {
+    "mean_acceptance_length", "draft_acceptance_rate", "acceptance_rate_per_position",
+    "accepted_histogram", "draft_step_ms", "verify_ms", "accept_ms",
+}  # fmt: skip
+KEYS = {"environment", "model", "sampling", "plan", "target_step_bytes", "outputs"}
+
+
+def test_the_json_has_these_keys_and_no_others():
+    """Programs read them: a key that goes or is renamed is a change to tell of."""
+    result = report_of(MEASURED)
+    more = {"speculative", "baseline", "speedup", "row_speedup", "identical"}
+    assert result.keys() == KEYS | more
+    assert result["speculative"].keys() == SPECULATIVE and result["baseline"].keys() == RUN
+    row = {"prompt_length": 30, "token_ids": [0] * 5, "text": "one", "finish_reason": "length"}
+    assert result["outputs"][0] == row
+    result = report_of(replace(MEASURED, draft_prefill_seconds=0.25))
+    assert result["speculative"].keys() == SPECULATIVE | {"draft_prefill_seconds"}
+    result = report_of(ALONE)
+    assert result.keys() == KEYS | {"baseline"} and result["baseline"].keys() == RUN
+
+
+def test_a_row_finishes_at_a_token_that_ends_it():
+    main = replace(DRAFTED, outputs=[[0, 0, 7], [7, 0]])
+    result = report_of(replace(MEASURED, main=main))
+    assert [row["finish_reason"] for row in result["outputs"]] == ["eos", "length"]
 
 
 def test_the_json_has_the_tables_figures():
-    ms = {"target_step_ms": 1.0, "draft_step_ms": 3.0, "verify_ms": 2.0, "accept_ms": 0.5}
-    report = report_of(DRAFTED, PLAIN, engine_of(Strategy("streaming", 2, 20)), **ms)
-    result = to_json(report, NumberTokenizer(97))
-    assert result["speedup"] == report.speedup and result["row_speedup"] == report.row_speedup
+    result = report_of(MEASURED)
     assert result["baseline"]["ms_per_token"] == 1000
     assert result["speculative"]["mean_acceptance_length"] == 1.5
-    assert result["speculative"]["accept_ms"] == 0.5 and "accept_ms" not in result["baseline"]
-    assert "draft_prefill_seconds" not in result["speculative"]
-    report.draft_prefill_seconds = 0.25
-    assert to_json(report, NumberTokenizer(97))["speculative"]["draft_prefill_seconds"] == 0.25
-    assert torch.get_num_threads() == result["environment"]["threads"]
+    assert result["speculative"]["accept_ms"] == 0.5
+    assert result["speculative"]["generated_tokens"] == 14
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("window", [None, 20, 64])
-def test_step_bytes_are_what_a_plain_step_reads(tied, window):
-    """K and V within the window, every matrix and norm once, and of a table of its own one row."""
-    model = tiny_model(tie_embeddings=tied, sliding_window=window)
-    c, lengths = model.config, (7, 30, 64)
-    engine = Engine(model, 3, 100, Strategy(), Sampling())
-    n_seen = sum(min(n, window or n) for n in lengths)
-    numbers = config.matrix_params(c) + (2 * c.n_layer + 1) * c.dim
-    numbers += n_seen * 2 * c.n_layer * c.n_kv_head * c.head_dim
-    numbers += 0 if tied else 3 * c.dim
-    assert step_bytes(engine, [[1] * n for n in lengths]) == 4 * numbers
+def test_a_report_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import report"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

@@ -1,0 +1,47 @@
+"""An engine that does all the work and draws what comes of it: for figures of speed alone."""
+
+import torch
+from torch import Tensor
+
+from spec_decode import Draft, Engine
+
+
+class SyntheticEngine(Engine):
+    """Accepts drafts at a rate that is asked for, and reads prompts as fast as they can be made up.
+
+    Every draft stays with the probability `rate`, given that those before it stayed, after all the
+    work of drafting and verifying. The text means nothing. A prompt's K and V are random numbers:
+    the time of a step depends on how many there are, not on what they are.
+    """
+
+    def __init__(self, *args, rate: float = 0.0, **options) -> None:
+        super().__init__(*args, **options)
+        self.rate = torch.zeros((), device=self.full.spec.device)  # a captured round reads it
+        self.accept_at(rate)
+
+    @torch.inference_mode()
+    def accept_at(self, rate: float) -> None:
+        """Draw at this rate from here on. ValueError if it is no probability."""
+        if not 0 <= rate <= 1:
+            raise ValueError(f"synthetic acceptance {rate} must be in 0..1")
+        self.rate.fill_(rate)
+
+    @torch.inference_mode()
+    def accept(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """n_accepted [B], drawn, and the target's next_token [B]; logits are [B, gamma + 1, V]."""
+        _, next_token = super().accept(draft, logits)
+        stays = self.uniforms(draft.tokens.shape[1]) < self.rate
+        return stays.long().cumprod(dim=1).sum(dim=1), next_token
+
+    @torch.inference_mode()
+    def prefill_row(self, b: int, length: int, n_cached: int = 0) -> Tensor:
+        """Hidden state [dim], random as the row's K and V are now."""
+        for buffer in self.full.k + self.full.v:
+            buffer[b].normal_()
+        norm = self.model.norm.weight
+        return torch.randn(len(norm), dtype=norm.dtype, device=norm.device)
+
+
+def random_prompts(lengths: list[int], vocab_size: int) -> list[list[int]]:
+    """Prompts of these lengths, of tokens that are drawn."""
+    return [torch.randint(vocab_size, (n,)).tolist() for n in lengths]

@@ -1,0 +1,259 @@
+"""A run, timed. Returns plain numbers.
+
+    compile | prefill | plain decoding, if it is compared with | decoding | single steps
+
+Both decodings start from the same prefill, with the same caches and compiled blocks: the baseline
+is the same program with zero drafts. Compiling and prefill are in no decoding time, and a row's
+first token belongs to the prefill. `T_T`, `T_D` and `T_V` are medians of single steps, repeated
+from the state after the prefill. Nothing is printed inside a timed run.
+
+The engine has no clock and this file draws no conclusions: `report.py` has the table, the verdict
+and the JSON, and touches no engine.
+"""
+
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from auto import Auto
+from device import machine, peak_memory_bytes, timed
+from drafters import ModelDrafter
+from kv_cache import KVCache
+from spec_decode import Engine, Stats
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be decoded: a prompt per row of the engine."""
+
+    prompts: list[list[int]]  # token ids
+    max_new_tokens: int  # of every row
+    end_ids: tuple[int, ...] = ()  # tokens that end a row
+    compare: bool = False  # decode plainly, too
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One timed decoding of a batch."""
+
+    stats: Stats
+    outputs: list[list[int]]  # new tokens of every row
+    seconds: float  # decoding alone
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole batch, which ends with its slowest row."""
+        return self.stats.decoded_tokens / self.seconds
+
+    @property
+    def ms_per_token(self) -> float:
+        """Milliseconds from a token to the next one of its row, while the row runs."""
+        ms_per_round = 1e3 * self.seconds / max(self.stats.rounds, 1)
+        return ms_per_round * self.stats.row_rounds / max(self.stats.decoded_tokens, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Everything that a report is made of."""
+
+    setting: dict  # what ran, as the JSON has it: environment, model, sampling, plan
+    speculative: bool  # whether `main` may have drafted
+    prompt_lengths: list[int]  # tokens, by row
+    compile_seconds: float
+    prefill_seconds: float
+    draft_prefill_seconds: float | None  # of a draft model of its own
+    step_ms: dict[str, float]  # target_step_ms, and drafting draft_step_ms, verify_ms, accept_ms
+    step_bytes: int  # that a plain step must read
+    peak_memory_bytes: int
+    main: Run
+    baseline: Run | None  # plain decoding from the same prefill
+    differences: list[dict] | None  # rows that are not the baseline's; None: they need not be
+
+
+class Progress:
+    """Says how far something is whenever another quarter of it is done."""
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        self.say, self.quarters = say, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if 4 * done // total > self.quarters:
+            self.quarters = 4 * done // total
+            self.say(f"{25 * self.quarters}%", end=" ")
+
+
+def warm_up(engine: Engine, auto: Auto | None, later_turns: bool = False) -> None:
+    """Compile every shape that will run; the automatic choice is calibrated."""
+    engine.warm_up(later_turns)
+    if auto:
+        auto.prepare()
+
+
+def decode(
+    engine: Engine,
+    gamma: int | None = None,  # draft tokens per round; None: the engine's own
+    on_round: Callable[[], None] = lambda: None,
+) -> Stats:
+    """Rounds to the end of the prefilled batch, and what they did."""
+    engine.run(engine.gamma if gamma is None else gamma, on_round=on_round)
+    return engine.stats()
+
+
+@torch.inference_mode()
+def measure(
+    engine: Engine,
+    auto: Auto | None,  # what decides how to draft, if anything is left to decide
+    request: Request,
+    say: Callable[..., None],  # prints its text, with an `end`
+    tracer: AbstractContextManager | None = None,  # a profiler of the decoding
+) -> Measurement:
+    """Warm up, prefill, decode, time the steps. Says before and after each what it is doing."""
+    device, prompts, progress = engine.tokens.device, request.prompts, Progress(say)
+    lengths, limits = [*map(len, prompts)], [request.max_new_tokens] * len(prompts)
+
+    def phase(what: str, work: Callable[[], T]) -> tuple[float, T]:
+        say(what, end=" ... ")
+        seconds, result = timed(device, work)
+        say(f"{seconds:.1f} s")
+        return seconds, result
+
+    def decoding(what: str, work: Callable[[], Stats]) -> Run:
+        engine.rewind()
+        seconds, stats = phase(what, work)
+        return Run(stats, engine.outputs(), seconds)
+
+    def prefill() -> None:
+        engine.prefill(prompts, limits, request.end_ids, lambda b: progress(b + 1, len(prompts)))
+
+    compiling = "compiling" if engine.model.compiled else "warming up"
+    compile_seconds, _ = phase(compiling, lambda: warm_up(engine, auto))
+    prefill_seconds, _ = phase(f"prefilling {sum(lengths):,} tokens", prefill)
+    draft_prefill_seconds, baseline = None, None
+    if isinstance(engine.drafter, ModelDrafter):
+        draft_prefill_seconds, _ = phase("prefilling the draft model", engine.catch_up)
+    if request.compare:
+        baseline = decoding("decoding plainly", lambda: decode(engine, 0))
+    with tracer or nullcontext():
+        main = decoding("decoding", auto.decode if auto else lambda: decode(engine))
+    if auto:
+        say(auto.explain())
+        auto.install(auto.chosen)
+    engine.rewind()
+    gamma = auto.gamma if auto else engine.gamma
+    times = step_times(engine, gamma=gamma)
+    return Measurement(
+        setting(engine, auto), bool(auto or gamma), lengths,
+        compile_seconds, prefill_seconds, draft_prefill_seconds,
+        {name: statistics.median(values) for name, values in times.items()},
+        step_bytes(engine, lengths), peak_memory_bytes(device),
+        main, baseline, differences(engine, prompts, main, baseline),
+    )  # fmt: skip
+
+
+def setting(engine: Engine, auto: Auto | None) -> dict:
+    """What ran, as the JSON has it."""
+    drafter = engine.drafter
+    plan = {"strategy": "none", "gamma": 0}
+    if drafter:
+        strategy = engine.strategy
+        plan = {"strategy": strategy.policy, "gamma": engine.gamma}
+        if strategy.policy not in ("full", "ngram"):
+            plan["draft_budget"] = strategy.budget
+        if drafter.select_every:
+            plan["select_every"] = drafter.select_every
+    if auto:
+        plan |= auto.decision() | {"gamma": auto.gamma}
+    found = {
+        "environment": environment(engine),
+        "model": asdict(engine.model.config),
+        "sampling": asdict(engine.sampling),
+        "plan": plan,
+    }
+    if isinstance(drafter, ModelDrafter):
+        found["draft_model"] = asdict(drafter.model.config)
+    return found
+
+
+def environment(engine: Engine) -> dict:
+    """Where this runs, as the JSON has it."""
+    dtype = str(engine.full.spec.dtype).removeprefix("torch.")
+    return machine(engine.tokens.device) | {"dtype": dtype, "compiled": engine.model.compiled}
+
+
+def step_times(
+    engine: Engine, repeats: int = 9, gamma: int | None = None, **more: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Milliseconds, by repeat, of a plain step, a draft step, a verification, and of more work.
+
+    A plain step and a verification end with what is decided from their logits; of the latter that
+    part, sampling for instance, is timed alone too (accept_ms). All are taken in turn, so that they
+    see the same machine.
+    """
+    gamma, nothing = engine.gamma if gamma is None else gamma, engine.draft(0)
+    work = {"target_step_ms": lambda: engine.decide(nothing)}
+    if gamma:
+        engine.refresh()
+        draft = engine.draft(gamma)
+        logits = engine.verify(draft.tokens)
+        work["draft_step_ms"] = lambda: engine.draft(gamma)
+        work["verify_ms"] = lambda: engine.decide(draft)
+        work["accept_ms"] = lambda: engine.accept(draft, logits)
+    work = more | {name: engine.capture(step) for name, step in work.items()}
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, step in work.items():
+            n_steps = gamma if name == "draft_step_ms" else 1
+            times[name].append(1e3 * timed(engine.tokens.device, step)[0] / n_steps)
+    return times
+
+
+def step_bytes(engine: Engine, lengths: list[int]) -> int:
+    """Bytes that a plain step must read after prompts of these lengths: their K and V, the weights.
+
+    A sliding window sees the newest tokens of a prompt only. An embedding table of its own gives a
+    row per token; tied to the output layer it is read whole, and counts once.
+    """
+    spec, config, table = engine.full.spec, engine.model.config, engine.model.tok_embeddings.weight
+    n_seen = sum(min(n, config.sliding_window or n) for n in lengths)
+    weight_bytes = sum(p.nbytes for p in engine.model.parameters())
+    if not config.tie_embeddings:
+        weight_bytes -= table.nbytes - len(lengths) * table[0].nbytes
+    return n_seen * spec.bytes_per_slot // spec.batch_size + weight_bytes
+
+
+def differences(
+    engine: Engine, prompts: list[list[int]], main: Run, baseline: Run | None
+) -> list[dict] | None:
+    """Where rows part from the baseline, and how close the two likeliest logits were there.
+
+    None where they need not be the same: without a baseline, and when sampling.
+    """
+    if baseline is None or not engine.sampling.greedy:
+        return None
+    found = []
+    rows = zip(prompts, main.outputs, baseline.outputs, strict=True)
+    for row, (prompt, ours, theirs) in enumerate(rows):
+        if ours != theirs:
+            same = [a == b for a, b in zip(ours, theirs, strict=False)]
+            at = [*same, False].index(False)
+            margin = top2_margin(engine, prompt + theirs[:at])
+            found.append({"row": row, "new_token": at, "top2_logit_margin": margin})
+    return found
+
+
+@torch.inference_mode()
+def top2_margin(engine: Engine, ids: list[int]) -> float:
+    """Difference of the two largest logits after the tokens `ids`, read into a cache of its own."""
+    spec = replace(engine.full.spec, batch_size=1)
+    cache = KVCache.empty(spec, engine.full.capacity)  # of one shape with a row: nothing compiles
+    tokens = torch.zeros(1, engine.full.capacity, dtype=torch.int64, device=spec.device)
+    tokens[0, : len(ids)] = torch.tensor(ids)
+    x = engine.model.prefill(tokens, len(ids), engine.prefill_chunk, cache)
+    first, second = engine.model.logits(x).float().topk(2).values.tolist()
+    return first - second
