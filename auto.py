@@ -30,14 +30,16 @@ from pathlib import Path
 
 import torch
 
+from batch import Stats
 from checkpoint import write_json
 from config import open_json
 from device import median_seconds
-from drafters import Drafter, Strategy, lookup
+from drafters import Drafter, lookup
 from model import Transformer
-from policies import POLICIES
+from policies import POLICIES, Strategy
 from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time
-from spec_decode import Draft, Engine, Stats
+from sampling import Draft
+from spec_decode import Engine
 
 GAMMAS = (2, 5)  # compiled draft lengths on the CPU
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
@@ -222,7 +224,7 @@ class Auto:
             for c in self.candidates
             if c.t_draft and c.draft_model is None and not c.is_lookup
         ]
-        kind = "h200" if engine.rows.device.type == "cuda" else "cpu"
+        kind = "h200" if engine.device.type == "cuda" else "cpu"
         config = engine.model.config
         self.hardware, self.fit_error = fit(config, HARDWARE[kind], timings + drafts)
         for gamma in (0, *self.gammas):
@@ -239,26 +241,27 @@ class Auto:
     def time(self, gamma: int, length: int) -> Timing:
         """A verification of gamma drafts and what is decided by it, all rows of this length."""
         engine = self.engine
-        engine.seq_len.fill_(length)
+        engine.batch.seq_len.fill_(length)
         if gamma not in self.verifications:
-            draft = Draft(engine.tokens[:, :gamma], None)
+            draft = Draft(engine.batch.tokens[:, :gamma], None)
             if not engine.sampling.greedy:  # accepting reads them, whatever they are
                 V = engine.model.config.vocab_size
-                probs = torch.full((*draft.tokens.shape, V), 1 / V, device=engine.rows.device)
+                probs = torch.full((*draft.tokens.shape, V), 1 / V, device=engine.device)
                 draft = draft._replace(probs=probs)
             self.verifications[gamma] = engine.capture(lambda: engine.decide(draft))
-        seconds = median_seconds(engine.rows.device, self.verifications[gamma])
-        w = Workload(len(engine.rows), length, itemsize=engine.full.spec.dtype.itemsize)
+        seconds = median_seconds(engine.device, self.verifications[gamma])
+        w = Workload(engine.batch.n_rows, length, itemsize=engine.full.spec.dtype.itemsize)
         return Timing(w, gamma + 1, length, seconds)
 
     def key(self) -> str:
         """What a calibration depends on."""
         engine, model = self.engine, self.engine.model
-        device = engine.rows.device
+        device = engine.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         parts = (
             name, torch.get_num_threads(), torch.__version__, model.compiled, self.gammas,
-            model.config, engine.full.spec.dtype, engine.sampling, len(engine.rows), engine.max_len,
+            model.config, engine.full.spec.dtype, engine.sampling, engine.batch.n_rows,
+            engine.max_len,
         )  # fmt: skip
         return " ".join(map(str, parts))
 
@@ -279,7 +282,7 @@ class Auto:
     def verify_seconds(self, length: int) -> dict[int, float]:
         """T_V by gamma, for this batch at that length; gamma 0 is T_T."""
         engine = self.engine
-        w = Workload(len(engine.rows), length, itemsize=engine.full.spec.dtype.itemsize)
+        w = Workload(engine.batch.n_rows, length, itemsize=engine.full.spec.dtype.itemsize)
         config, hw = engine.model.config, self.hardware
         return {g: forward_time(config, hw, w, g + 1).total * r for g, r in self.residual.items()}
 
@@ -287,12 +290,12 @@ class Auto:
         """Time its draft step and its selection, and compile what it runs."""
         engine, drafter = self.engine, self.engine.drafter
         engine.warm_up_rounds()
-        engine.seq_len.fill_(engine.max_len)
-        c.t_select = median_seconds(engine.rows.device, drafter.select, 1)
+        engine.batch.seq_len.fill_(engine.max_len)
+        c.t_select = median_seconds(engine.device, drafter.select, 1)
         for gamma in self.gammas:
             engine.decide(engine.draft(gamma))
         draft = engine.capture(lambda: engine.draft(max(self.gammas)))
-        c.t_draft = median_seconds(engine.rows.device, draft) / max(self.gammas)
+        c.t_draft = median_seconds(engine.device, draft) / max(self.gammas)
         c.select_every = drafter.select_every
 
     def decode(self, on_round: Callable[[], None] = lambda: None) -> Stats:
@@ -306,16 +309,16 @@ class Auto:
             c.probed = replace(c, probed=None)
         self.chosen, self.gamma, self.predicted_speedup = self.choose(verify)
         self.follow()
-        return self.engine.stats()
+        return self.engine.batch.stats()
 
     def verify_now(self) -> dict[int, float]:
-        return self.verify_seconds(int(self.engine.seq_len.float().mean()))
+        return self.verify_seconds(int(self.engine.batch.seq_len.float().mean()))
 
     def run(self, n: int, gamma: int) -> tuple[list[int], list[int]]:
         """Up to n rounds; how often a row kept 0, 1, .. gamma drafts in them, and had so many."""
-        counts = torch.stack((self.engine.accepted, self.engine.drafted))
+        counts = torch.stack((self.engine.batch.accepted, self.engine.batch.drafted))
         self.engine.run(gamma, n, self.on_round)
-        counts = torch.stack((self.engine.accepted, self.engine.drafted)) - counts
+        counts = torch.stack((self.engine.batch.accepted, self.engine.batch.drafted)) - counts
         accepted, drafted = counts[:, : gamma + 1].tolist()
         return accepted, drafted
 
@@ -328,8 +331,8 @@ class Auto:
         in any case.
         """
         engine, gamma = self.engine, max(self.gammas)
-        to_come = float((engine.limit - engine.seq_len).float().mean())
-        n = math.ceil(PROBE_DRAFTS / (gamma * len(engine.rows)) / 4)
+        to_come = float((engine.batch.limit - engine.batch.seq_len).float().mean())
+        n = math.ceil(PROBE_DRAFTS / (gamma * engine.batch.n_rows) / 4)
         n = max(min(n, int(PROBE_SHARE * to_come / 4)), 1)
         for c in self.candidates:
             c.alpha, c.seen, c.places = None, 0.0, ()
@@ -379,7 +382,7 @@ class Auto:
             self.last = self.describe(c, gamma)
             n = FOLLOW if gamma or watching else pause
             seen = self.run(n, gamma)
-            if engine.finished.all():
+            if engine.batch.finished.all():
                 return
             idle = 0 if gamma else idle + n
             if gamma:
@@ -441,16 +444,16 @@ def lookup_rounds(engine: Engine, gamma: int) -> tuple[list[int], list[int]]:
     """How often prompt lookup would have kept 0, 1, .. gamma drafts, and had so many, in the rounds
     that it would have taken for the last tokens of all rows that are not finished.
     """
-    n = min(max(64 // len(engine.rows), 4), 12)  # tokens per row
-    back = torch.arange(gamma + n - 1, gamma - 1, -1, device=engine.rows.device)
-    length = engine.seq_len[:, None] - back  # [B, n]
+    n = min(max(64 // engine.batch.n_rows, 4), 12)  # tokens per row
+    back = torch.arange(gamma + n - 1, gamma - 1, -1, device=engine.device)
+    length = engine.batch.seq_len[:, None] - back  # [B, n]
     exists = length >= 2
     length = length.clamp_min(2).reshape(-1, 1)  # [B * n, 1]
-    tokens = engine.tokens.repeat_interleave(n, dim=0)
+    tokens = engine.batch.tokens.repeat_interleave(n, dim=0)
     actual = tokens.gather(1, length + torch.arange(gamma, device=length.device))
     same = lookup(tokens, length[:, 0], gamma) == actual
     kept = same.long().cumprod(dim=1).sum(dim=1).view(-1, n)
-    kept = kept.masked_fill(~exists, -1)[~engine.finished]
+    kept = kept.masked_fill(~exists, -1)[~engine.batch.finished]
     histogram = [0] * (gamma + 1)
     for row in kept.tolist():
         i = row.count(-1)

@@ -1,6 +1,6 @@
 """Who drafts: five ways to guess the next tokens, behind one small interface.
 
-A drafter proposes tokens, the target verifies them, and nothing that a drafter does can change the
+A drafter proposes tokens and the target verifies them. Nothing that a drafter does can change the
 output. It can be cheap (a small T_D) and it can be right (a high acceptance); `cost_model.py` has
 the speedup that follows from both.
 
@@ -10,9 +10,11 @@ the speedup that follows from both.
     StreamingModelDrafter    a small model that never reads the text, only sinks and newest tokens
     LookupDrafter            no model: what followed these tokens the last time (prompt lookup)
 
-`Drafting` says which; the engine (`spec_decode.py`) calls, per round, ``logits(i, token)`` for
-i = 0 .. gamma - 1. Before a round it calls ``catch_up`` if there is text that the drafter has not
-read, and then, or every `select_every` rounds, ``select``.
+A `Strategy` says how to draft, `DRAFTERS` which class does it. The engine (`spec_decode.py`) calls
+`refresh` before a round and `propose` in it. A new drafter is one class and one line in `DRAFTERS`.
+
+**Keeping up.** A round without this drafter is text that it has not read. `leave` notes how much it
+has read of each row, `refresh` reads the rest, and lets the policy select again when that is due.
 
 **A draft model lags by one token.** In a round it is fed the newest decided token and all drafts
 but the last. If all are accepted, the last draft has become text that the draft's cache does not
@@ -31,9 +33,8 @@ With every new token its positions grow. Before they reach the end of its traine
 So a draft that was trained on 512 tokens drafts for a text of 32,768.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from itertools import repeat
 from typing import NamedTuple
 
@@ -41,118 +42,139 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batch import Batch
 from config import ModelConfig
 from kv_cache import CacheSpec, KVCache, SparseKVCache
 from model import Caches, Transformer
-from policies import POLICIES, Layer, observed, select_streaming
+from policies import POLICIES, Layer, Strategy, observed, select_streaming
+from sampling import Draft
 
-MAX_GAMMA = 32
 NGRAM = 3  # prompt lookup matches the newest 3 tokens, or as many as it can
 
 
-@dataclass(frozen=True, slots=True)
-class Strategy:
-    """How drafts are made: by whom, from whose KV, and how many tokens at a time."""
+class Target(NamedTuple):
+    """What is drafted for."""
 
-    policy: str = "none"  # "none", "ngram", "full" (with a draft model), or a name in POLICIES
-    gamma: int = 5  # draft tokens per round
-    budget: int = 128  # K, tokens of draft KV per row: sinks, selected ones and window
-    n_sink: int = 4  # of them, always the first ones of the text
-    obs_window: int | None = None  # newest tokens whose queries are observed; None: the policy's
-    reselect_every: int | None = None  # rounds; 0: never; None: the policy's own default
-    synthetic_acceptance: float | None = None  # benchmarks only: draw who is accepted; not lossless
-
-    def __post_init__(self) -> None:
-        known = ["none", *POLICIES, "full", "ngram"]
-        if self.policy not in known:
-            raise ValueError(
-                f"draft policy {self.policy!r} is unknown; known: {', '.join(known)}, and for "
-                f"--draft also auto"
-            )
-        if not 0 <= self.gamma <= MAX_GAMMA:
-            raise ValueError(f"speculate_k {self.gamma} must be in 0..{MAX_GAMMA}")
-        if self.n_sink < 0:
-            raise ValueError(f"n_sink {self.n_sink} must be at least 0")
-        if not 1 <= self.n_observed <= 128:
-            raise ValueError(f"obs_window {self.n_observed} must be in 1..128")
-        policy = POLICIES.get(self.policy)
-        observing = policy is not None and policy.observes
-        least = self.n_sink + 1 + (self.n_observed if observing else 0)
-        if self.budget < least:
-            terms = "n_sink + obs_window + 1" if observing else "n_sink + 1"
-            raise ValueError(f"draft_budget {self.budget} must be at least {terms} = {least}")
-        if self.reselect_every is not None and self.reselect_every < 0:
-            raise ValueError(f"reselect_every {self.reselect_every} must be at least 0 (0: never)")
-        if self.reselect_every and not (policy and policy.reselect_every):
-            able = ", ".join(name for name, p in POLICIES.items() if p.reselect_every)
-            raise ValueError(
-                f"reselect_every {self.reselect_every}: {self.policy} has nothing to reselect; "
-                f"use it with {able}"
-            )
-        if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
-            raise ValueError(f"synthetic_acceptance {self.synthetic_acceptance} must be in 0..1")
-
-    @property
-    def enabled(self) -> bool:
-        return self.policy != "none" and self.gamma > 0
-
-    @property
-    def n_observed(self) -> int:
-        """Newest tokens whose queries a policy that observes is shown."""
-        own = POLICIES[self.policy].obs_window if self.policy in POLICIES else 1
-        return own if self.obs_window is None else self.obs_window
-
-    @property
-    def select_every(self) -> int:
-        """Rounds from one selection to the next; 0: never again."""
-        if self.policy not in POLICIES:
-            return 0
-        default = POLICIES[self.policy].reselect_every
-        return default if self.reselect_every is None else self.reselect_every
-
-    def sparse_cache(self, spec: CacheSpec, capacity: int) -> SparseKVCache:
-        """The draft's cache for a text of at most `capacity` tokens."""
-        return SparseKVCache(spec, *self.split(capacity), self.gamma)
-
-    def split(self, capacity: int) -> tuple[int, int]:
-        """How a budget is divided: n_selected, n_recent."""
-        n_recent = POLICIES[self.policy].n_recent(self.budget, self.n_sink, self.n_observed)
-        return min(self.budget - n_recent, capacity), min(n_recent, capacity)
+    model: Transformer
+    full: KVCache  # K and V of all decided tokens but the newest
+    batch: Batch
 
 
-class Text(NamedTuple):
-    """The state of a batch, written in place by the engine; drafters read the first three."""
-
-    tokens: Tensor  # [B, S] int64
-    seq_len: Tensor  # [B] int64, decided tokens, at least 2
-    finished: Tensor  # [B] bool
-    limit: Tensor  # [B] int64, most tokens that a row may reach
-    eos: Tensor  # [n] int64, tokens that end a row; -1: none
-    accepted: Tensor  # [MAX_GAMMA + 1] int64, histograms, see spec_decode.Stats
-    drafted: Tensor  # [MAX_GAMMA + 1] int64
-    n_rounds: Tensor  # [] int64, rounds in which a row was not finished yet
-
-    def pair(self) -> tuple[Tensor, Tensor]:  # tokens [B, 2], positions [B, 2]
-        """The last two decided tokens."""
-        pos = self.seq_len[:, None] - 2 + torch.arange(2, device=self.tokens.device)
-        return self.tokens.gather(1, pos), pos
+# Logits [B, V] of the i-th draft -> its tokens [B], and what they were drawn from, [B, V] or None.
+Pick = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 
-class Drafter(ABC):
-    writes: Caches = ()  # what a verification writes besides the target's own cache
-    select_every = 0  # rounds after which `select` is due again; 0: never
+class Drafter:
+    """One strategy at work. The engine asks it to `refresh`, then to `propose`."""
+
+    reads = "{policy} draft cache of {budget} tokens ({n_sink} sinks)"  # for people, see `label`
+    judges_itself = False  # has `look_back`: what it would have got right, without any rounds
     n_selected = 0  # tokens of a row that `select` keeps by choice
-    n_bytes = 0  # of its caches
+    writes: Caches = ()  # what a verification writes besides the target's own cache
 
-    def catch_up(self, n_read: Tensor) -> None:  # [B]  # noqa: B027
-        """Read the decided text behind the first n_read tokens of every row."""
+    def __init__(
+        self, strategy: Strategy, target: Target, draft_model: Transformer | None = None
+    ) -> None:
+        """`draft_model` if it has one of its own. They must have passed `check_strategy`."""
+        self.strategy, self.target, self.batch = strategy, target, target.batch
+        self.own_model = draft_model
+        self.select_every = strategy.select_every  # rounds after which `select` is due; 0: never
+        spec = target.full.spec
+        if draft_model is not None:
+            spec = CacheSpec.for_model(draft_model, spec.batch_size)
+        self.caches = self.build(strategy, spec, target.full.capacity, self.batch.finished)
+        self.n_bytes = sum(cache.n_bytes for cache in self.caches)
+        self.n_read = torch.zeros_like(self.batch.seq_len)  # [B], tokens that it has read,
+        self.away = True  # while rounds go on without it
+        self.selected_at: int | None = None  # round before which it selected last
 
-    def select(self) -> None:  # noqa: B027
-        """Load, from all of the decided text, what drafting reads."""
+    @staticmethod
+    def check(strategy: Strategy, draft: ModelConfig | None, max_len: int) -> None:
+        """ValueError if the strategy does not go with the draft model or the longest text."""
 
-    @abstractmethod
+    @staticmethod
+    def build(
+        strategy: Strategy,
+        spec: CacheSpec,  # of the model that drafts
+        capacity: int,  # tokens per row of the target's cache
+        finished: Tensor | None = None,  # [B] bool
+    ) -> Caches:
+        """Its own caches."""
+        return ()
+
     def logits(self, i: int, token: Tensor) -> Tensor:  # [B, 1] -> [B, V]
         """After the i-th token of this round: the newest decided one, or a draft."""
+        raise NotImplementedError
+
+    def propose(self, gamma: int, pick: Pick) -> Draft:
+        """The next gamma tokens of every row. Decides nothing: it may be called again."""
+        token, _ = self.batch.newest()
+        B, V, device = len(token), self.target.model.config.vocab_size, token.device
+        tokens, probs = torch.empty(B, gamma, dtype=torch.int64, device=device), None
+        for i in range(gamma):
+            picked, p = pick(self.logits(i, token), i)
+            tokens[:, i], token = picked, picked[:, None]
+            if p is not None:
+                probs = torch.empty(B, gamma, V, device=device) if probs is None else probs
+                probs[:, i] = p
+        return Draft(tokens, probs)
+
+    def label(self, model_name: str) -> str:
+        """For people: who drafts, and from what. `model_name` is that of its own model."""
+        who = model_name if self.own_model else "self-speculation"
+        again = f", selected again every {self.select_every} rounds" if self.select_every else ""
+        return f"{who}, {self.reads.format(**asdict(self.strategy))}{again}"
+
+    def catch_up(self, n_read: Tensor) -> None:  # [B]
+        """Read the decided text behind the first n_read tokens of every row."""
+
+    def select(self) -> None:
+        """Load, from all of the decided text, what drafting reads."""
+
+    def read_missed(self) -> None:
+        """Read the prompts, or the text of rounds that went on without it."""
+        if self.away:
+            self.catch_up(self.n_read)
+            self.away, self.selected_at = False, None
+
+    def refresh(self, now: int) -> None:
+        """Bring it up to date before round `now`: what it missed, and a selection if one is due.
+
+        One is due once there is text, again every `select_every` rounds, and once more when rows
+        that were shorter than the selection have as many tokens as it can hold.
+        """
+        self.read_missed()
+        last, every = self.selected_at, self.select_every
+        grown = self.n_selected - self.batch.shortest  # a round adds at least one token
+        if last is None or (every and now - last >= every) or last <= grown < now:
+            self.select()
+            self.selected_at = now
+
+    def leave(self) -> None:
+        """A round begins without it."""
+        if not self.away:
+            self.n_read, self.away = self.batch.seq_len - 2, True
+
+    def forget(self, n_kept: Tensor) -> None:  # [B]
+        """Another text begins; of what it may have read, the first n_kept tokens stay."""
+        self.leave()
+        self.n_read = self.n_read.minimum(n_kept).clamp_min(0)
+
+    def rewind(self) -> None:
+        """The text ends behind the prompts again."""
+        self.n_read, self.selected_at = self.n_read.minimum(self.batch.prompt_len), None
+
+    def load(self, sparse: SparseKVCache, model: Transformer, full: KVCache, n_cached: Tensor):
+        """Let the policy choose, layer by layer, what `sparse` keeps of n_cached [B] tokens."""
+        policy, n_sink = POLICIES[self.strategy.policy], self.strategy.n_sink
+        queries: Iterator[Tensor | None] = repeat(None)
+        if policy.observes:
+            pos = observed(n_cached, self.strategy.n_observed)
+            tokens = within_vocabulary(model, self.batch.tokens.gather(1, pos))
+            queries = model.queries(tokens, pos, full)
+        for i, q in zip(range(full.spec.n_layer), queries, strict=False):
+            layer = Layer(full.k[i], full.v[i], n_cached, n_sink, q, full.spec.window)
+            sparse.fill(i, full, policy.select(layer, sparse.n_selected), n_cached)
 
 
 def within_vocabulary(model: Transformer, tokens: Tensor) -> Tensor:
@@ -160,130 +182,131 @@ def within_vocabulary(model: Transformer, tokens: Tensor) -> Tensor:
     return tokens.clamp_max(model.config.vocab_size - 1)
 
 
-def select(
-    strategy: Strategy,
-    model: Transformer,
-    text: Text,
-    n_cached: Tensor,  # [B], tokens that `full` holds
-    full: KVCache,
-    sparse: SparseKVCache,
-) -> None:
-    """Let the policy choose, layer by layer, what the sparse cache keeps of the full one."""
-    policy = POLICIES[strategy.policy]
-    queries: Iterator[Tensor | None] = repeat(None)
-    if policy.observes:
-        pos = observed(n_cached, strategy.n_observed)
-        tokens = within_vocabulary(model, text.tokens.gather(1, pos))
-        queries = model.queries(tokens, pos, full)
-    for i, q in zip(range(full.spec.n_layer), queries, strict=False):
-        layer = Layer(full.k[i], full.v[i], n_cached, strategy.n_sink, q, full.spec.window)
-        sparse.fill(i, full, policy.select(layer, sparse.n_selected), n_cached)
-
-
 class SelfDrafter(Drafter):
     """Self-speculation: the target itself, reading a few of its own K and V."""
 
-    def __init__(self, strategy: Strategy, model: Transformer, full: KVCache, text: Text) -> None:
-        self.strategy, self.model, self.full, self.text = strategy, model, full, text
-        self.sparse = strategy.sparse_cache(full.spec, full.capacity)
-        self.writes = (self.sparse,)
-        self.select_every, self.n_selected = strategy.select_every, self.sparse.n_selected
-        self.n_bytes = self.sparse.n_bytes
+    def __init__(self, strategy: Strategy, target: Target, draft_model: None = None) -> None:
+        super().__init__(strategy, target)
+        (self.sparse,) = self.writes = self.caches
+        self.n_selected = self.sparse.n_selected
+
+    @staticmethod
+    def build(strategy, spec, capacity, finished=None) -> Caches:
+        return (strategy.sparse_cache(spec, capacity),)
 
     def select(self) -> None:
-        n_cached = self.text.seq_len - 1
-        select(self.strategy, self.model, self.text, n_cached, self.full, self.sparse)
+        model, full, batch = self.target
+        self.load(self.sparse, model, full, batch.seq_len - 1)
 
     def logits(self, i: int, token: Tensor) -> Tensor:
-        return self.model(token, self.text.seq_len[:, None] - 1 + i, self.sparse)[:, -1]
+        return self.target.model(token, self.batch.seq_len[:, None] - 1 + i, self.sparse)[:, -1]
 
 
 class ModelDrafter(Drafter):
     """A draft model that has all of the text in a full cache of its own."""
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        model: Transformer,  # the draft model
-        target: Transformer,
-        full: KVCache,  # the target's
-        text: Text,
-    ) -> None:
-        self.strategy, self.model, self.text = strategy, model, text
-        self.select_every = strategy.select_every
-        self.vocab_size = target.config.vocab_size
-        self.spec = CacheSpec.for_model(model, len(text.seq_len))
-        self.offset = torch.zeros_like(text.seq_len)  # [B], place in the text - own position
-        self.allocate()
+    reads = "full draft cache"
+    own_model: Transformer
 
-    def allocate(self) -> None:
-        self.full = KVCache.empty(self.spec, self.text.tokens.shape[1])
-        self.full.finished = self.text.finished
-        self.read: KVCache | SparseKVCache = self.full
+    def __init__(self, strategy: Strategy, target: Target, draft_model: Transformer) -> None:
+        super().__init__(strategy, target, draft_model)
+        self.offset = torch.zeros_like(target.batch.seq_len)  # [B], place in text - own position
+        self.full = self.read = self.caches[0]
         self.write: Caches = (self.full,)
-        self.n_bytes = self.full.n_bytes
+
+    @staticmethod
+    def check(strategy: Strategy, draft: ModelConfig, max_len: int) -> None:
+        if max_len > draft.max_seq_len:
+            raise ValueError(
+                f"draft policy {strategy.policy}: the draft model's context is {draft.max_seq_len} "
+                f"tokens, the text may have {max_len}; --draft streaming needs sinks and newest "
+                f"tokens only"
+            )
+
+    @staticmethod
+    def build(strategy, spec, capacity, finished=None) -> Caches:
+        return (KVCache.empty(spec, capacity, finished),)
 
     def catch_up(self, n_read: Tensor) -> None:
         """All but the newest token. Copies lengths to the host."""
-        chunk = min(self.spec.prefill_chunk, self.full.capacity)
-        lengths = zip(n_read.tolist(), self.text.seq_len.tolist(), strict=True)
+        chunk = min(self.full.spec.prefill_chunk, self.full.capacity)
+        lengths = zip(n_read.tolist(), self.batch.seq_len.tolist(), strict=True)
         for b, (n_cached, length) in enumerate(lengths):
-            tokens = within_vocabulary(self.model, self.text.tokens[b : b + 1])
+            tokens = within_vocabulary(self.own_model, self.batch.tokens[b : b + 1])
             if n_cached < length - 1:
-                self.model.prefill(tokens, length - 1, chunk, self.full.row(b), n_cached)
+                self.own_model.prefill(tokens, length - 1, chunk, self.full.row(b), n_cached)
 
     def logits(self, i: int, token: Tensor) -> Tensor:
-        token, pos = self.text.pair() if i == 0 else (token, self.text.seq_len[:, None] - 1 + i)
-        token = within_vocabulary(self.model, token)
-        pos = pos - self.offset[:, None]
-        logits = self.model(token, pos, self.read, self.write)[:, -1]
-        padding = self.vocab_size - logits.shape[-1]
+        """Of the target's vocabulary: padding rows are added, with no probability, or cut off."""
+        pos = self.batch.seq_len[:, None] - 1 + i
+        if i == 0:
+            token, pos = self.batch.newest(2)
+        token, pos = within_vocabulary(self.own_model, token), pos - self.offset[:, None]
+        logits = self.own_model(token, pos, self.read, self.write)[:, -1]
+        padding = self.target.model.config.vocab_size - logits.shape[-1]
         return F.pad(logits, (0, padding), value=-torch.inf)  # a negative padding slices
 
 
 class SparseModelDrafter(ModelDrafter):
     """A draft model with a full cache of its own, of which a policy selects what it reads."""
 
-    def allocate(self) -> None:
-        super().allocate()
-        self.sparse = self.strategy.sparse_cache(self.spec, self.full.capacity)
-        self.n_selected, self.n_bytes = self.sparse.n_selected, self.n_bytes + self.sparse.n_bytes
-        self.read, self.write = self.sparse, (self.sparse, self.full)
+    def __init__(self, strategy: Strategy, target: Target, draft_model: Transformer) -> None:
+        super().__init__(strategy, target, draft_model)
+        self.sparse = self.read = self.caches[1]
+        self.write = (self.sparse, self.full)
+        self.n_selected = self.sparse.n_selected
+
+    @staticmethod
+    def build(strategy, spec, capacity, finished=None) -> Caches:
+        full = KVCache.empty(spec, capacity, finished)
+        return full, strategy.sparse_cache(spec, full.capacity)
+
+    reads = Drafter.reads
 
     def select(self) -> None:
-        n_cached = self.text.seq_len - 2
-        select(self.strategy, self.model, self.text, n_cached, self.full, self.sparse)
+        self.load(self.sparse, self.own_model, self.full, self.batch.seq_len - 2)
 
 
-class StreamingModelDrafter(ModelDrafter):
+class StreamingModelDrafter(SparseModelDrafter):
     """A draft model that sees sinks and newest tokens only, at positions of its own."""
 
-    def allocate(self) -> None:
-        K, gamma = self.strategy.budget, self.strategy.gamma
-        room = self.model.config.max_seq_len - K - gamma  # rounds may go so many positions on
-        self.select_every = (room - 1) // (gamma + 1) + 1
-        self.anchor = KVCache.empty(self.spec, K)
-        self.sparse = self.read = self.strategy.sparse_cache(self.spec, K)
+    def __init__(self, strategy: Strategy, target: Target, draft_model: Transformer) -> None:
+        super().__init__(strategy, target, draft_model)
         self.write = (self.sparse,)
-        self.n_selected = self.sparse.n_selected
-        self.n_bytes = self.anchor.n_bytes + self.sparse.n_bytes
+        room = draft_model.config.max_seq_len - strategy.budget - strategy.gamma
+        self.select_every = (room - 1) // (strategy.gamma + 1) + 1  # before the context ends
+
+    @staticmethod
+    def check(strategy: Strategy, draft: ModelConfig, max_len: int) -> None:
+        max_budget = draft.max_seq_len - strategy.gamma - 1
+        if strategy.budget > max_budget:
+            raise ValueError(
+                f"draft_budget {strategy.budget} does not fit into the draft model's context of "
+                f"{draft.max_seq_len} tokens; with {strategy.gamma} drafts use {max_budget} or less"
+            )
+
+    @staticmethod
+    def build(strategy, spec, capacity, finished=None) -> Caches:
+        """The full cache holds no more than is read to re-anchor; finished rows are read too."""
+        K = strategy.budget
+        return KVCache.empty(spec, K), strategy.sparse_cache(spec, K)
 
     def catch_up(self, n_read: Tensor) -> None:
         """Nothing to do: it never reads the whole text."""
 
     def select(self) -> None:
         """Re-anchor: read sinks and newest tokens again, from position 0."""
-        K, n_sink, n_cached = self.strategy.budget, self.strategy.n_sink, self.text.seq_len - 2
+        K, n_sink, n_cached = self.strategy.budget, self.strategy.n_sink, self.batch.seq_len - 2
         self.offset.copy_((n_cached - K).clamp_min(0))
         pos = torch.arange(K, device=n_cached.device)
         pos = pos + self.offset[:, None] * (pos >= n_sink)
-        tokens = self.text.tokens.gather(1, pos.clamp_max(self.text.tokens.shape[1] - 1))
+        tokens = self.batch.tokens.gather(1, pos.clamp_max(self.batch.tokens.shape[1] - 1))
         own_pos = torch.arange(K, device=n_cached.device).expand_as(tokens)
-        self.model.hidden(within_vocabulary(self.model, tokens), own_pos, self.anchor)
+        self.own_model.hidden(within_vocabulary(self.own_model, tokens), own_pos, self.full)
         n_own = n_cached - self.offset
-        for i in range(self.spec.n_layer):
-            layer = Layer(self.anchor.k[i], self.anchor.v[i], n_own, n_sink, None)
-            self.sparse.fill(i, self.anchor, select_streaming(layer, n_sink), n_own)
+        for i in range(self.full.spec.n_layer):
+            layer = Layer(self.full.k[i], self.full.v[i], n_own, n_sink, None)
+            self.sparse.fill(i, self.full, select_streaming(layer, n_sink), n_own)
 
 
 def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B] -> [B, gamma]
@@ -301,78 +324,93 @@ def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B
         matched += same
     rank = torch.where(end < newest, matched * tokens.shape[1] + end, -1)
     end = rank.argmax(dim=1, keepdim=True)
-    step = torch.arange(gamma, device=tokens.device) % (newest - end)
-    return tokens.gather(1, end + 1 + step)
+    copied = torch.arange(gamma, device=tokens.device) % (newest - end)
+    return tokens.gather(1, end + 1 + copied)
 
 
 class LookupDrafter(Drafter):
-    """Prompt lookup: copies from the row's own text. No model, no cache."""
+    """Prompt lookup: copies from the row's own text. No model, no cache, no doubt."""
 
-    def __init__(self, strategy: Strategy, target: Transformer, full: KVCache, text: Text) -> None:
-        self.text, self.gamma = text, strategy.gamma
-        self.vocab_size = target.config.vocab_size
+    judges_itself = True
 
-    def logits(self, i: int, token: Tensor) -> Tensor:
-        """All probability on the looked-up token."""
-        if i == 0:
-            self.found = lookup(self.text.tokens, self.text.seq_len, self.gamma)
-        logits = torch.full((len(token), self.vocab_size), -torch.inf, device=token.device)
-        return logits.scatter_(1, self.found[:, i : i + 1], 0.0)
+    def propose(self, gamma: int, pick: Pick) -> Draft:
+        return Draft(lookup(self.batch.tokens, self.batch.seq_len, gamma), None)
+
+    def label(self, model_name: str) -> str:
+        return f"prompt lookup, matches of at most {NGRAM} tokens"
+
+    def look_back(self, gamma: int) -> tuple[list[int], list[int]]:
+        """How often it would have kept 0, 1, .. gamma drafts, and had so many, at index n.
+
+        Judged are the rounds that it would have taken for the last tokens of all rows that are not
+        finished. Copies to the host.
+        """
+        batch, n = self.batch, min(max(64 // self.batch.n_rows, 4), 12)  # tokens per row
+        back = torch.arange(gamma + n - 1, gamma - 1, -1, device=batch.tokens.device)
+        length = batch.seq_len[:, None] - back  # [B, n]
+        exists = length >= 2
+        length = length.clamp_min(2).reshape(-1, 1)  # [B * n, 1]
+        tokens = batch.tokens.repeat_interleave(n, dim=0)
+        actual = tokens.gather(1, length + torch.arange(gamma, device=length.device))
+        same = lookup(tokens, length[:, 0], gamma) == actual
+        kept = same.long().cumprod(dim=1).sum(dim=1).view(-1, n)
+        kept = kept.masked_fill(~exists, -1)[~batch.finished]
+        histogram = [0] * (gamma + 1)
+        for row in kept.tolist():
+            i = row.count(-1)
+            while i < n:
+                histogram[row[i]] += 1
+                i += row[i] + 1
+        return histogram, [0] * gamma + [sum(histogram)]
+
+
+ANY_POLICY = "a name in POLICIES"
+DRAFTERS: dict[tuple[str, bool], type[Drafter]] = {  # by policy, and whether by a draft model
+    ("full", True): ModelDrafter,
+    ("streaming", True): StreamingModelDrafter,
+    (ANY_POLICY, True): SparseModelDrafter,
+    (ANY_POLICY, False): SelfDrafter,
+    ("ngram", False): LookupDrafter,
+}
+
+
+def drafter_class(strategy: Strategy, own_model: bool) -> type[Drafter]:
+    """Who does it. ValueError if nobody does, with a draft model or without one."""
+    name = strategy.policy
+    kind = DRAFTERS.get((name, own_model))
+    if kind is None and name in POLICIES:
+        kind = DRAFTERS[ANY_POLICY, own_model]
+    if kind is not None:
+        return kind
+    if (name, True) in DRAFTERS:
+        raise ValueError(
+            f"draft policy {name} needs a draft model (--draft_checkpoint_path): the target "
+            "itself, with all of its KV, would draft no faster than it decodes"
+        )
+    if (name, False) in DRAFTERS or name == "none":
+        raise ValueError(f"draft policy {name} has no use for a draft model")
+    others = dict.fromkeys(name for name, _ in DRAFTERS if name not in (ANY_POLICY, *POLICIES))
+    raise ValueError(
+        f"draft policy {name!r} is unknown; known: {', '.join(['none', *POLICIES, *others])}, and "
+        f"for --draft also auto"
+    )
 
 
 def check_strategy(strategy: Strategy, draft: ModelConfig | None, max_len: int) -> None:
-    """ValueError if the drafting and the draft model, or its context, do not go together."""
-    policy = strategy.policy
-    if draft is None:
-        if policy == "full":
-            raise ValueError(
-                "draft policy full needs a draft model (--draft_checkpoint_path): the target "
-                "itself, with all of its KV, would draft no faster than it decodes"
-            )
-    elif policy in ("none", "ngram"):
-        raise ValueError(f"draft policy {policy} has no use for a draft model")
-    elif policy == "streaming":
-        most = draft.max_seq_len - strategy.gamma - 1
-        if strategy.budget > most:
-            raise ValueError(
-                f"draft_budget {strategy.budget} does not fit into the draft model's context of "
-                f"{draft.max_seq_len} tokens; with {strategy.gamma} drafts use {most} or less"
-            )
-    elif max_len > draft.max_seq_len:
-        raise ValueError(
-            f"draft policy {policy}: the draft model's context is {draft.max_seq_len} tokens, the "
-            f"text may have {max_len}; --draft streaming needs sinks and newest tokens only"
-        )
-
-
-def make_drafter(
-    strategy: Strategy,
-    target: Transformer,
-    full: KVCache,  # the target's
-    text: Text,
-    draft_model: Transformer | None,
-) -> Drafter:
-    """The drafter that `drafting` asks for; they must have passed `check_drafting`."""
-    if strategy.policy == "ngram":
-        return LookupDrafter(strategy, target, full, text)
-    if draft_model is None:
-        return SelfDrafter(strategy, target, full, text)
-    kinds = {"full": ModelDrafter, "streaming": StreamingModelDrafter}
-    kind = kinds.get(strategy.policy, SparseModelDrafter)
-    return kind(strategy, draft_model, target, full, text)
+    """ValueError if the strategy does not go with the draft model, or with texts of max_len."""
+    if strategy.enabled or draft is not None:
+        drafter_class(strategy, draft is not None).check(strategy, draft, max_len)
 
 
 def draft_cache_bytes(
-    strategy: Strategy, spec: CacheSpec, draft_model: Transformer | None, capacity: int
+    strategy: Strategy,
+    full: KVCache,  # the target's, allocated or not
+    draft_model: Transformer | None,
 ) -> int:
-    """What the drafter's caches will take; spec is the target's, capacity that of the text."""
-    if not strategy.enabled or strategy.policy == "ngram":
+    """What the drafter's own caches will take."""
+    if not strategy.enabled:
         return 0
-    draft_spec = draft_model and CacheSpec.for_model(draft_model, spec.batch_size)
-    if strategy.policy == "full":
-        return capacity * draft_spec.bytes_per_slot
-    n_sparse = SparseKVCache.n_slots(*strategy.split(capacity), strategy.gamma)
-    if draft_spec is None:
-        return n_sparse * spec.bytes_per_slot
-    n_full = strategy.budget if strategy.policy == "streaming" else capacity
-    return (n_sparse + n_full) * draft_spec.bytes_per_slot
+    spec = CacheSpec.for_model(draft_model, full.spec.batch_size) if draft_model else full.spec
+    kind = drafter_class(strategy, draft_model is not None)
+    caches = kind.build(strategy, replace(spec, allocated=False), full.capacity)
+    return sum(cache.n_bytes for cache in caches)

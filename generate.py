@@ -40,6 +40,7 @@ import torch
 
 import report
 from auto import Auto, Candidate, draft_lengths
+from batch import MAX_EOS
 from checkpoint import (
     DEMO_CHECKPOINT,
     DTYPES,
@@ -52,10 +53,10 @@ from checkpoint import (
 from config import ModelConfig, is_random, kv_bytes_per_token
 from cost_model import Parser
 from device import check_fits, compiler_runs, find_device, timed
-from drafters import NGRAM, Strategy, check_strategy
+from drafters import check_strategy
 from measure import Progress, Request, Run, decode, measure, warm_up
 from model import Transformer, compile_blocks
-from policies import POLICIES
+from policies import POLICIES, Strategy
 from prompts import (
     DEMO_LONGEST,
     DEMO_ROWS,
@@ -65,7 +66,8 @@ from prompts import (
     longest_prompt,
     read_prompts,
 )
-from spec_decode import MAX_EOS, Engine, Sampling
+from sampling import Sampling
+from spec_decode import Engine
 from tokenizer import TextStream, Tokenizer, continuation
 
 AUTO_POLICIES = ("ngram", "streaming", "snapkv")  # what --draft auto chooses from
@@ -423,15 +425,7 @@ def describe(o: Options, loaded: Loaded) -> str:
 
 def describe_draft(draft_dir: Path | None, engine: Engine) -> str:
     """Who drafts, from what, and how far."""
-    strategy, every = engine.strategy, engine.drafter.select_every
-    who = f"draft model {draft_dir}" if draft_dir else "self-speculation"
-    what = f"{strategy.policy} draft cache of {strategy.budget} tokens ({strategy.n_sink} sinks)"
-    if strategy.policy == "full":
-        what = "full draft cache"
-    elif strategy.policy == "ngram":
-        who, what = "prompt lookup", f"matches of at most {NGRAM} tokens"
-    again = f", selected again every {every} rounds" if every else ""
-    return f"{who}, {what}{again}, gamma {engine.gamma}"
+    return f"{engine.drafter.label(f'draft model {draft_dir}')}, gamma {engine.gamma}"
 
 
 def batch(o: Options, loaded: Loaded) -> int:
@@ -477,8 +471,11 @@ class RowPrinter:
         self.done = len(prompt)
 
     def __call__(self) -> None:
-        end = self.engine.seq_len[0].item()
-        ids, eos = self.engine.tokens[0, self.done : end].tolist(), self.engine.eos.tolist()
+        end = self.engine.batch.seq_len[0].item()
+        ids, eos = (
+            self.engine.batch.tokens[0, self.done : end].tolist(),
+            self.engine.batch.eos.tolist(),
+        )
         print(self.text.feed([i for i in ids if i not in eos]), end="", flush=True)
         self.done = end
 
@@ -512,7 +509,7 @@ def converse(o: Options, loaded: Loaded) -> int:
         if not 1 <= len(prompt) <= longest:
             print(f"a prompt needs 1 to {longest} tokens; this one has {len(prompt)}")
             continue
-        n_reused = engine.n_reused(0, prompt) if so_far else 0
+        n_reused = engine.batch.n_reused(0, prompt) if so_far else 0
         engine.prefill([prompt] * rows, [o.max_new_tokens] * rows, end_ids, reuse=bool(so_far))
         answer = say_answer(
             engine, auto, RowPrinter(engine, checkpoint.tokenizer, prompt), n_reused
@@ -526,8 +523,8 @@ def say_answer(engine: Engine, auto: Auto | None, show: "RowPrinter", n_reused: 
     n_prompt = show.done
     show()
     work = partial(auto.decode, show) if auto else partial(decode, engine, on_round=show)
-    seconds, stats = timed(engine.tokens.device, work)
-    run = Run(stats, engine.outputs(), seconds)
+    seconds, stats = timed(engine.device, work)
+    run = Run(stats, engine.batch.outputs(), seconds)
     print(show.text.close())
     print(
         f"[{run.tokens_per_second:.1f} tokens/s, mean acceptance length "

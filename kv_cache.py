@@ -79,6 +79,7 @@ class CacheSpec:
     flex: bool  # mask the full cache for flex_attention; False: boolean masks
     window: int | None = None  # newest tokens that the model's attention sees; None: all
     programs_per_sm: int | None = None  # of the split-KV kernel; None: PROGRAMS_PER_SM
+    allocated: bool = True  # False: caches without memory, to be asked how much they would take
 
     @classmethod
     def for_model(cls, model, batch_size: int) -> "CacheSpec":
@@ -108,7 +109,8 @@ class CacheSpec:
 def allocate(spec: CacheSpec, n_slots: int) -> list[Tensor]:
     """One zeroed [B, Hkv, n_slots, D] tensor per layer. Zero, so that unseen slots are finite."""
     shape = (spec.batch_size, spec.n_kv_head, n_slots, spec.head_dim)
-    return [torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.n_layer)]
+    device = spec.device if spec.allocated else "meta"
+    return [torch.zeros(shape, dtype=spec.dtype, device=device) for _ in range(spec.n_layer)]
 
 
 def seen(p: Tensor, q: Tensor, window: int | None) -> Tensor:
@@ -130,20 +132,21 @@ def query_tile(n_query: int) -> int:
 class KVCache:
     """The full cache: position p in slot p."""
 
-    def __init__(self, spec: CacheSpec, k: list[Tensor], v: list[Tensor]) -> None:
-        self.spec = spec
+    def __init__(
+        self,
+        spec: CacheSpec,
+        k: list[Tensor],
+        v: list[Tensor],
+        finished: Tensor | None = None,  # [B] bool, rows whose results nobody needs
+    ) -> None:
+        self.spec, self.finished = spec, finished
         self.k, self.v = k, v  # per layer [B, Hkv, S, D]
-        self.finished: Tensor | None = None  # [B] bool: rows whose results nobody needs
 
     @classmethod
-    def empty(cls, spec: CacheSpec, n_slots: int) -> "KVCache":
+    def empty(cls, spec: CacheSpec, n_slots: int, finished: Tensor | None = None) -> "KVCache":
         """Room for n_slots tokens per row, rounded up to whole flex_attention blocks."""
-        capacity = cls.round_up(spec, n_slots)
-        return cls(spec, allocate(spec, capacity), allocate(spec, capacity))
-
-    @staticmethod
-    def round_up(spec: CacheSpec, n_slots: int) -> int:
-        return -(-n_slots // spec.kv_block) * spec.kv_block
+        capacity = -(-n_slots // spec.kv_block) * spec.kv_block
+        return cls(spec, allocate(spec, capacity), allocate(spec, capacity), finished)
 
     @property
     def capacity(self) -> int:
@@ -250,7 +253,7 @@ class SparseKVCache:
         n_slots = self.n_slots(n_selected, n_recent, gamma)
         self.k, self.v = allocate(spec, n_slots), allocate(spec, n_slots)
         shape = (spec.n_layer, spec.batch_size, spec.n_kv_head, n_selected)
-        self.selected_pos = torch.full(shape, NEVER, dtype=torch.int64, device=spec.device)
+        self.selected_pos = torch.full(shape, NEVER, dtype=torch.int64, device=self.k[0].device)
 
     @staticmethod
     def n_slots(n_selected: int, n_recent: int, gamma: int) -> int:

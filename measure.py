@@ -20,10 +20,10 @@ from typing import TypeVar
 import torch
 
 from auto import Auto
+from batch import Stats
 from device import machine, peak_memory_bytes, timed
-from drafters import ModelDrafter
 from kv_cache import KVCache
-from spec_decode import Engine, Stats
+from spec_decode import Engine
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ def decode(
 ) -> Stats:
     """Rounds to the end of the prefilled batch, and what they did."""
     engine.run(engine.gamma if gamma is None else gamma, on_round=on_round)
-    return engine.stats()
+    return engine.batch.stats()
 
 
 @torch.inference_mode()
@@ -114,7 +114,7 @@ def measure(
     tracer: AbstractContextManager | None = None,  # a profiler of the decoding
 ) -> Measurement:
     """Warm up, prefill, decode, time the steps. Says before and after each what it is doing."""
-    device, prompts, progress = engine.tokens.device, request.prompts, Progress(say)
+    device, prompts, progress = engine.device, request.prompts, Progress(say)
     lengths, limits = [*map(len, prompts)], [request.max_new_tokens] * len(prompts)
 
     def phase(what: str, work: Callable[[], T]) -> tuple[float, T]:
@@ -126,7 +126,7 @@ def measure(
     def decoding(what: str, work: Callable[[], Stats]) -> Run:
         engine.rewind()
         seconds, stats = phase(what, work)
-        return Run(stats, engine.outputs(), seconds)
+        return Run(stats, engine.batch.outputs(), seconds)
 
     def prefill() -> None:
         engine.prefill(prompts, limits, request.end_ids, lambda b: progress(b + 1, len(prompts)))
@@ -135,7 +135,7 @@ def measure(
     compile_seconds, _ = phase(compiling, lambda: warm_up(engine, auto))
     prefill_seconds, _ = phase(f"prefilling {sum(lengths):,} tokens", prefill)
     draft_prefill_seconds, baseline = None, None
-    if isinstance(engine.drafter, ModelDrafter):
+    if engine.drafter and engine.drafter.own_model:
         draft_prefill_seconds, _ = phase("prefilling the draft model", engine.catch_up)
     if request.compare:
         baseline = decoding("decoding plainly", lambda: decode(engine, 0))
@@ -161,10 +161,7 @@ def setting(engine: Engine, auto: Auto | None) -> dict:
     drafter = engine.drafter
     plan = {"strategy": "none", "gamma": 0}
     if drafter:
-        strategy = engine.strategy
-        plan = {"strategy": strategy.policy, "gamma": engine.gamma}
-        if strategy.policy not in ("full", "ngram"):
-            plan["draft_budget"] = strategy.budget
+        plan = drafter.strategy.describe()
         if drafter.select_every:
             plan["select_every"] = drafter.select_every
     if auto:
@@ -175,15 +172,15 @@ def setting(engine: Engine, auto: Auto | None) -> dict:
         "sampling": asdict(engine.sampling),
         "plan": plan,
     }
-    if isinstance(drafter, ModelDrafter):
-        found["draft_model"] = asdict(drafter.model.config)
+    if drafter and drafter.own_model:
+        found["draft_model"] = asdict(drafter.own_model.config)
     return found
 
 
 def environment(engine: Engine) -> dict:
     """Where this runs, as the JSON has it."""
     dtype = str(engine.full.spec.dtype).removeprefix("torch.")
-    return machine(engine.tokens.device) | {"dtype": dtype, "compiled": engine.model.compiled}
+    return machine(engine.device) | {"dtype": dtype, "compiled": engine.model.compiled}
 
 
 def step_times(
@@ -209,7 +206,7 @@ def step_times(
     for _ in range(repeats):
         for name, step in work.items():
             n_steps = gamma if name == "draft_step_ms" else 1
-            times[name].append(1e3 * timed(engine.tokens.device, step)[0] / n_steps)
+            times[name].append(1e3 * timed(engine.device, step)[0] / n_steps)
     return times
 
 

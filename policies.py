@@ -1,13 +1,15 @@
 """Policies."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kv_cache import NEVER, fold_mask, seen
+from batch import MAX_GAMMA
+from kv_cache import NEVER, CacheSpec, SparseKVCache, fold_mask, seen
 
 POOL = 31  # SnapKV's scores are averaged over this many neighbours, an odd number (LOG.md)
 SCORE_BYTES = 2**28  # most memory that SnapKV's scores may take at a time
@@ -98,3 +100,68 @@ POLICIES = {
     "streaming": Policy(select_streaming, recent_share=1.0, reselect_every=0),
     "snapkv": Policy(select_snapkv, recent_share=0.5, observes=True),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """How drafts are made: by whom, from whose KV, and how many tokens at a time."""
+
+    policy: str = "none"  # "none", "ngram", "full" (with a draft model), or a name in POLICIES
+    gamma: int = 5  # draft tokens per round
+    budget: int = 128  # K, tokens of draft KV per row: sinks, selected ones and window
+    n_sink: int = 4  # of them, always the first ones of the text
+    obs_window: int | None = None  # newest tokens whose queries are observed; None: the policy's
+    reselect_every: int | None = None  # rounds; 0: never; None: the policy's own default
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= MAX_GAMMA:
+            raise ValueError(f"speculate_k {self.gamma} must be in 0..{MAX_GAMMA}")
+        if self.n_sink < 0:
+            raise ValueError(f"n_sink {self.n_sink} must be at least 0")
+        if not 1 <= self.n_observed <= 128:
+            raise ValueError(f"obs_window {self.n_observed} must be in 1..128")
+        policy = POLICIES.get(self.policy)
+        observing = policy is not None and policy.observes
+        min_budget = self.n_sink + 1 + (self.n_observed if observing else 0)
+        if self.budget < min_budget:
+            terms = "n_sink + obs_window + 1" if observing else "n_sink + 1"
+            raise ValueError(f"draft_budget {self.budget} must be at least {terms} = {min_budget}")
+        if self.reselect_every is not None and self.reselect_every < 0:
+            raise ValueError(f"reselect_every {self.reselect_every} must be at least 0 (0: never)")
+        if self.reselect_every and not (policy and policy.reselect_every):
+            able = ", ".join(name for name, p in POLICIES.items() if p.reselect_every)
+            raise ValueError(
+                f"reselect_every {self.reselect_every}: {self.policy} has nothing to reselect; "
+                f"use it with {able}"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is drafted at all."""
+        return self.policy != "none" and self.gamma > 0
+
+    @property
+    def n_observed(self) -> int:
+        """Newest tokens whose queries a policy that observes is shown."""
+        own = POLICIES[self.policy].obs_window if self.policy in POLICIES else 1
+        return own if self.obs_window is None else self.obs_window
+
+    @property
+    def select_every(self) -> int:
+        """Rounds from one selection to the next; 0: never again."""
+        default = POLICIES[self.policy].reselect_every if self.policy in POLICIES else 0
+        return default if self.reselect_every is None else self.reselect_every
+
+    def sparse_cache(self, spec: CacheSpec, capacity: int) -> SparseKVCache:
+        """The draft's cache for a text of at most `capacity` tokens."""
+        n_recent = POLICIES[self.policy].n_recent(self.budget, self.n_sink, self.n_observed)
+        n_selected = min(self.budget - n_recent, capacity)
+        return SparseKVCache(spec, n_selected, min(n_recent, capacity), self.gamma)
+
+    def describe(self) -> dict[str, str | int]:
+        """What the JSON says of it."""
+        named = {"strategy": self.policy, "gamma": self.gamma}
+        return named | ({"draft_budget": self.budget} if self.policy in POLICIES else {})
+
+    def __str__(self) -> str:
+        return f"{self.policy} {self.budget}" if self.policy in POLICIES else self.policy

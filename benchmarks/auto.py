@@ -24,13 +24,14 @@ from auto import GAMMAS, Auto, Candidate
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
 from cost_model import Strategy as Planned
 from device import timed
-from drafters import Strategy
 from generate import AUTO_POLICIES
-from measure import environment, step_times, warm_up
+from measure import decode, environment, step_times, warm_up
 from model import compile_blocks
+from policies import Strategy
 from prompts import demo_prompts
 from roofline import Workload, forward_time
-from spec_decode import Engine, Sampling, decode
+from sampling import Sampling
+from spec_decode import Engine
 from tokenizer import load_tokenizer
 
 
@@ -44,7 +45,7 @@ def fixed_choices() -> dict[str, tuple[Strategy, int]]:
 
 def predicted_against_timed(engine: Engine, auto: Auto, repeats: int) -> list[dict]:
     """T_T, T_V and T_D by the calibrated model and by the clock, after the prefill."""
-    B, S = len(engine.rows), int(engine.prompt_len.float().mean())
+    B, S = engine.batch.n_rows, int(engine.batch.prompt_len.float().mean())
     w = Workload(B, S, itemsize=engine.full.spec.dtype.itemsize)
     config, hw, found = engine.model.config, auto.hardware, []
     for gamma in GAMMAS:
@@ -52,7 +53,7 @@ def predicted_against_timed(engine: Engine, auto: Auto, repeats: int) -> list[di
         engine.rewind()
         step_times(engine, 1)
         ms = {k: statistics.median(v) for k, v in step_times(engine, repeats).items()}
-        strategy = engine.strategy
+        strategy = engine.drafter.strategy
         streaming = Planned("streaming", gamma, strategy.budget)
         verify = auto.verify_seconds(S)
         found += [
@@ -72,7 +73,7 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
     prompts = [ids[:S] for ids in demo_prompts(tokenizer, B, 2 * S)]
     engine = Engine(model, B, S + new_tokens, Strategy(), Sampling())
     auto = Auto(engine, [Candidate(Strategy(p, max(GAMMAS))) for p in AUTO_POLICIES])
-    device = engine.tokens.device
+    device = engine.device
     compile_s, _ = timed(device, lambda: warm_up(engine, auto))
     engine.prefill(prompts, [new_tokens] * B)
     speeds: dict[str, list[float]] = {}
@@ -83,8 +84,8 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
         engine.rewind()
         seconds, stats = timed(device, work)
         speeds.setdefault(name, []).append(stats.decoded_tokens / seconds)
-        expected = expected or engine.outputs()
-        if engine.outputs() != expected:
+        expected = expected or engine.batch.outputs()
+        if engine.batch.outputs() != expected:
             raise RuntimeError(f"{name} at B = {B}, S = {S} changed the output")
 
     engine.use(Strategy())

@@ -24,11 +24,12 @@ from synthetic import SyntheticEngine, random_prompts
 
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
 from device import timed
-from drafters import Strategy
 from measure import decode, environment, step_bytes, step_times
 from model import compile_blocks
+from policies import Strategy
 from prompts import demo_lengths
-from spec_decode import Engine, Sampling
+from sampling import Sampling
+from spec_decode import Engine
 
 NEW_TOKENS = 128
 
@@ -45,7 +46,7 @@ def measure(model, lengths: list[int], strategy: Strategy, rate: float, repeats:
     engine = SyntheticEngine(model, B, most, strategy, Sampling(), rate=rate)
     gamma, n_bytes = strategy.gamma, step_bytes(engine, lengths)
     engine.prefill(random_prompts(lengths, model.config.vocab_size), [NEW_TOKENS] * B)
-    device = engine.tokens.device
+    device = engine.device
     cache_bytes = sum(buffer.nbytes for buffer in engine.full.k + engine.full.v)
     step_times(engine, repeats=2)  # compile
     times = step_times(engine, repeats, read=lambda: read_caches(engine))

@@ -37,16 +37,17 @@ sys.path.insert(0, str(ROOT))
 from synthetic import SyntheticEngine, random_prompts
 
 from checkpoint import DTYPES, load_model, randomize, write_json
-from config import ModelConfig, layer_params, read_json
+from config import ModelConfig, layer_params, open_json
 from cost_model import omega
 from device import timed
-from drafters import Strategy
 from generate import main as generate_main
 from kv_cache import KVCache
 from measure import environment
 from model import Transformer, compile_blocks
+from policies import Strategy
 from roofline import HARDWARE, Timing, Workload, fit, forward_time
-from spec_decode import Engine, Sampling
+from sampling import Sampling
+from spec_decode import Engine
 
 ACCEPTED = (  # policy, budget, acceptance of each draft: arXiv 2408.11049, at 32k
     ("streaming", 512, 0.81),
@@ -159,7 +160,7 @@ class Point:
             found["T_T"]["kernels_ms"] = kernels
             found["T_T"]["replay_over_kernels"] = kernels and found["T_T"]["ms"] / kernels
         for gamma in self.settings.gammas if detailed else ():
-            drafts = engine.tokens[:, :gamma].contiguous()
+            drafts = engine.batch.tokens[:, :gamma].contiguous()
             work = engine.capture(lambda drafts=drafts: self.decide(drafts))
             found[f"T_V({gamma})"] = self.against_floor(self.time(work), self.S)
         for budget in self.settings.budgets if detailed else ():
@@ -174,7 +175,7 @@ class Point:
 
     def decide(self, drafts: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """A forward of the target alone, reading the full cache (None) and writing only that."""
-        token, pos = self.engine.newest()
+        token, pos = self.engine.batch.newest()
         pos = pos + torch.arange(drafts.shape[1] + 1, device=pos.device)
         tokens = torch.cat((token, drafts), dim=1)
         return self.model(tokens, pos, cache or self.engine.full).argmax(dim=-1)
@@ -185,7 +186,7 @@ class Point:
         engine.use(Strategy())
         found = {}
         for gamma in (0, max(self.settings.round_gammas)):
-            drafts, times = engine.tokens[:, :gamma].contiguous(), {}
+            drafts, times = engine.batch.tokens[:, :gamma].contiguous(), {}
             for n in self.settings.programs_per_sm:
                 cache = KVCache(replace(full.spec, programs_per_sm=n), full.k, full.v)
                 times[n] = self.time(engine.capture(partial(self.decide, drafts, cache)))
@@ -221,7 +222,7 @@ class Point:
         """The same plain step with SDPA, and as gpt-fast compiles it; ms."""
         engine, found = self.engine, {}
         engine.use(Strategy())
-        token, pos = engine.newest()
+        token, pos = engine.batch.newest()
         cache = KVCache(replace(engine.full.spec, flex=False), engine.full.k, engine.full.v)
         other = same_weights(self.model)
         if self.model.compiled:
@@ -345,7 +346,9 @@ def demo(device: str, out: Path, smoke: bool) -> dict:
     status = generate_main([*flags, "--draft", "streaming", "--speculate_k", "5"])
     result = {"flags": flags, "status": status}
     if file.exists():
-        result |= {k: v for k, v in read_json(file).items() if k not in ("outputs", "model")}
+        result |= {
+            k: v for k, v in open_json(file).of(dict).items() if k not in ("outputs", "model")
+        }
         file.unlink()
     return result
 

@@ -35,12 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
 from device import timed
-from drafters import Strategy
 from measure import decode, environment, step_times
 from model import Transformer, compile_blocks
-from policies import POLICIES
+from policies import POLICIES, Strategy
 from prompts import DEMO_LONGEST, DEMO_MODULES, demo_prompts, module_source
-from spec_decode import Engine, Sampling
+from sampling import Sampling
+from spec_decode import Engine
 from tokenizer import Tokenizer, load_tokenizer
 
 CUE = 32  # tokens of the repeated passage that are given
@@ -121,8 +121,8 @@ def prefilled(model: Transformer, prompts: list[list[int]], new_tokens: int) -> 
 def decoded(engine: Engine, gamma: int) -> tuple[float, object, list[list[int]]]:
     """Tokens per second of one run from the prefill, its counts, its outputs."""
     engine.rewind()
-    seconds, stats = timed(engine.tokens.device, lambda: decode(engine, gamma))
-    return stats.decoded_tokens / seconds, stats, engine.outputs()
+    seconds, stats = timed(engine.device, lambda: decode(engine, gamma))
+    return stats.decoded_tokens / seconds, stats, engine.batch.outputs()
 
 
 @dataclass(slots=True)
@@ -155,7 +155,7 @@ def measure(engine: Engine, setting: Setting, plain: Plain, repeats: int) -> dic
     select_s = 0.0
     if engine.drafter.select_every:
         engine.rewind()
-        select_s, _ = timed(engine.tokens.device, engine.drafter.select)
+        select_s, _ = timed(engine.device, engine.drafter.select)
     return {
         "strategy": setting.name,
         "budget": setting.strategy.budget,
@@ -217,19 +217,19 @@ def by_quarter(engine: Engine, setting: Setting, new_tokens: int) -> dict:
     engine.use(setting.strategy, setting.draft_model)
     compile_rounds(engine)
     counts = [[0, 0] for _ in range(4)]  # accepted, drafted
-    before = engine.seq_len.clone()
+    before = engine.batch.seq_len.clone()
 
     def count() -> None:
-        gained = (engine.seq_len - before).tolist()
-        starts = (before - engine.prompt_len).tolist()
+        gained = (engine.batch.seq_len - before).tolist()
+        starts = (before - engine.batch.prompt_len).tolist()
         for start, n in zip(starts, gained, strict=True):
             if n:
                 quarter = counts[min(4 * start // new_tokens, 3)]
                 quarter[0] += n - 1
                 quarter[1] += engine.gamma
-        before.copy_(engine.seq_len)
+        before.copy_(engine.batch.seq_len)
 
-    seconds, stats = timed(engine.tokens.device, lambda: decode(engine, on_round=count))
+    seconds, stats = timed(engine.device, lambda: decode(engine, on_round=count))
     return {
         "strategy": setting.name,
         "budget": setting.strategy.budget,

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from spec_decode import Draft, Engine
+from sampling import Draft
+from spec_decode import Engine
 
 
 class SyntheticEngine(Engine):

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import DEMO_CHECKPOINT, load_model
-from drafters import Strategy
+from policies import Strategy
 from prompts import demo_prompts
-from spec_decode import Engine, Sampling, generate
+from sampling import Sampling
+from spec_decode import Engine, generate
 from tokenizer import load_tokenizer
 
 

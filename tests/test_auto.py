@@ -23,10 +23,11 @@ from auto import (
     lookup_rounds,
 )
 from cost_model import omega
-from drafters import Strategy
 from kv_cache import SparseKVCache
+from policies import Strategy
 from roofline import HARDWARE, Timing, Workload, forward_time
-from spec_decode import Engine, Sampling, generate
+from sampling import Sampling
+from spec_decode import Engine, generate
 from tests.reference import plain_greedy, tiny_model
 from tests.test_spec_decode import PROMPTS
 
@@ -75,7 +76,7 @@ def test_whatever_it_decides_the_output_is_the_models_own(monkeypatch, verify):
     for _ in range(2):
         auto.engine.rewind()
         stats = auto.decode()
-        assert auto.engine.outputs() == expected
+        assert auto.engine.batch.outputs() == expected
         assert stats.decoded_tokens == 4 * 59
         assert sum(stats.drafted_histogram) == stats.row_rounds > 0
 
@@ -103,7 +104,7 @@ def test_a_named_draft_is_used_from_the_first_round_to_the_last(monkeypatch, pol
     assert auto.gamma == 1
     assert auto.chosen is auto.candidates[0] is auto.current
     assert 0 < auto.predicted_speedup < 1
-    assert auto.engine.outputs() == [plain_greedy(tiny_model(), p, 60) for p in PROMPTS]
+    assert auto.engine.batch.outputs() == [plain_greedy(tiny_model(), p, 60) for p in PROMPTS]
     assert f"{auto.chosen}, gamma 1 (the draft as asked), predicted speedup 0." in auto.explain()
 
 
@@ -141,7 +142,7 @@ def test_a_candidate_that_the_engine_refuses_is_dropped_for_the_others(monkeypat
     auto.decode()
     assert auto.chosen is everything and auto.candidates == [everything]
     assert auto.dropped == ["snapkv 24: the KV caches need 9 GiB"]
-    assert auto.engine.outputs() == [plain_greedy(tiny_model(), p, 60) for p in PROMPTS]
+    assert auto.engine.batch.outputs() == [plain_greedy(tiny_model(), p, 60) for p in PROMPTS]
 
 
 def test_a_good_draft_is_chosen_and_kept(monkeypatch):
@@ -161,10 +162,10 @@ def test_what_prompt_lookup_would_have_had_accepted():
     """Text of period 3 is foreseen completely; text without repetition not at all."""
     engine = Engine(tiny_model(), 3, 100, Strategy(), Sampling())
     engine.prefill([[5, 6, 7] * 20, list(range(60)), [5, 6, 7] * 20], [9] * 3)
-    engine.tokens[0, 60], engine.tokens[1, 60], engine.tokens[2, 60] = 5, 90, 5
+    engine.batch.tokens[0, 60], engine.batch.tokens[1, 60], engine.batch.tokens[2, 60] = 5, 90, 5
     # 12 tokens back: 3 rounds of 4 drafts and one token where all are kept, else 12
     assert lookup_rounds(engine, 4) == ([12, 0, 0, 0, 3 + 3], [0, 0, 0, 0, 18])
-    engine.finished[1] = True
+    engine.batch.finished[1] = True
     assert lookup_rounds(engine, 4) == ([0, 0, 0, 0, 6], [0, 0, 0, 0, 6])
 
 
@@ -172,9 +173,9 @@ def test_prompt_lookup_is_judged_by_decided_text_alone():
     """What a run before left behind a short text must not be looked at."""
     engine = Engine(tiny_model(), 1, 100, Strategy(), Sampling())
     engine.prefill([[5]], [60])
-    engine.tokens.fill_(5)  # all of it would be foreseen
-    assert engine.seq_len.item() == 2 and lookup_rounds(engine, 4) == ([0] * 5, [0] * 5)
-    engine.seq_len.fill_(7)  # from 2 tokens on: 4 drafts, and the newest token
+    engine.batch.tokens.fill_(5)  # all of it would be foreseen
+    assert engine.batch.seq_len.item() == 2 and lookup_rounds(engine, 4) == ([0] * 5, [0] * 5)
+    engine.batch.seq_len.fill_(7)  # from 2 tokens on: 4 drafts, and the newest token
     assert lookup_rounds(engine, 4) == ([0, 0, 0, 0, 1], [0, 0, 0, 0, 1])
 
 
@@ -290,7 +291,7 @@ def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
     monkeypatch.setattr(auto, "look_back", look_back)
     auto.decode()
     assert auto.chosen is bad and auto.current is auto.candidates[1]
-    assert engine.outputs() == [plain_greedy(tiny_model(), p, 120) for p in PROMPTS]
+    assert engine.batch.outputs() == [plain_greedy(tiny_model(), p, 120) for p in PROMPTS]
 
 
 def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_longer(monkeypatch):
@@ -306,7 +307,7 @@ def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_lon
     tried = (FOLLOW, 3)
     assert runs == [tried, tried, (32, 0), tried, (64, 0), tried, (128, 0), tried, (256, 0)]
     assert stats.drafted_histogram[0] == stats.row_rounds - stats.drafts > 4 * 200
-    assert auto.engine.outputs() == [plain_greedy(tiny_model(), p, 250) for p in PROMPTS]
+    assert auto.engine.batch.outputs() == [plain_greedy(tiny_model(), p, 250) for p in PROMPTS]
 
 
 def test_a_draft_that_did_not_pay_is_not_tried_for_what_one_acceptance_would_say(monkeypatch):

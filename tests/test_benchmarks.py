@@ -12,9 +12,9 @@ import torch
 from benchmarks import load_memory
 from benchmarks.synthetic import SyntheticEngine, random_prompts
 from config import MODELS, ModelConfig, total_params
-from drafters import Strategy
 from measure import decode
-from spec_decode import Sampling
+from policies import Strategy
+from sampling import Sampling
 from tests.reference import tiny_model
 from tests.test_spec_decode import PROMPTS
 
@@ -113,7 +113,7 @@ def test_a_rate_that_is_no_probability_is_refused(rate):
 def test_made_up_prompts_fill_the_caches_of_their_rows():
     engine = synthetic_engine(2)
     engine.prefill(random_prompts([30, 60], 97), [9, 9])
-    assert engine.prompt_len.tolist() == [30, 60]
+    assert engine.batch.prompt_len.tolist() == [30, 60]
     for buffer in engine.full.k + engine.full.v:
         assert buffer[:, :, :60].std(dim=-1).min() > 0.1
 

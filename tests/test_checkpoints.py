@@ -13,11 +13,12 @@ from safetensors import safe_open
 
 from checkpoint import load_model
 from config import ModelConfig, load_config
-from drafters import Strategy
 from kv_cache import CacheSpec, KVCache
 from model import Transformer
+from policies import Strategy
+from sampling import Sampling
 from scripts.make_model_fixtures import FAMILIES, LENGTHS, NEW_TOKENS, SHARDED, make
-from spec_decode import Engine, Sampling, generate
+from spec_decode import Engine, generate
 
 FIXTURES = Path(__file__).parent / "fixtures" / "models"
 DRAFTINGS = {

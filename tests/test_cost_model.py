@@ -46,7 +46,8 @@ from cost_model import (
 from kv_cache import CacheSpec, KVCache
 from model import Transformer
 from roofline import HARDWARE, Workload, forward_time
-from spec_decode import Engine, Sampling
+from sampling import Sampling
+from spec_decode import Engine
 from tests.test_roofline import A100, LLAMA, ROUND, SMALL
 
 ROOT = Path(__file__).resolve().parents[1]

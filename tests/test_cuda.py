@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from checkpoint import load_model
-from drafters import Strategy
 from generate import main
+from graphs import LAG
 from kv_cache import CacheSpec, KVCache
 from model import Transformer, compile_blocks
+from policies import Strategy
+from sampling import Sampling
 from scripts.make_model_fixtures import FAMILIES, LENGTHS
-from spec_decode import LAG, Engine, Sampling, decode, generate
+from spec_decode import Engine, generate
 from tests.reference import plain_greedy, tiny_model
 from tests.test_checkpoints import FIXTURES, load
 from tests.test_drafters import STRATEGIES, draft_model
-from tests.test_spec_decode import PROMPTS, exact_distribution
+from tests.test_spec_decode import PROMPTS, decode, exact_distribution
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GREEDY = Sampling()
@@ -60,7 +62,7 @@ def test_greedy_output_is_the_models_own(strategy, heads):
     assert engine.rounds, "nothing was captured"
     for _ in range(2):  # again, from the graphs that are there
         engine.rewind()
-        assert decode(engine) == stats and engine.outputs() == expected
+        assert decode(engine) == stats and engine.batch.outputs() == expected
 
 
 @pytest.mark.parametrize("strategy", [None, "streaming", "snapkv", "ngram"])
@@ -85,7 +87,7 @@ def test_replays_equal_eager_rounds(strategy):
 def test_the_host_is_at_most_a_few_rounds_late():
     engine = engine_for(on_gpu(tiny_model()), None)
     generate(engine, PROMPTS, 45)
-    assert int(engine.n_rounds) == 44
+    assert int(engine.batch.n_rounds) == 44
     assert 44 <= engine.host_rounds <= 44 + LAG
 
 
@@ -120,7 +122,7 @@ def test_sampling_from_a_graph_is_new_every_round_and_fixed_by_the_seed():
     assert statistic < len(exact) + 5 * (2 * len(exact)) ** 0.5
     engine.rewind()
     decode(engine)
-    assert engine.outputs() == outputs
+    assert engine.batch.outputs() == outputs
     assert generate(engine, [prompt] * rows, 3)[0] != outputs  # the next turn draws others
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import policies
-from drafters import Strategy, StreamingModelDrafter, lookup
-from kv_cache import NEVER
+from drafters import StreamingModelDrafter, lookup
+from kv_cache import NEVER, CacheSpec
 from model import Transformer, compile_blocks
-from policies import POLICIES, POOL, Policy, attention_received, observed, select_snapkv
-from spec_decode import Engine, Sampling, decode, generate
+from policies import POLICIES, POOL, Policy, Strategy, attention_received, observed, select_snapkv
+from sampling import Sampling
+from spec_decode import Engine, generate
 from tests.reference import (
     COMPILED_BUDGET,
     latest_match,
@@ -27,6 +28,7 @@ from tests.test_spec_decode import (
     SAMPLINGS,
     chi_square_excess,
     compiled_engine,
+    decode,
     equal_prompts_are_read_once,
     five_tokens,
     greedy_of,
@@ -229,7 +231,8 @@ def test_reselection_is_the_selection_of_the_longer_text():
     after = engine.drafter.sparse.selected_pos
     assert not torch.equal(after, before)
     texts = [
-        t[: n - 1] for t, n in zip(engine.tokens.tolist(), engine.seq_len.tolist(), strict=True)
+        t[: n - 1]
+        for t, n in zip(engine.batch.tokens.tolist(), engine.batch.seq_len.tolist(), strict=True)
     ]
     fresh = Engine(model, 4, 100, strategy, GREEDY)
     fresh.prefill(texts, [1] * 4)
@@ -275,7 +278,7 @@ def test_rounds_without_drafts_do_not_blind_the_drafter(strategy):
     if draft:
         holds_the_same(engine)
     assert decode(engine).draft_acceptance_rate == 1.0
-    assert engine.outputs() == [plain_greedy(model, p, 150) for p in prompts]
+    assert engine.batch.outputs() == [plain_greedy(model, p, 150) for p in prompts]
     engine.rewind()
     assert decode(engine).draft_acceptance_rate == 1.0
 
@@ -283,7 +286,7 @@ def test_rounds_without_drafts_do_not_blind_the_drafter(strategy):
 def holds_the_same(engine: Engine) -> None:
     """A draft model with the target's weights: its own cache has the target's K, to rounding."""
     for own, target in zip(engine.drafter.full.k, engine.full.k, strict=True):
-        for b, n in enumerate((engine.seq_len - 2).tolist()):
+        for b, n in enumerate((engine.batch.seq_len - 2).tolist()):
             assert torch.allclose(own[b, :, :n], target[b, :, :n], atol=1e-4)
 
 
@@ -312,7 +315,7 @@ def test_a_short_context_holds_through_rounds_without_drafts(monkeypatch):
 
     monkeypatch.setattr(draft, "hidden", watched)
     engine.prefill(prompts_of([70, 1, 9]), [200] * 3)
-    while not engine.finished.all():
+    while not engine.batch.finished.all():
         for gamma in (3, 0, 0, 3, 0):
             engine.round(gamma)
     assert max(highest) <= 27
@@ -329,7 +332,7 @@ def test_sinks_that_a_short_prompt_lacks_are_kept_once_they_exist(policy, n_prom
     for kept in engine.drafter.sparse.selected_pos.flatten(0, 2).tolist():
         assert {0, 1, 2, 3} <= set(kept)
     if policy == "streaming":
-        assert engine.selected_at <= 4  # selected once more, not every round
+        assert engine.drafter.selected_at <= 4  # selected once more, not every round
 
 
 def test_selecting_is_part_of_decoding(monkeypatch):
@@ -376,7 +379,7 @@ def test_a_streaming_draft_model_sees_sinks_and_window_at_positions_of_its_own(l
     assert isinstance(engine.drafter, StreamingModelDrafter)
     engine.refresh()
     for _ in range(3):  # after the prefill, and re-anchored in mid-generation
-        text = engine.tokens[0, : engine.seq_len[0]].tolist()
+        text = engine.batch.tokens[0, : engine.batch.seq_len[0]].tolist()
         n_cached = len(text) - 2
         packed = text if n_cached <= 12 else text[:3] + text[n_cached - 9 : n_cached] + text[-2:]
         n_anchor = len(packed) - 2
@@ -398,7 +401,7 @@ def test_padded_vocabularies_are_cut_to_the_targets(vocab_size, policy):
     engine = Engine(model, 4, 100, strategy, GREEDY, draft_model=draft)
     outputs, _ = generate(engine, PROMPTS, 20)
     assert outputs == [plain_greedy(model, p, 20) for p in PROMPTS]
-    logits = engine.drafter.logits(0, engine.newest()[0])
+    logits = engine.drafter.logits(0, engine.batch.newest()[0])
     assert logits.shape == (4, 97)
     assert logits.isneginf().sum(dim=1).tolist() == [max(97 - vocab_size, 0)] * 4
 
@@ -414,7 +417,7 @@ def test_the_drafter_can_be_changed_in_mid_generation(strategy):
         engine.round(0)
     engine.use(Strategy(policy, 3, n_sink=3, **settings), draft)
     decode(engine)
-    assert engine.outputs() == [plain_greedy(model, p, 45) for p in PROMPTS]
+    assert engine.batch.outputs() == [plain_greedy(model, p, 45) for p in PROMPTS]
     if policy == "full":  # what it has read is all of the text: the same weights agree
         same = Engine(model, 4, 120, Strategy(), GREEDY)
         same.prefill(PROMPTS, [45] * 4)
@@ -447,8 +450,8 @@ def test_the_next_turn_of_a_conversation_reads_only_what_is_new(strategy, monkey
         engine.prefill(texts, [20] * 4, reuse=reuse)
         assert sum(read) == sum(math.ceil(n / 16) * 16 for n in n_new)
         decode(engine)
-        assert engine.outputs() == [plain_greedy(model, t, 20) for t in texts]
-        return engine.outputs()
+        assert engine.batch.outputs() == [plain_greedy(model, t, 20) for t in texts]
+        return engine.batch.outputs()
 
     monkeypatch.setattr(Transformer, "hidden", counted)
     text = PROMPTS
@@ -482,8 +485,8 @@ def test_a_draft_model_reads_only_what_is_new_too(policy, monkeypatch):
         assert sum(read) == n_read
         holds_the_same(engine)
         decode(engine)
-        assert engine.outputs() == [plain_greedy(model, text, 21)]
-        text = text + engine.outputs()[0]
+        assert engine.batch.outputs() == [plain_greedy(model, text, 21)]
+        text = text + engine.batch.outputs()[0]
 
 
 def test_lookup_against_a_loop():
@@ -502,7 +505,7 @@ def test_lookup_against_a_loop():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: Strategy("snapkw"), f"known: none, {', '.join(POLICIES)}, full, ngram"),
+        (lambda: engine("snapkw", None), f"known: none, {', '.join(POLICIES)}, full, ngram"),
         (
             lambda: Strategy("snapkv", budget=36, n_sink=4, obs_window=32),
             "n_sink [+] obs_window [+] 1 = 37",
@@ -538,7 +541,8 @@ def test_a_policy_brings_the_number_of_tokens_that_it_observes(monkeypatch):
         policy = Policy(select, recent_share=0.1, observes=True, **own)
         monkeypatch.setitem(POLICIES, "mine", policy)
         strategy = Strategy("mine", 3, n + 4, n_sink=3, obs_window=asked)
-        assert strategy.split(100) == (4, n)  # all that is observed lies in the window
+        sparse = strategy.sparse_cache(CacheSpec.for_model(tiny_model(), 1), 100)
+        assert (sparse.n_selected, sparse.n_recent) == (4, n)  # all observed are in the window
         engine = Engine(tiny_model(), 4, 100, strategy, GREEDY)
         assert generate(engine, PROMPTS, 9)[0] == [
             plain_greedy(tiny_model(), p, 9) for p in PROMPTS

@@ -13,11 +13,11 @@ from torch._inductor.utils import run_and_get_code
 
 import device
 from config import work_bytes
-from drafters import Strategy
 from kv_cache import NEVER, CacheSpec, KVCache, SparseKVCache, query_tile
 from model import Transformer, compile_blocks
-from policies import Layer, select_streaming
-from spec_decode import Engine, Sampling
+from policies import Layer, Strategy, select_streaming
+from sampling import Sampling
+from spec_decode import Engine
 from tests.reference import (
     COMPILED_BUDGET,
     COMPILED_CHUNK,

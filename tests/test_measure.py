@@ -5,7 +5,7 @@ import torch
 
 import config
 import measure as measure_module
-from drafters import Strategy
+from batch import Stats
 from measure import (
     Progress,
     Request,
@@ -17,7 +17,9 @@ from measure import (
     step_times,
     top2_margin,
 )
-from spec_decode import Engine, Sampling, Stats
+from policies import Strategy
+from sampling import Sampling
+from spec_decode import Engine
 from tests.reference import plain_greedy, reference_logits, tiny_model
 from tests.test_spec_decode import PROMPTS
 
@@ -117,14 +119,14 @@ def test_a_margin_touches_nothing_of_the_engine():
     margin = top2_margin(engine, PROMPTS[2][:40])
     first, second = reference_logits(model, PROMPTS[2][:40])[-1].topk(2).values.tolist()
     assert margin == pytest.approx(first - second, abs=1e-4)
-    texts = [p + a + [3] for p, a in zip(PROMPTS, engine.outputs(), strict=True)]
+    texts = [p + a + [3] for p, a in zip(PROMPTS, engine.batch.outputs(), strict=True)]
     engine = Engine(model, 4, 200, Strategy(), Sampling())
     engine.prefill(PROMPTS, [20] * 4)
     decode(engine)
     top2_margin(engine, PROMPTS[2][:40])
     engine.prefill(texts, [10] * 4, reuse=True)
     decode(engine)
-    assert engine.outputs() == [plain_greedy(model, t, 10) for t in texts]
+    assert engine.batch.outputs() == [plain_greedy(model, t, 10) for t in texts]
 
 
 @pytest.mark.parametrize("tied", [False, True])

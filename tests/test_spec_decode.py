@@ -11,23 +11,22 @@ from unittest import mock
 import pytest
 import torch
 
-import spec_decode
+import sampling as sampling_module
+from batch import MAX_GAMMA, Stats
 from config import work_bytes
-from drafters import MAX_GAMMA, Strategy
 from kv_cache import CacheSpec, SparseKVCache
 from model import Transformer, compile_blocks
-from spec_decode import (
+from policies import Strategy
+from sampling import (
     Draft,
-    Engine,
     Sampling,
     accept_greedy,
     accept_sampled,
-    decode,
-    generate,
     logits_to_probs,
     nucleus,
     sample,
 )
+from spec_decode import Engine, generate
 from tests.reference import (
     COMPILED_BUDGET,
     COMPILED_CHUNK,
@@ -41,6 +40,12 @@ from tests.reference import (
 )
 
 GREEDY = Sampling()
+
+
+def decode(engine: Engine, gamma: int | None = None) -> Stats:
+    """Run rounds until every row is finished."""
+    engine.run(gamma)
+    return engine.batch.stats()
 
 
 def streaming(gamma: int, budget: int = 20, n_sink: int = 3) -> Strategy:
@@ -149,7 +154,7 @@ def test_limits_are_exact_per_row():
         tokens_per_round = gamma + 1  # the budget covers everything
         assert stats.row_rounds == sum(math.ceil((n - 1) / tokens_per_round) for n in limits)
         plain = [plain_greedy(model, p, n) for p, n in zip(PROMPTS, limits, strict=True)]
-        assert engine.outputs() == plain
+        assert engine.batch.outputs() == plain
 
 
 def test_gamma_0_never_touches_the_draft_cache(monkeypatch):
@@ -162,7 +167,7 @@ def test_gamma_0_never_touches_the_draft_cache(monkeypatch):
     engine = Engine(model, 4, 100, streaming(3), GREEDY)
     engine.prefill(PROMPTS, [9] * 4)
     stats = decode(engine, 0)
-    assert engine.outputs() == [plain_greedy(model, p, 9) for p in PROMPTS]
+    assert engine.batch.outputs() == [plain_greedy(model, p, 9) for p in PROMPTS]
     assert stats.rounds == 8 and stats.mean_acceptance_length == 1.0
 
 
@@ -179,7 +184,7 @@ def test_an_engine_can_be_rewound_and_used_again(compiled, gammas):
         for gamma in gammas:
             engine.rewind()
             decode(engine, gamma)
-            assert engine.outputs() == expected
+            assert engine.batch.outputs() == expected
 
 
 @pytest.mark.parametrize("strategy", [Strategy(), streaming(2)])
@@ -219,7 +224,7 @@ def test_prompts_that_do_not_fit_the_engine_are_refused(prompts, limits, words):
     with pytest.raises(ValueError, match=words):
         engine.prefill(prompts, limits)
     decode(engine)
-    assert engine.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
+    assert engine.batch.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
 
 
 def test_an_engine_without_a_text_says_what_is_missing():
@@ -253,7 +258,7 @@ def test_a_refused_draft_leaves_the_engine_as_it_was(monkeypatch):
     engine.use(streaming(3))  # no more than the one it replaces
     assert engine.drafter is not drafter
     decode(engine)
-    assert engine.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
+    assert engine.batch.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
 
 
 def test_an_engine_works_whoever_calls_it():
@@ -275,7 +280,7 @@ def test_an_engine_works_whoever_calls_it():
         decode(engine)
         engine.rewind()
         decode(engine)
-        outputs.append(engine.outputs())
+        outputs.append(engine.batch.outputs())
     assert outputs[0] == outputs[1] == outputs[2]
 
 
@@ -289,7 +294,7 @@ def test_drafting_and_verifying_decide_nothing():
         engine.verify(draft.tokens)
         engine.verify(draft.tokens.flip(0))
     decode(engine, 3)
-    assert engine.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
+    assert engine.batch.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
 
 
 def test_nothing_recompiles_while_lengths_grow():
@@ -301,14 +306,14 @@ def test_nothing_recompiles_while_lengths_grow():
     for gamma in (0, 3):  # warm-up: every shape twice
         engine.round(gamma)
         engine.round(gamma)
-    blocks, ragged, accepted = engine.seq_len // 256, False, engine.accepted.clone()
+    blocks, ragged, accepted = engine.batch.seq_len // 256, False, engine.batch.accepted.clone()
     with torch.compiler.set_stance("fail_on_recompile"):
         for gamma in [3] * 20 + [0, 3] * 5:
-            before = engine.seq_len.clone()
+            before = engine.batch.seq_len.clone()
             engine.round(gamma)
-            ragged |= len((engine.seq_len - before).unique()) > 1
-        assert (engine.seq_len // 256 - blocks).tolist() == [1, 0, 1, 0]
-        accepted = (engine.accepted - accepted).tolist()
+            ragged |= len((engine.batch.seq_len - before).unique()) > 1
+        assert (engine.batch.seq_len // 256 - blocks).tolist() == [1, 0, 1, 0]
+        accepted = (engine.batch.accepted - accepted).tolist()
         plain = 4 * 5  # rows of plain rounds, which accept no draft
         assert ragged and accepted[0] > plain and accepted[3] > 0
         engine.prefill(prompts_of([613, 3, 77, 5]), [50] * 4)
@@ -499,7 +504,7 @@ def forget_draft_probs(draft, target, u_accept, u_next):
     "mistake", [accept_all, resample_from_target, reuse_a_uniform, forget_draft_probs]
 )
 def test_the_chi_square_test_notices_mistakes(monkeypatch, mistake):
-    monkeypatch.setattr(spec_decode, "accept_sampled", mistake)
+    monkeypatch.setattr(sampling_module, "accept_sampled", mistake)
     prompt = [1, 4, 2, 0, 3, 1, 1, 2]
     assert chi_square_excess(five_tokens(), prompt, Sampling(1.0), streaming(3, 1, 0)) > 10
 
@@ -525,7 +530,7 @@ def test_the_same_question_twice_is_sampled_twice():
     assert first != second
     engine.rewind()
     decode(engine)
-    assert engine.outputs() == second
+    assert engine.batch.outputs() == second
 
 
 def test_no_two_streams_of_random_numbers_are_the_same():
@@ -534,7 +539,7 @@ def test_no_two_streams_of_random_numbers_are_the_same():
     for seed in range(9):
         engine = Engine(tiny_model(), 1, 20, Strategy(), Sampling(1.0), seed)
         for _ in range(3):
-            engine.n_prefills += 1
+            engine.batch.n_texts += 1
             for what in ("prefill", "decode"):
                 engine.reseed(what)
                 streams.add(tuple(engine.uniforms(4)[0].tolist()))
@@ -570,19 +575,13 @@ def test_what_the_end_of_a_row_cuts_off_is_not_counted():
     assert stats.accepted < stats.drafted
 
 
-def test_synthetic_acceptance_has_the_asked_rate():
-    strategy = Strategy("streaming", 3, 20, 3, synthetic_acceptance=0.8)
-    _, stats = run(tiny_model(), PROMPTS * 8, 200, strategy)
-    assert stats.acceptance_rate_per_position == pytest.approx([0.8, 0.64, 0.512], abs=0.04)
-
-
 def test_stats_have_vllms_definitions():
-    stats = spec_decode.Stats(4, 9, accepted_histogram=[2, 1, 3], drafted_histogram=[0, 0, 6])
+    stats = Stats(4, 9, accepted_histogram=[2, 1, 3], drafted_histogram=[0, 0, 6])
     assert (stats.drafts, stats.accepted, stats.drafted) == (6, 7, 12)
     assert stats.mean_acceptance_length == 1 + 7 / 6
     assert stats.draft_acceptance_rate == 7 / 12
     assert stats.acceptance_rate_per_position == [4 / 6, 3 / 6]
-    mixed = spec_decode.Stats(9, 30, accepted_histogram=[5, 2, 2], drafted_histogram=[3, 2, 4])
+    mixed = Stats(9, 30, accepted_histogram=[5, 2, 2], drafted_histogram=[3, 2, 4])
     assert (mixed.row_rounds, mixed.drafts, mixed.drafted) == (9, 6, 10)
     assert mixed.acceptance_rate_per_position == [4 / 6, 2 / 4]
     assert mixed.mean_acceptance_length == 2
@@ -591,11 +590,9 @@ def test_stats_have_vllms_definitions():
 @pytest.mark.parametrize(
     "make, word",
     [
-        (lambda: Strategy("streeming"), "known: none, streaming, snapkv"),
         (lambda: Strategy("streaming", gamma=-1), "speculate_k -1"),
         (lambda: Strategy("streaming", budget=4, n_sink=4), "n_sink [+] 1 = 5"),
         (lambda: Strategy("streaming", n_sink=-1), "n_sink"),
-        (lambda: Strategy("streaming", synthetic_acceptance=1.5), "0..1"),
         (lambda: Sampling(-1.0), "temperature"),
         (lambda: Sampling(float("nan")), "temperature"),
         (lambda: Sampling(1e-46), "temperature 1e-46 must be at least"),  # 0 in float32
@@ -619,9 +616,9 @@ def test_the_buffers_hold_what_a_round_writes_behind_max_len(max_len):
     prompts, limits = prompts_of([max_len - 2, 5]), [2, 80]
     engine.prefill(prompts, limits)
     decode(engine)
-    assert engine.seq_len[0] == max_len
+    assert engine.batch.seq_len[0] == max_len
     expected = [plain_greedy(model, p, n) for p, n in zip(prompts, limits, strict=True)]
-    assert engine.outputs() == expected
+    assert engine.batch.outputs() == expected
 
 
 @pytest.mark.parametrize("scale", [2.0**-149, 2.0**-140, 2.0**-127, 1e-30, 1 / 3, 1.0, 1e30])

@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drafters import Strategy
-from policies import POLICIES
+from graphs import LAG, Graphs
+from policies import POLICIES, Strategy
+from sampling import Sampling
 from scripts.cuda_offline.report import Report
-from spec_decode import LAG, Engine, Sampling, decode, generate
+from spec_decode import Engine, generate
 from tests.reference import plain_greedy, tiny_model
 
 READS_A_VALUE = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select")
@@ -168,8 +169,7 @@ def engine_for(strategy: Strategy, context: int | None, sampling: Sampling, grap
     draft = tiny_model(2, 1, seed=1, max_seq_len=context) if context else None
     engine = Engine(tiny_model(), len(PROMPTS), longest, strategy, sampling, 7, draft)
     if graphs:
-        engine.graphs = True
-        engine.pool, engine.stream, engine.newest_graph = None, Stub(), None
+        engine.graphs = Graphs(engine.batch, engine.generator)
     return engine
 
 
@@ -188,13 +188,14 @@ def greedy(report: Report, name: str, expected: list[list[int]]) -> None:
         if not n_rounds <= n_replays <= n_rounds + LAG:
             report.fail(f"greedy {name}: {n_replays} replays for {n_rounds} rounds")
         engine.rewind()
-        if decode(engine) != stats or engine.outputs() != expected:
+        engine.run()
+        if engine.batch.stats() != stats or engine.batch.outputs() != expected:
             report.fail(f"greedy {name}: the graphs that are there give other text")
         for other in OTHERS if context is None else ():
             engine.use(other)
             engine.rewind()
-            decode(engine)
-            if engine.outputs() != expected:
+            engine.run()
+            if engine.batch.outputs() != expected:
                 report.fail(f"greedy {name}: other text after use({other.policy})")
 
 

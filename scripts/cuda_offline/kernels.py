@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from config import ModelConfig
-from drafters import Strategy
 from kv_cache import CacheSpec, KVCache, SparseKVCache
 from model import compile_blocks
+from policies import Strategy
+from sampling import Sampling
 from scripts.cuda_offline import inductor, pretend
 from scripts.cuda_offline.inductor import Kernel, Recorder
 from scripts.cuda_offline.report import Report
-from spec_decode import Engine, Sampling
+from spec_decode import Engine
 
 SLOTS = 65536 - 64  # of the full cache, so that nothing else is as large as one of its buffers
 LENGTHS = (1, 4, 6, 8, 12, 17, 33)

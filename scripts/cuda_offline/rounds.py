@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 from config import ModelConfig
-from drafters import Strategy
-from policies import POLICIES
+from policies import POLICIES, Strategy
+from sampling import Sampling
 from scripts.cuda_offline import pretend
 from scripts.cuda_offline.report import Report, here
-from spec_decode import Engine, Sampling
+from spec_decode import Engine
 
 TARGET = ModelConfig(256, 2, 8, 2, 32, 512, 1000, max_seq_len=8192)
 DRAFT = ModelConfig(64, 1, 4, 2, 16, 128, 990, max_seq_len=8192)
