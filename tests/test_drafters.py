@@ -9,9 +9,9 @@ import torch
 
 import policies
 from drafters import StreamingModelDrafter, lookup
-from kv_cache import NEVER, CacheSpec
+from kv_cache import NEVER
 from model import Transformer, compile_blocks
-from policies import POLICIES, POOL, Policy, Strategy, attention_received, observed, select_snapkv
+from policies import POLICIES, Strategy
 from sampling import Sampling
 from spec_decode import Engine, generate
 from tests.reference import (
@@ -20,7 +20,6 @@ from tests.reference import (
     plain_greedy,
     reference_logits,
     sinks_and_window,
-    snapkv_scores,
     tiny_model,
 )
 from tests.test_spec_decode import (
@@ -144,76 +143,6 @@ def test_drafts_are_accepted_sometimes_and_rejected_sometimes():
         draft = near if context else None
         _, stats = run(model, PROMPTS, 60, strategy, 3, draft=draft)
         assert stats.accepted_histogram[0] > 0 and sum(stats.accepted_histogram[1:]) > 0, strategy
-
-
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1), (4, 1), (7, 1)])
-@pytest.mark.parametrize("chunk", [16, 13, 100])
-def test_snapkv_selects_what_a_loop_selects(heads, chunk):
-    """H / Hkv of 1, 2, 3, 4, 7; prompts shorter than the window, than the budget, and longer."""
-    model = tiny_model(*heads)
-    prompts = prompts_of([61, 3, 20, 37])
-    strategy = Strategy("snapkv", 2, budget=24, n_sink=3, obs_window=9)
-    engine = Engine(model, 4, 100, strategy, GREEDY)
-    engine.prefill_chunk = chunk
-    engine.prefill(prompts, [10] * 4)
-    engine.refresh()
-    sparse = engine.drafter.sparse
-    assert sparse.n_selected == 12 and sparse.n_recent == 12
-    for b, prompt in enumerate(prompts):
-        trace = []
-        reference_logits(model, prompt, trace=trace)
-        for i, (queries, keys) in enumerate(trace):
-            for h, scores in enumerate(snapkv_scores(queries, keys, 9, POOL)):
-                got = [p for p in sparse.selected_pos[i, b, h].tolist() if p != NEVER]
-                assert len(set(got)) == len(got) == min(12, len(scores))
-                assert set(range(min(3, len(scores)))) <= set(got)
-                left_out = [s for p, s in enumerate(scores) if p not in got]
-                kept = [scores[p] for p in got if p >= 3]
-                if left_out:
-                    assert min(kept) > max(left_out) - 1e-7
-                    assert max(kept) == pytest.approx(max(scores[3:]), abs=1e-7)
-                for slot, p in enumerate(sparse.selected_pos[i, b, h].tolist()):
-                    if p != NEVER:  # and it holds that token's K
-                        expected = keys[p][h].float()
-                        assert torch.allclose(sparse.k[i][b, h, slot], expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("window", [5, 12, 20])
-def test_snapkv_scores_only_what_the_models_window_lets_a_query_see(window):
-    """A model window within the observed tokens, and two that reach back before them."""
-    model, W, n_sink = tiny_model(sliding_window=window), 7, 2
-    (prompt,) = prompts_of([50])
-    strategy = Strategy("snapkv", 2, budget=17, n_sink=n_sink, obs_window=W)
-    engine = Engine(model, 1, 60, strategy, GREEDY)
-    engine.prefill([prompt], [9])
-    engine.refresh()
-    sparse, full, trace = engine.drafter.sparse, engine.full, []
-    reference_logits(model, prompt, lambda q, p: q - window < p <= q, trace)
-    pos = observed(torch.tensor([50]), W)
-    ours = model.queries(torch.tensor([prompt])[:, -W:], pos, full)
-    for i, ((queries, keys), q) in enumerate(zip(trace, ours, strict=True)):
-        got = attention_received(full.k[i], q, torch.tensor([50]), window)[0, :, : 50 - W]
-        expected = torch.tensor(snapkv_scores(queries, keys, W, 1, window))
-        assert (got - expected).abs().max() < 1e-5
-        assert (expected > 0).sum(dim=1).tolist() == [max(window - 1, 0)] * 2
-        pooled = torch.tensor(snapkv_scores(queries, keys, W, POOL, window))
-        for h in range(2):
-            kept = sparse.selected_pos[i, 0, h]
-            left_out = [p for p in range(n_sink, 50 - W) if p not in kept]
-            assert set(range(n_sink)) < set(kept.tolist())
-            assert pooled[h, kept[kept >= n_sink]].min() > pooled[h, left_out].max() - 1e-6
-
-
-def test_snapkv_scores_do_not_depend_on_how_rows_are_split(monkeypatch):
-    model, strategy = tiny_model(), Strategy("snapkv", 2, 24, 3, obs_window=9)
-    selected = []
-    for n_bytes in (2**28, 1):
-        monkeypatch.setattr(policies, "SCORE_BYTES", n_bytes)
-        engine = Engine(model, 4, 100, strategy, GREEDY)
-        engine.prefill(PROMPTS, [10] * 4)
-        engine.refresh()
-        selected.append(engine.drafter.sparse.selected_pos.sort().values)
-    assert torch.equal(*selected)
 
 
 def test_reselection_is_the_selection_of_the_longer_text():
@@ -527,55 +456,6 @@ def test_lookup_against_a_loop():
 def test_impossible_settings_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-def test_a_policy_brings_the_number_of_tokens_that_it_observes(monkeypatch):
-    """What is asked for comes first; without either it is 8, as for snapkv."""
-    seen = []
-
-    def select(layer, n_selected):
-        seen.append(layer.queries.shape[1])
-        return select_snapkv(layer, n_selected)
-
-    for own, asked, n in [({"obs_window": 5}, None, 5), ({"obs_window": 5}, 7, 7), ({}, None, 8)]:
-        policy = Policy(select, recent_share=0.1, observes=True, **own)
-        monkeypatch.setitem(POLICIES, "mine", policy)
-        strategy = Strategy("mine", 3, n + 4, n_sink=3, obs_window=asked)
-        sparse = strategy.sparse_cache(CacheSpec.for_model(tiny_model(), 1), 100)
-        assert (sparse.n_selected, sparse.n_recent) == (4, n)  # all observed are in the window
-        engine = Engine(tiny_model(), 4, 100, strategy, GREEDY)
-        assert generate(engine, PROMPTS, 9)[0] == [
-            plain_greedy(tiny_model(), p, 9) for p in PROMPTS
-        ]
-        assert set(seen) == {n}
-        seen.clear()
-        with pytest.raises(ValueError, match=f"n_sink [+] obs_window [+] 1 = {n + 4}"):
-            Strategy("mine", 3, n + 3, n_sink=3, obs_window=asked)
-    monkeypatch.setitem(POLICIES, "mine", Policy(select, 0.5, observes=True, obs_window=129))
-    with pytest.raises(ValueError, match="obs_window 129 must be in 1..128"):
-        Strategy("mine")
-
-
-def test_the_readmes_policy_works(monkeypatch):
-    """The code of the section "Add your own drafting policy", as it is printed there."""
-    section = (ROOT / "README.md").read_text().split("## Add your own drafting policy")[1]
-    code = section.split("```python")[1].split("```")[0]
-    assert len(code.strip().splitlines()) < 30
-    monkeypatch.setitem(POLICIES, "low_norm", None)  # so that it is taken out again
-    exec(code, {})
-    model = tiny_model()
-    expected = [plain_greedy(model, p, 30) for p in PROMPTS]
-    small = Engine(model, 4, 100, Strategy("low_norm", 3, 16, 3, reselect_every=2), GREEDY)
-    outputs, stats = generate(small, PROMPTS, 30)
-    assert outputs == expected and 0 < stats.draft_acceptance_rate < 1
-    norms = small.full.k[1][2, 1, :70].norm(dim=-1)
-    fresh = Engine(model, 4, 100, Strategy("low_norm", 3, 16, 3), GREEDY)
-    fresh.prefill(PROMPTS, [30] * 4)
-    fresh.refresh()
-    kept = set(fresh.drafter.sparse.selected_pos[1, 2, 1].tolist())
-    assert kept == {0, 1, 2} | set((3 + norms[3:].argsort()[:5]).tolist())
-    large = Engine(model, 4, 100, Strategy("low_norm", 3, 400), GREEDY)
-    assert generate(large, PROMPTS, 30)[1].draft_acceptance_rate == 1.0
 
 
 def engine(policy: str, context: int | None) -> Engine:

@@ -5,7 +5,6 @@ import math
 import random
 import weakref
 from contextlib import contextmanager
-from itertools import product
 from unittest import mock
 
 import pytest
@@ -17,15 +16,7 @@ from config import work_bytes
 from kv_cache import CacheSpec, SparseKVCache
 from model import Transformer, compile_blocks
 from policies import Strategy
-from sampling import (
-    Draft,
-    Sampling,
-    accept_greedy,
-    accept_sampled,
-    logits_to_probs,
-    nucleus,
-    sample,
-)
+from sampling import Sampling, accept_sampled, sample
 from spec_decode import Engine, generate
 from tests.reference import (
     COMPILED_BUDGET,
@@ -35,7 +26,6 @@ from tests.reference import (
     plain_greedy,
     reference_logits,
     reference_probs,
-    sequences,
     tiny_model,
 )
 
@@ -132,31 +122,6 @@ def test_prompt_lengths_around_the_chunk():
         assert generate(engine, prompts, 6)[0] == expected
 
 
-def test_eos_ends_its_row_only_and_inside_an_accepted_draft():
-    """EOS is chosen from the plain output, so it falls at every place of a round."""
-    model, plain = tiny_model(), greedy_of((4, 2), 40)
-    for at in range(8):
-        eos = (plain[0][at], 10**6)
-        expected = [row[: row.index(eos[0]) + 1] if eos[0] in row else row for row in plain]
-        assert min(map(len, expected)) < 40  # at least one row ends early
-        assert run(model, PROMPTS, 40, Strategy(), eos=eos)[0] == expected
-        assert run(model, PROMPTS, 40, streaming(5, 128), eos=eos)[0] == expected  # all accepted
-        assert run(model, PROMPTS, 40, streaming(5, 9), eos=eos)[0] == expected
-
-
-def test_limits_are_exact_per_row():
-    model = tiny_model()
-    limits = [1, 2, 17, 30]
-    for gamma in (0, 1, 6):
-        engine = Engine(model, 4, 100, streaming(gamma, 128), GREEDY)
-        engine.prefill(PROMPTS, limits)
-        stats = decode(engine, gamma)
-        tokens_per_round = gamma + 1  # the budget covers everything
-        assert stats.row_rounds == sum(math.ceil((n - 1) / tokens_per_round) for n in limits)
-        plain = [plain_greedy(model, p, n) for p, n in zip(PROMPTS, limits, strict=True)]
-        assert engine.batch.outputs() == plain
-
-
 def test_gamma_0_never_touches_the_draft_cache(monkeypatch):
     def fail(*_):
         raise AssertionError("the sparse cache was used")
@@ -195,36 +160,6 @@ def test_an_engine_that_is_dropped_frees_its_caches_at_once(strategy):
     cache = weakref.ref(engine.full)
     del engine
     assert cache() is None
-
-
-def test_more_ends_than_there_is_room_for_are_refused():
-    engine = Engine(tiny_model(), 1, 50, Strategy(), GREEDY)
-    with pytest.raises(ValueError, match="17 tokens end a text; at most 16"):
-        engine.prefill([[1]], [3], tuple(range(17)))
-
-
-@pytest.mark.parametrize(
-    "prompts, limits, words",
-    [
-        (PROMPTS[:1], [9] * 4, "1 prompts and 4 limits for an engine of 4 rows"),
-        (PROMPTS, [9] * 3, "4 prompts and 3 limits"),
-        ([*PROMPTS[:3], []], [9] * 4, "row 3: 0 tokens of prompt and 9 new ones; each needs 1"),
-        (PROMPTS, [9, 9, 0, 9], "row 2: 70 tokens of prompt and 0 new ones"),
-        (PROMPTS, [9, 9, -1, 9], "row 2: 70 tokens of prompt and -1 new ones"),
-        (PROMPTS, [9, 9, 31, 9], "70 tokens of prompt and 31 new ones are more than the 100"),
-        ([*PROMPTS[:3], [5, 97]], [9] * 4, "row 3: token ids must be in 0..96"),
-        ([*PROMPTS[:3], [-1]], [9] * 4, "row 3: token ids must be in 0..96"),
-    ],
-)
-def test_prompts_that_do_not_fit_the_engine_are_refused(prompts, limits, words):
-    """Before anything is read: the engine goes on with the text that it has."""
-    model = tiny_model()
-    engine = Engine(model, 4, 100, streaming(3), GREEDY)
-    engine.prefill(PROMPTS, [20] * 4)
-    with pytest.raises(ValueError, match=words):
-        engine.prefill(prompts, limits)
-    decode(engine)
-    assert engine.batch.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
 
 
 def test_an_engine_without_a_text_says_what_is_missing():
@@ -318,93 +253,6 @@ def test_nothing_recompiles_while_lengths_grow():
         assert ragged and accepted[0] > plain and accepted[3] > 0
         engine.prefill(prompts_of([613, 3, 77, 5]), [50] * 4)
         engine.round(3)
-
-
-def test_accept_greedy_against_a_loop():
-    rng = random.Random(0)
-    for _ in range(300):
-        gamma = rng.randint(0, 5)
-        draft = [[rng.randrange(2) for _ in range(gamma)] for _ in range(3)]
-        target = [[rng.randrange(2) for _ in range(gamma + 1)] for _ in range(3)]
-        n, token = accept_greedy(torch.tensor(draft).view(3, gamma), torch.tensor(target))
-        for b in range(3):
-            kept = 0
-            while kept < gamma and draft[b][kept] == target[b][kept]:
-                kept += 1
-            assert (n[b], token[b]) == (kept, target[b][kept])
-
-
-def midpoints(n: int) -> list[float]:
-    """n equally likely values of a uniform; exact for thresholds that are multiples of 1/n."""
-    return [(i + 0.5) / n for i in range(n)]
-
-
-def test_the_acceptance_rule_is_lossless_by_enumeration():
-    """Every outcome of one round with gamma = 2 on a vocabulary of 3, with its exact probability.
-
-    Target and draft depend on the tokens before. Rounds that end early are continued with the
-    target, so the result must be the target's joint distribution of two tokens, to rounding.
-    """
-    N = 24  # all thresholds below are multiples of 1/24
-    q0, p0 = [1 / 2, 1 / 4, 1 / 4], [1 / 4, 1 / 2, 1 / 4]
-    q1 = {0: [1 / 4, 3 / 4, 0.0], 1: [1 / 2, 0.0, 1 / 2], 2: [1 / 4, 1 / 4, 1 / 2]}
-    p1 = {0: [1 / 4, 1 / 4, 1 / 2], 1: [1 / 4, 1 / 2, 1 / 4], 2: [1 / 4, 1 / 4, 1 / 2]}
-    p2 = [1 / 3, 1 / 3, 1 / 3]
-    joint = dict.fromkeys(sequences(3, 2), 0.0)
-    drafts = [(a, b) for a, b in sequences(3, 2) if q1[a][b] > 0]
-    for a, b in drafts:
-        u = torch.tensor(list(product(midpoints(N), repeat=3)), dtype=torch.float64)
-        n = len(u)
-        draft = Draft(torch.tensor([[a, b]]).expand(n, 2),
-                      torch.tensor([q0, q1[a]], dtype=torch.float64).expand(n, 2, 3))  # fmt: skip
-        target = torch.tensor([p0, p1[a], p2], dtype=torch.float64).expand(n, 3, 3)
-        kept, token = accept_sampled(draft, target, u[:, :2], u[:, 2])
-        weight = q0[a] * q1[a][b] / n
-        for k, t in zip(kept.tolist(), token.tolist(), strict=True):
-            out = [*(a, b)[:k], t]
-            for last in range(3):
-                if len(out) >= 2:
-                    joint[out[0], out[1]] += weight / 3
-                else:
-                    joint[out[0], last] += weight * p1[out[0]][last]
-    for (a, b), probability in joint.items():
-        assert probability == pytest.approx(p0[a] * p1[a][b], abs=1e-12)
-
-
-def test_sample_inverts_the_distribution_and_never_draws_weight_zero():
-    weights = torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0, 0.0])
-    drawn = sample(weights.expand(8, 6), torch.tensor(midpoints(8)))
-    assert drawn.bincount(minlength=6).tolist() == [0, 2, 0, 4, 2, 0]
-    edge = torch.tensor([0.0, 1 - 2**-24])
-    for scale in (1.0, 0.3, 1 + 2**-23, 1e-6, 3e5):
-        assert sample((weights * scale).expand(2, 6), edge).tolist() == [1, 4]
-
-
-def test_top_p_keeps_what_sorting_keeps():
-    """Long vocabularies, flat and peaked, ties at the cut, and next to nothing left out."""
-    generator = torch.Generator().manual_seed(3)
-    for scale, top_p in product((0.01, 1.0, 8.0), (1e-6, 0.3, 0.9, 0.999)):
-        probs = (torch.randn(7, 5000, generator=generator) * scale).softmax(dim=-1)
-        probs[:, 1::2] = probs[:, ::2]  # every value twice
-        probs /= probs.sum(dim=-1, keepdim=True)
-        ordered = probs.double().sort(dim=-1, descending=True).values
-        before = ordered.cumsum(dim=-1) - ordered
-        least = ordered.masked_fill(before >= top_p, torch.inf).amin(dim=-1, keepdim=True)
-        expected = probs * (probs >= least)
-        lost = (nucleus(probs, top_p) - expected).abs()
-        assert lost.sum(dim=-1).max() < 1e-5 and (lost > 0).sum(dim=-1).max() <= 2
-    assert torch.equal(nucleus(torch.eye(3), 0.5), torch.eye(3))
-
-
-@pytest.mark.parametrize(
-    "options", [(1.0, None, None), (0.7, 3, None), (1.5, None, 0.6), (0.9, 5, 0.8)]
-)
-def test_logits_to_probs_against_a_loop(options):
-    generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(20, 11, generator=generator) * 2
-    got = logits_to_probs(logits, Sampling(*options))
-    for row, probs in zip(logits, got, strict=True):
-        assert probs.tolist() == pytest.approx(reference_probs(row.tolist(), *options), abs=1e-6)
 
 
 @functools.cache
@@ -560,46 +408,12 @@ def test_compiling_what_is_around_the_blocks_changes_nothing(sampling):
     assert outputs[0] == outputs[1]
 
 
-def test_what_the_end_of_a_row_cuts_off_is_not_counted():
-    """Every draft is right, and rows end at a limit or at EOS in the middle of a round."""
-    model = tiny_model()
-    plain = [plain_greedy(model, p, 40) for p in PROMPTS]
-    for limits, eos in (([3, 9, 22, 40], ()), ([40] * 4, (plain[0][9], plain[2][7]))):
-        engine = Engine(model, 4, 120, streaming(5, 128), GREEDY)
-        engine.prefill(PROMPTS, limits, eos)
-        stats = decode(engine)
-        assert stats.accepted == stats.drafted > 0
-        assert stats.decoded_tokens == stats.row_rounds + stats.accepted
-    _, stats = run(model, PROMPTS, 40, streaming(5, 9), eos=(plain[0][9],))
-    assert stats.decoded_tokens == stats.row_rounds + stats.accepted
-    assert stats.accepted < stats.drafted
-
-
-def test_stats_have_vllms_definitions():
-    stats = Stats(4, 9, accepted_histogram=[2, 1, 3], drafted_histogram=[0, 0, 6])
-    assert (stats.drafts, stats.accepted, stats.drafted) == (6, 7, 12)
-    assert stats.mean_acceptance_length == 1 + 7 / 6
-    assert stats.draft_acceptance_rate == 7 / 12
-    assert stats.acceptance_rate_per_position == [4 / 6, 3 / 6]
-    mixed = Stats(9, 30, accepted_histogram=[5, 2, 2], drafted_histogram=[3, 2, 4])
-    assert (mixed.row_rounds, mixed.drafts, mixed.drafted) == (9, 6, 10)
-    assert mixed.acceptance_rate_per_position == [4 / 6, 2 / 4]
-    assert mixed.mean_acceptance_length == 2
-
-
 @pytest.mark.parametrize(
     "make, word",
     [
         (lambda: Strategy("streaming", gamma=-1), "speculate_k -1"),
         (lambda: Strategy("streaming", budget=4, n_sink=4), "n_sink [+] 1 = 5"),
         (lambda: Strategy("streaming", n_sink=-1), "n_sink"),
-        (lambda: Sampling(-1.0), "temperature"),
-        (lambda: Sampling(float("nan")), "temperature"),
-        (lambda: Sampling(1e-46), "temperature 1e-46 must be at least"),  # 0 in float32
-        (lambda: Sampling(1.0, top_p=1e-46), "top_p 1e-46 must be"),
-        (lambda: Sampling(1.0, top_k=0), "top_k"),
-        (lambda: Sampling(1.0, top_p=0.0), "top_p"),
-        (lambda: Sampling(0.0, top_k=5), "greedy"),
     ],
 )
 def test_impossible_settings_are_refused(make, word):
@@ -619,60 +433,3 @@ def test_the_buffers_hold_what_a_round_writes_behind_max_len(max_len):
     assert engine.batch.seq_len[0] == max_len
     expected = [plain_greedy(model, p, n) for p, n in zip(prompts, limits, strict=True)]
     assert engine.batch.outputs() == expected
-
-
-@pytest.mark.parametrize("scale", [2.0**-149, 2.0**-140, 2.0**-127, 1e-30, 1 / 3, 1.0, 1e30])
-@pytest.mark.parametrize("u", [0.0, 2**-24, 1 / 3, 0.5, 0.75, 1 - 2**-23, 1 - 2**-24])
-def test_sample_never_draws_weight_zero(u, scale):
-    """Down to the smallest denormal number, where a sum times u is rounded up to the sum."""
-    generator = torch.Generator().manual_seed(8)
-    for size, share in [(3, 0.0), (7, 0.5), (100, 0.9), (4099, 0.01), (4099, 0.999)]:
-        weights = torch.rand(60, size, generator=generator)
-        if scale < 2.0**-126:
-            weights = (weights * 4).ceil()  # the smallest denormal has no fractions
-        weights *= (torch.rand(60, size, generator=generator) >= share) * scale
-        weights[:, 0] = weights[:, -1] = 0
-        weights[:, size // 2] = scale  # none without any
-        drawn = sample(weights, torch.full((60,), u))
-        assert (weights.gather(1, drawn[:, None]) > 0).all()
-
-
-def test_sample_trusts_no_sum_to_be_monotone(monkeypatch):
-    """A GPU sums in parallel: the sums before and after a weight of 0 may differ, either way."""
-    generator = torch.Generator().manual_seed(9)
-    weights = (torch.rand(200, 100, generator=generator) < 0.2).float()
-    weights[:, 50] = 1
-    number = weights.sum(dim=1)
-    cumsum = torch.Tensor.cumsum
-
-    def parallel(self: torch.Tensor, dim: int) -> torch.Tensor:
-        noise = torch.randint(-1, 2, self.shape, generator=generator)
-        return cumsum(self, dim) * (1 + noise * 2**-23)
-
-    monkeypatch.setattr(torch.Tensor, "cumsum", parallel)
-    for n in range(8):  # a point at the sum of some weights
-        drawn = sample(weights, (n / number).clamp_max(1 - 2**-24))
-        assert (weights.gather(1, drawn[:, None]) > 0).all()
-
-
-def test_an_empty_residual_is_answered_with_a_token_of_the_target():
-    """The target is nowhere above the draft, and below it by one rounding where it was drafted."""
-    drafted, target = torch.tensor([[0.0, 0.5, 0.5, 0.0], [0.0, 0.5 - 2**-25, 0.5, 0.0]])
-    draft = Draft(torch.ones(2, 1, dtype=torch.int64), drafted.expand(2, 1, 4))
-    u_accept, u_next = torch.full((2, 1), 1 - 2**-24), torch.tensor([0.25, 0.75])
-    n_accepted, token = accept_sampled(draft, target.expand(2, 2, 4), u_accept, u_next)
-    assert n_accepted.tolist() == [0, 0] and token.tolist() == [1, 2]
-
-
-def test_ties_at_a_cut_are_kept():
-    logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 2.0])
-    weights = [0.0, math.e, 1.0, 1.0, 0.0, 1.0]
-    expected = [w / (math.e + 3) for w in weights]
-    for k in (2, 3, 4):
-        assert logits_to_probs(logits, Sampling(1.0, k)).tolist() == pytest.approx(expected)
-    for p in (0.45, 0.6, 0.9):  # 3.0 has 0.44 of the probability, each 2.0 has 0.16
-        sampling = Sampling(1.0, top_p=p)
-        assert logits_to_probs(logits, sampling).tolist() == pytest.approx(expected)
-    alone = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    for sampling in (Sampling(1.0, 1), Sampling(1.0, top_p=0.3)):
-        assert logits_to_probs(logits, sampling).tolist() == alone
