@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 
-from batch import Stats
 from checkpoint import write_json
 from config import open_json
 from device import median_seconds
@@ -38,7 +37,7 @@ from drafters import Drafter, lookup
 from model import Transformer
 from policies import POLICIES, Strategy
 from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time
-from sampling import Draft
+from sampling import Draft, Stats
 from spec_decode import Engine
 
 GAMMAS = (2, 5)  # compiled draft lengths on the CPU

@@ -20,62 +20,15 @@ This class is the only one that writes them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sampling import Stats
+
 MAX_GAMMA = 32  # draft tokens per round
 MAX_EOS = 16  # tokens that may end a text
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What a decoding run did. Definitions are vLLM's. A finished row drafts nothing."""
-
-    rounds: int  # passes of the target
-    decoded_tokens: int  # all rows, without the first tokens, which the prefill decided
-    accepted_histogram: list[int]  # index n -> how often a row accepted exactly n drafts
-    drafted_histogram: list[int]  # index g -> how often a row was drafted for with gamma = g
-
-    @property
-    def row_rounds(self) -> int:
-        """Rounds, summed over the rows that were not finished yet."""
-        return sum(self.drafted_histogram)
-
-    @property
-    def drafts(self) -> int:
-        """How often a row was drafted for."""
-        return sum(self.drafted_histogram[1:])
-
-    @property
-    def drafted(self) -> int:
-        """Draft tokens for which there was room."""
-        return sum(g * count for g, count in enumerate(self.drafted_histogram))
-
-    @property
-    def accepted(self) -> int:
-        """Draft tokens that became text."""
-        return sum(n * count for n, count in enumerate(self.accepted_histogram))
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens per row and round, the target's own token included: 1 + accepted / drafts."""
-        return 1 + self.accepted / max(self.drafts, 1)
-
-    @property
-    def draft_acceptance_rate(self) -> float:
-        """Accepted / drafted tokens, in 0..1."""
-        return self.accepted / max(self.drafted, 1)
-
-    @property
-    def acceptance_rate_per_position(self) -> list[float]:
-        """Share of the first, second, ... drafts that were accepted, each in 0..1."""
-        accepted, drafted = self.accepted_histogram, self.drafted_histogram
-        return [
-            sum(accepted[i:]) / sum(drafted[i:]) for i in range(1, len(drafted)) if sum(drafted[i:])
-        ]
 
 
 class Batch:

@@ -166,7 +166,7 @@ class Drafter:
 
     def load(self, sparse: SparseKVCache, model: Transformer, full: KVCache, n_cached: Tensor):
         """Let the policy choose, layer by layer, what `sparse` keeps of n_cached [B] tokens."""
-        policy, n_sink = POLICIES[self.strategy.policy], self.strategy.n_sink
+        policy, n_sink = self.strategy.entry, self.strategy.n_sink
         queries: Iterator[Tensor | None] = repeat(None)
         if policy.observes:
             pos = observed(n_cached, self.strategy.n_observed)

@@ -20,9 +20,9 @@ from typing import TypeVar
 import torch
 
 from auto import Auto
-from batch import Stats
 from device import machine, peak_memory_bytes, timed
 from kv_cache import KVCache
+from sampling import Stats
 from spec_decode import Engine
 
 T = TypeVar("T")

@@ -1,4 +1,20 @@
-"""Policies."""
+"""Which tokens a draft keeps: one function per policy. The file to hack.
+
+A draft of budget K reads the newest tokens (`SparseKVCache`'s window) and, before them, the tokens
+that a *policy* selected. A policy is a pure function: it looks at one layer of the full cache and
+returns the positions to keep, per row and KV head, ``[B, Hkv, n_selected]``. `POLICIES` registers it:
+
+    streaming   the first tokens of the text, the attention sinks (StreamingLLM, arXiv 2309.17453)
+    snapkv      what the newest tokens' queries attend to most (SnapKV, arXiv 2404.14469)
+
+Everything else is done for it: gathering, the window, masks, compiling, selecting again. It may
+return any position; one that holds no text yet is never seen. And it cannot break the output: a bad
+policy only lowers the acceptance rate. A policy that `observes` is shown the queries of the newest
+tokens. They come from a forward of their own, so a selection does not depend on how the prompt was
+read, and to select again in mid-generation is the same call.
+
+A `Strategy` names a policy, or a way to draft that needs none, and divides its budget.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,6 +116,7 @@ POLICIES = {
     "streaming": Policy(select_streaming, recent_share=1.0, reselect_every=0),
     "snapkv": Policy(select_snapkv, recent_share=0.5, observes=True),
 }
+NO_POLICY = Policy(select_streaming, recent_share=1.0, reselect_every=0, obs_window=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +137,14 @@ class Strategy:
             raise ValueError(f"n_sink {self.n_sink} must be at least 0")
         if not 1 <= self.n_observed <= 128:
             raise ValueError(f"obs_window {self.n_observed} must be in 1..128")
-        policy = POLICIES.get(self.policy)
-        observing = policy is not None and policy.observes
-        min_budget = self.n_sink + 1 + (self.n_observed if observing else 0)
+        observes = self.entry.observes
+        min_budget = self.n_sink + 1 + (self.n_observed if observes else 0)
         if self.budget < min_budget:
-            terms = "n_sink + obs_window + 1" if observing else "n_sink + 1"
+            terms = "n_sink + obs_window + 1" if observes else "n_sink + 1"
             raise ValueError(f"draft_budget {self.budget} must be at least {terms} = {min_budget}")
         if self.reselect_every is not None and self.reselect_every < 0:
             raise ValueError(f"reselect_every {self.reselect_every} must be at least 0 (0: never)")
-        if self.reselect_every and not (policy and policy.reselect_every):
+        if self.reselect_every and not self.entry.reselect_every:
             able = ", ".join(name for name, p in POLICIES.items() if p.reselect_every)
             raise ValueError(
                 f"reselect_every {self.reselect_every}: {self.policy} has nothing to reselect; "
@@ -141,20 +157,23 @@ class Strategy:
         return self.policy != "none" and self.gamma > 0
 
     @property
+    def entry(self) -> Policy:
+        """The registered policy, or one that selects nothing."""
+        return POLICIES.get(self.policy, NO_POLICY)
+
+    @property
     def n_observed(self) -> int:
         """Newest tokens whose queries a policy that observes is shown."""
-        own = POLICIES[self.policy].obs_window if self.policy in POLICIES else 1
-        return own if self.obs_window is None else self.obs_window
+        return self.entry.obs_window if self.obs_window is None else self.obs_window
 
     @property
     def select_every(self) -> int:
         """Rounds from one selection to the next; 0: never again."""
-        default = POLICIES[self.policy].reselect_every if self.policy in POLICIES else 0
-        return default if self.reselect_every is None else self.reselect_every
+        return self.entry.reselect_every if self.reselect_every is None else self.reselect_every
 
     def sparse_cache(self, spec: CacheSpec, capacity: int) -> SparseKVCache:
         """The draft's cache for a text of at most `capacity` tokens."""
-        n_recent = POLICIES[self.policy].n_recent(self.budget, self.n_sink, self.n_observed)
+        n_recent = self.entry.n_recent(self.budget, self.n_sink, self.n_observed)
         n_selected = min(self.budget - n_recent, capacity)
         return SparseKVCache(spec, n_selected, min(n_recent, capacity), self.gamma)
 

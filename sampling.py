@@ -163,3 +163,51 @@ def accept(
     if sampling.greedy:
         return accept_greedy(draft.tokens, logits.argmax(dim=-1))
     return accept_sampled(draft, logits_to_probs(logits, sampling), u[:, 1:], u[:, 0])
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a decoding run did. Definitions are vLLM's. A finished row drafts nothing."""
+
+    rounds: int  # passes of the target
+    decoded_tokens: int  # all rows, without the first tokens, which the prefill decided
+    accepted_histogram: list[int]  # index n -> how often a row accepted exactly n drafts
+    drafted_histogram: list[int]  # index g -> how often a row was drafted for with gamma = g
+
+    @property
+    def row_rounds(self) -> int:
+        """Rounds, summed over the rows that were not finished yet."""
+        return sum(self.drafted_histogram)
+
+    @property
+    def drafts(self) -> int:
+        """How often a row was drafted for."""
+        return sum(self.drafted_histogram[1:])
+
+    @property
+    def drafted(self) -> int:
+        """Draft tokens for which there was room."""
+        return sum(g * count for g, count in enumerate(self.drafted_histogram))
+
+    @property
+    def accepted(self) -> int:
+        """Draft tokens that became text."""
+        return sum(n * count for n, count in enumerate(self.accepted_histogram))
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per row and round, the target's own token included: 1 + accepted / drafts."""
+        return 1 + self.accepted / max(self.drafts, 1)
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted / drafted tokens, in 0..1."""
+        return self.accepted / max(self.drafted, 1)
+
+    @property
+    def acceptance_rate_per_position(self) -> list[float]:
+        """Share of the first, second, ... drafts that were accepted, each in 0..1."""
+        accepted, drafted = self.accepted_histogram, self.drafted_histogram
+        return [
+            sum(accepted[i:]) / sum(drafted[i:]) for i in range(1, len(drafted)) if sum(drafted[i:])
+        ]

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batch import MAX_GAMMA, Batch, Stats
+from batch import MAX_GAMMA, Batch
 from config import work_bytes
 from device import check_fits
 from drafters import Drafter, Target, check_strategy, draft_cache_bytes, drafter_class
@@ -40,7 +40,7 @@ from graphs import Graphs, LaggingFlag
 from kv_cache import CacheSpec, KVCache
 from model import Transformer
 from policies import Strategy
-from sampling import Draft, Sampling, accept, pick
+from sampling import Draft, Sampling, Stats, accept, pick
 
 
 class Around(NamedTuple):

@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
-from batch import Batch, Stats
+from batch import Batch
 from measure import decode
 from policies import Strategy
+from sampling import Stats
 from spec_decode import Engine, generate
 from tests.reference import plain_greedy, tiny_model
 from tests.test_spec_decode import GREEDY, PROMPTS, greedy_of, run, streaming

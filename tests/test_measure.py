@@ -5,7 +5,6 @@ import torch
 
 import config
 import measure as measure_module
-from batch import Stats
 from measure import (
     Progress,
     Request,
@@ -18,7 +17,7 @@ from measure import (
     top2_margin,
 )
 from policies import Strategy
-from sampling import Sampling
+from sampling import Sampling, Stats
 from spec_decode import Engine
 from tests.reference import plain_greedy, reference_logits, tiny_model
 from tests.test_spec_decode import PROMPTS

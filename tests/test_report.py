@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from batch import Stats
 from measure import Measurement, Run
 from report import build, table, verdict
+from sampling import Stats
 
 # Two rows of 5 and 9 tokens: plainly 4 and 8 rounds of 1 s, speculatively 2 and 6 of 1.5 s.
 PLAIN = Run(Stats(8, 12, [12], [12]), [[0] * 5, [0] * 9], 8.0)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import sampling as sampling_module
-from batch import MAX_GAMMA, Stats
+from batch import MAX_GAMMA
 from config import work_bytes
 from kv_cache import CacheSpec, SparseKVCache
 from model import Transformer, compile_blocks
 from policies import Strategy
-from sampling import Sampling, accept_sampled, sample
+from sampling import Sampling, Stats, accept_sampled, sample
 from spec_decode import Engine, generate
 from tests.reference import (
     COMPILED_BUDGET,
