@@ -2,7 +2,7 @@
 
 A draft of budget K reads the newest tokens (`SparseKVCache`'s window) and, before them, the tokens
 that a *policy* selected. A policy is a pure function: it looks at one layer of the full cache and
-returns the positions to keep, per row and KV head, ``[B, Hkv, n_selected]``. `POLICIES` registers it:
+returns the positions to keep, per row and KV head, ``[B, Hkv, n_selected]``. `POLICIES` has them:
 
     streaming   the first tokens of the text, the attention sinks (StreamingLLM, arXiv 2309.17453)
     snapkv      what the newest tokens' queries attend to most (SnapKV, arXiv 2404.14469)

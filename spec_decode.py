@@ -222,9 +222,11 @@ class Engine:
         """
         lengths = torch.as_tensor(lengths, device=self.device).expand(self.batch.n_rows)
         with torch.inference_mode(), self.batch.pretend(lengths, max_new_tokens):
-            yield
-            for drafter in self.drafters:
-                drafter.forget(torch.zeros_like(lengths))
+            try:
+                yield
+            finally:
+                for drafter in self.drafters:
+                    drafter.forget(torch.zeros_like(lengths))
 
     def warm_up(self, later_turns: bool = False) -> None:
         """Compile, twice run and capture what the first turn, or also later ones, will need.
