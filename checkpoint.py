@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as brief
@@ -43,20 +43,33 @@ class Checkpoint:
     tokenizer: Tokenizer
     chat: Chat | None  # its chat format, where one was asked for
 
-    def encode(self, text: str, system: str | None = None) -> list[int]:
+    def encode(self, text: str, system: str | None = None, so_far: Sequence[int] = ()) -> list[int]:
         """Token ids of a prompt, in the chat format if there is one; none of an empty text.
 
-        `system` is the chat's system message; None: the format's own. ValueError for what is no
-        text.
+        `system` is the chat's system message; None: the format's own. In a chat the ids of the
+        conversation `so_far` come first. ValueError for what is no text.
         """
-        if self.chat and text:
-            return self.chat.start(text, system)
-        return self.tokenizer.encode(text) if text else []
+        if not text:
+            return []
+        if self.chat is None:
+            return self.tokenizer.encode(text)
+        if so_far:
+            return [*so_far, *self.chat.reply(text)]
+        return self.chat.start(text, system)
 
-    def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text, and the one that ends an answer in the chat format."""
+    def end_ids(self, at_most: int) -> tuple[int, ...]:
+        """The tokens that end a text, and the one that ends an answer in the chat format.
+
+        ValueError if they are more than `at_most`.
+        """
         ids = eos_token_ids(self.path) + ((self.chat.end_id,) if self.chat else ())
-        return tuple(dict.fromkeys(ids))
+        ids = tuple(dict.fromkeys(ids))
+        if len(ids) > at_most:
+            raise ValueError(
+                f"{self.path}: {len(ids)} tokens end a text (eos_token_id); at most {at_most} "
+                f"are possible"
+            )
+        return ids
 
     def check_same_vocabulary(self, draft: "Checkpoint") -> None:
         """ValueError unless both models speak of the same tokens; padding rows do not matter."""

@@ -18,11 +18,10 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, get_args
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
 
@@ -38,6 +37,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import torch
 
+import prompts
 import report
 from auto import Auto, Candidate, draft_lengths
 from batch import MAX_EOS
@@ -50,28 +50,25 @@ from checkpoint import (
     write_file,
     write_json,
 )
-from config import ModelConfig, is_random, kv_bytes_per_token
+from config import is_random, kv_bytes_per_token
 from cost_model import Parser
 from device import check_fits, compiler_runs, find_device, timed
 from drafters import check_strategy
-from measure import Progress, Request, Run, decode, measure, warm_up
+from measure import Progress, Request, decode, measure, warm_up
 from model import Transformer, compile_blocks
 from policies import POLICIES, Strategy
-from prompts import (
-    DEMO_LONGEST,
-    DEMO_ROWS,
-    check_lengths,
-    demo_prompts,
-    fill_rows,
-    longest_prompt,
-    read_prompts,
-)
 from sampling import Sampling
 from spec_decode import Engine
 from tokenizer import TextStream, Tokenizer, continuation
 
 AUTO_POLICIES = ("ngram", "streaming", "snapkv")  # what --draft auto chooses from
 LARGE = 10**9  # bytes of weights from which loading is worth a line
+SAMPLING, STRATEGY = Sampling(), Strategy()  # whose defaults are the flags'
+
+
+def flag(default: object, meaning: str | None = None, *names: str, **how: Any) -> Any:
+    """A field of Options: its default, what `--help` says, other names, more for argparse."""
+    return field(default=default, metadata={"names": names, "how": {"help": meaning, **how}})
 
 
 def int_or_auto(text: str) -> int | str:
@@ -82,82 +79,41 @@ def int_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor auto") from None
 
 
-def flag(default: object, meaning: str | None = None, *names: str, **how: Any) -> Any:
-    """A field of Options that is a flag: its default, its help, other names, and how to parse it.
-
-    Without another word a flag is parsed as what its default is.
-    """
-    how = how if {"type", "action"} & how.keys() else how | {"type": type(default)}
-    return field(default=default, metadata={"names": names, "how": how | {"help": meaning}})
-
-
 @dataclass(frozen=True, slots=True)
 class Options:
     """The flags. ValueError for values and combinations that make no sense."""
 
-    checkpoint_path: Path = flag(
-        DEMO_CHECKPOINT,
-        "Hugging Face directory; random:llama-3.1-8b: random weights of that geometry", type=Path,
-    )  # fmt: skip
-    draft_checkpoint_path: Path | None = flag(
-        None, "draft with this smaller model of its own", type=Path
-    )
-    prompt: tuple[str, ...] = flag(
-        (), "text; an integer N: N random tokens, different ones in every row", action="append"
-    )
-    prompt_file: tuple[Path, ...] = flag((), "UTF-8 text (repeatable)", action="append", type=Path)
-    prompts: Path | None = flag(None, '.jsonl, an object with "prompt" per line', type=Path)
-    batch_size: int | None = flag(None, "rows; prompts are repeated to fill them", type=int)
-    max_new_tokens: int = flag(256, "per row")
-    max_context: int | None = flag(
-        None, "most tokens of prompt and answer; default: the model's own", type=int, metavar="N"
-    )
-    temperature: float = flag(Sampling().temperature, "0: greedy")
-    top_k: int | None = flag(Sampling().top_k, type=int)
-    top_p: float | None = flag(Sampling().top_p, type=float)
+    checkpoint_path: Path = flag(DEMO_CHECKPOINT, "Hugging Face directory; or random:llama-3.1-8b")
+    draft_checkpoint_path: Path | None = flag(None, "draft with this smaller model of its own")
+    prompt: tuple[str, ...] = flag((), "text; an integer N: N random tokens, others in every row")
+    prompt_file: tuple[Path, ...] = flag((), "UTF-8 text (repeatable)")
+    prompts: Path | None = flag(None, '.jsonl, an object with "prompt" per line')
+    batch_size: int | None = flag(None, "rows; prompts are repeated to fill them")
+    max_new_tokens: int = flag(256, "of every row")
+    max_context: int | None = flag(None, "most tokens of prompt and answer; default: the model's")
+    temperature: float = flag(SAMPLING.temperature, "0: greedy")
+    top_k: int | None = flag(SAMPLING.top_k)
+    top_p: float | None = flag(SAMPLING.top_p)
     seed: int = flag(1234)
-    ignore_eos: bool = flag(False, "go on to the limit", action="store_true")
-    draft: str = flag(
-        "auto",
-        f"how to draft: auto, none, ngram, {', '.join(POLICIES)}; with --draft_checkpoint_path "
-        f"also full",
-    )
-    speculate_k: int | str = flag(
-        "auto", "draft tokens per round; 0: plain decoding", "--gamma",
-        type=int_or_auto, metavar="N|auto",
-    )  # fmt: skip
-    draft_budget: int = flag(
-        Strategy().budget, "tokens of KV that the draft reads per row, sinks included"
-    )
-    n_sink: int = flag(Strategy().n_sink, "of them, the first ones of the text")
-    obs_window: int | None = flag(
-        Strategy().obs_window,
-        "newest tokens that are observed; default: the policy's own", type=int,
-    )  # fmt: skip
-    reselect_every: int | None = flag(
-        Strategy().reselect_every,
-        "how often to select the draft's KV again; 0: never", type=int, metavar="ROUNDS",
-    )  # fmt: skip
-    compare: bool | None = flag(
-        None, "run plain decoding too", action=argparse.BooleanOptionalAction
-    )
-    check_lossless: bool = flag(False, "compare, and exit 1 on a difference", action="store_true")
-    compile: bool = flag(True, action=argparse.BooleanOptionalAction)
+    ignore_eos: bool = flag(False, "go on to the limit")
+    draft: str = flag("auto", f"how to draft: auto, none, ngram, {', '.join(POLICIES)}; "
+                              "with --draft_checkpoint_path also full")  # fmt: skip
+    speculate_k: int | str = flag("auto", "draft tokens per round; 0: plain decoding",
+                                  "--gamma", type=int_or_auto, metavar="N|auto")  # fmt: skip
+    draft_budget: int = flag(STRATEGY.budget, "tokens of KV that a draft reads per row, with sinks")
+    n_sink: int = flag(STRATEGY.n_sink)
+    obs_window: int | None = flag(None, "newest tokens observed; default: the policy's own")
+    reselect_every: int | None = flag(None, "rounds until the KV is selected again; 0: never")
+    compare: bool | None = flag(None, "run plain decoding too")
+    check_lossless: bool = flag(False, "compare, and exit 1 on a difference")
+    compile: bool = flag(True)
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu")
-    dtype: str | None = flag(
-        None, "default: float32 on the CPU, bfloat16 on a GPU", type=str, choices=DTYPES
-    )
-    profile: Path | None = flag(
-        None, "write a Chrome trace of the decoding", type=Path, metavar="FILE"
-    )
-    chat: bool = flag(False, "put prompts into the checkpoint's chat template", action="store_true")
-    system: str | None = flag(None, "with --chat: the system message", type=str, metavar="TEXT")
-    interactive: bool = flag(
-        False, "prompts from standard input; with --chat, a conversation", action="store_true"
-    )
-    json: str | None = flag(
-        None, "write the numbers and outputs; -: standard output", type=str, metavar="FILE"
-    )
+    dtype: str | None = flag(None, "default: float32 on the CPU, bfloat16 on a GPU", choices=DTYPES)
+    profile: Path | None = flag(None, "write a Chrome trace of the decoding to this file")
+    chat: bool = flag(False, "put prompts into the checkpoint's chat template")
+    system: str | None = flag(None, "with --chat: the system message")
+    interactive: bool = flag(False, "prompts from standard input; with --chat, a conversation")
+    json: str | None = flag(None, "write numbers and outputs to this file; -: standard output")
 
     def __post_init__(self) -> None:
         for wrong, why in self.refusals():
@@ -204,38 +160,46 @@ class Options:
         return self.draft != "none" and self.speculate_k != 0
 
     @property
-    def automatic(self) -> bool:
-        """Whether there is something left to decide."""
-        return self.drafts and "auto" in (self.draft, self.speculate_k)
-
-    @property
     def compares(self) -> bool:
         """Whether plain decoding runs too: when asked for, and on the demo's prompts."""
         if self.compare is not None:
             return self.compare
         return self.check_lossless or (self.drafts and not self.n_sources)
 
-    def gammas(self, device_type: str, n_group: int) -> tuple[int, ...]:
-        """Draft lengths that may be used; n_group is G, the target's heads per KV head."""
-        if self.speculate_k == "auto":
-            return draft_lengths(device_type, n_group)
-        return (self.speculate_k,)
+    def strategies(self, gamma: int) -> list[Strategy]:
+        """What the flags allow: one way to draft, or with --draft auto all that are possible.
 
-    def strategy(self, policy: str, gamma: int) -> Strategy:
-        """This way to draft with the flags' values. ValueError if they do not go together."""
-        optional = self.draft == "auto"  # what a policy cannot do is then asked of the others only
-        reselects = policy in POLICIES and POLICIES[policy].reselect_every
-        every = None if optional and not reselects else self.reselect_every
-        return Strategy(policy, gamma, self.draft_budget, self.n_sink, self.obs_window, every)
+        ValueError if none is. What a policy cannot reselect is then asked of the others only.
+        """
+        if not self.drafts:
+            return [Strategy(gamma=gamma)]
+        found, refusal, automatic = [], None, self.draft == "auto"
+        for policy in AUTO_POLICIES if automatic else (self.draft,):
+            reselects = policy in POLICIES and POLICIES[policy].reselect_every
+            every = self.reselect_every if reselects or not automatic else None
+            sizes = self.draft_budget, self.n_sink, self.obs_window
+            try:
+                found.append(Strategy(policy, gamma, *sizes, every))
+            except ValueError as e:
+                refusal = e
+        if refusal and not (automatic and any(d.policy in POLICIES for d in found)):
+            raise refusal
+        return found
 
 
 def parse_args(argv: list[str] | None) -> Options:
-    """The flags of a command line (None: this process's own). ValueError for unusable ones."""
+    """The flags of a command line; None: this process's own. ValueError for unusable ones."""
     p = Parser(
         description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     for f in fields(Options):
-        p.add_argument(f"--{f.name}", *f.metadata["names"], **f.metadata["how"])
+        kind = get_args(f.type)[0] if get_args(f.type) else f.type
+        how: dict[str, Any] = {"type": kind}
+        if kind is bool:
+            how = {"action": "store_true" if f.default is False else argparse.BooleanOptionalAction}
+        elif f.default == ():
+            how["action"] = "append"
+        p.add_argument(f"--{f.name}", *f.metadata["names"], **how | f.metadata["how"])
     given = vars(p.parse_args(argv))
     return Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
@@ -247,44 +211,42 @@ def check_targets(o: Options) -> None:
             "standard output must be open, and with --interactive standard input; for no output "
             "write > /dev/null"
         )
-    targets = []
-    for flag, path in (("json", o.json), ("profile", o.profile)):
-        if path is None or path == "-":
-            continue
-        if not str(path):
-            raise ValueError(f"--{flag} needs the name of a file")
+    if o.json == "":
+        raise ValueError("--json needs the name of a file")
+    targets = {"json": o.json and o.json != "-" and Path(o.json), "profile": o.profile}
+    for name, path in targets.items():
         try:
-            check_writable(Path(path))
+            if path:
+                check_writable(path)
         except OSError as e:
-            raise ValueError(f"--{flag}: cannot write {path}: {e.strerror}") from None
-        targets.append(os.path.realpath(path))
-    if len(set(targets)) < len(targets):
+            raise ValueError(f"--{name}: cannot write {path}: {e.strerror}") from None
+    if all(targets.values()) and len({path.resolve() for path in targets.values()}) == 1:
         raise ValueError(f"--json and --profile are the same file, {o.json}; give two")
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """All that a run needs."""
-
-    checkpoint: Checkpoint
-    engine: Engine
-    auto: Auto | None  # what decides how to draft, if anything is left to decide
-    request: Request
-
-
-def load(o: Options) -> Loaded:
+def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Request]:
     """Everything that bad input can break, the cheap things first: the weights come last."""
     sampling, device = Sampling(o.temperature, o.top_k, o.top_p), find_device(o.device)
     dtype = DTYPES[o.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
     checkpoint, draft = open_checkpoint(o.checkpoint_path, o.chat), None
-    end_ids = () if o.ignore_eos else read_end_ids(checkpoint)
+    end_ids = () if o.ignore_eos else checkpoint.end_ids(MAX_EOS)
     config = checkpoint.config
     longest = min(config.max_seq_len, o.max_context or config.max_seq_len)
-    prompts = read_rows(o, checkpoint, longest, partial(check_rows, config, device, dtype))
+
+    def check_size(n_rows: int, n_tokens: int) -> None:  # the engine asks again, for all it needs
+        n_bytes = n_rows * n_tokens * kv_bytes_per_token(config, dtype.itemsize)
+        remedy = "a smaller --batch_size or --max_context"
+        check_fits(n_bytes, device, "the KV caches", lambda share: remedy)
+
+    check_size(o.batch_size or 1, 1 + o.max_new_tokens)  # before rows are made
+    rows = read_rows(o, checkpoint, longest)
     if not o.interactive:
-        longest = max(map(len, prompts)) + o.max_new_tokens
-    gammas = o.gammas(device.type, config.n_group)
-    strategies = read_strategies(o, max(gammas))
+        longest = max(map(len, rows)) + o.max_new_tokens
+    check_size(len(rows), longest)
+    automatic = o.drafts and "auto" in (o.draft, o.speculate_k)
+    lengths = draft_lengths(device.type, config.n_group)
+    gammas = lengths if o.speculate_k == "auto" else (o.speculate_k,)
+    strategies = o.strategies(max(gammas))
     if o.draft_checkpoint_path:
         draft = open_checkpoint(o.draft_checkpoint_path)
         checkpoint.check_same_vocabulary(draft)
@@ -292,102 +254,39 @@ def load(o: Options) -> Loaded:
         check_strategy(strategies[0], draft and draft.config, longest)
     compiling = o.compile and compiler_runs(device)
     if o.compile and not compiling:
-        print(
-            "generate.py: no working compiler for torch.compile on this machine (the CPU needs "
-            "g++): running eagerly, which is slower",
-            file=sys.stderr,
-        )
+        print("generate.py: no working compiler for torch.compile on this machine (the CPU needs "
+              "g++): running eagerly, which is slower", file=sys.stderr)  # fmt: skip
     model, draft_model = (c and load_weights(c, device, dtype) for c in (checkpoint, draft))
     for m in filter(None, (model, draft_model)) if compiling else ():
         compile_blocks(m)
-    size, request = (len(prompts), longest), Request(prompts, o.max_new_tokens, end_ids, o.compares)
-    if not o.automatic:
-        engine = Engine(model, *size, strategies[0], sampling, o.seed, draft_model)
-        return Loaded(checkpoint, engine, None, request)
-    engine = Engine(model, *size, Strategy(), sampling, o.seed)
+    request = Request(rows, o.max_new_tokens, end_ids, o.compares)
+    if not automatic:
+        engine = Engine(model, len(rows), longest, strategies[0], sampling, o.seed, draft_model)
+        return checkpoint, engine, None, request
+    engine = Engine(model, len(rows), longest, Strategy(), sampling, o.seed)
     named = "streaming" if o.draft == "auto" else o.draft
     found = [Candidate(d) for d in strategies if not draft_model or o.draft == "auto"]
     found += [Candidate(d, draft_model) for d in strategies if draft_model and d.policy == named]
-    auto = Auto(engine, found, gammas, named=o.draft != "auto")
-    return Loaded(checkpoint, engine, auto, request)
+    return checkpoint, engine, Auto(engine, found, gammas, named=o.draft != "auto"), request
 
 
-def read_end_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The tokens that end a text. ValueError if they are more than an engine takes."""
-    ids = checkpoint.end_ids()
-    if len(ids) > MAX_EOS:
-        raise ValueError(
-            f"{checkpoint.path}: {len(ids)} tokens end a text (eos_token_id); at most {MAX_EOS} "
-            f"are possible"
-        )
-    return ids
-
-
-def read_rows(
-    o: Options,
-    checkpoint: Checkpoint,
-    max_context: int,  # tokens
-    check_size: Callable[[int, int], None],
-) -> list[list[int]]:
-    """Token ids of every row of the batch; with --interactive, which has none yet, empty ones.
-
-    `check_size` is told the rows and the tokens of the longest, answer included, before rows are
-    made, and raises ValueError if they cannot fit.
-    """
-    longest = longest_prompt(max_context, o.max_new_tokens)
+def read_rows(o: Options, checkpoint: Checkpoint, max_context: int) -> list[list[int]]:
+    """Token ids of every row; with --interactive, which has no prompts yet, empty ones."""
+    longest, tokenizer = prompts.longest_prompt(max_context, o.max_new_tokens), checkpoint.tokenizer
     if o.interactive:
-        n_rows = o.batch_size or 1
-        check_size(n_rows, max_context)
-        return [[]] * n_rows
+        return [[]] * (o.batch_size or 1)
     if not o.n_sources:
-        n_rows, longest = o.batch_size or DEMO_ROWS, min(DEMO_LONGEST, longest)
-        check_size(n_rows, longest + o.max_new_tokens)
-        return demo_prompts(checkpoint.tokenizer, n_rows, longest)
+        n_rows = o.batch_size or prompts.DEMO_ROWS
+        return prompts.demo_prompts(tokenizer, n_rows, min(prompts.DEMO_LONGEST, longest))
     encode = partial(checkpoint.encode, system=o.system)
-    prompts = read_prompts(o.prompt, o.prompt_file, o.prompts, encode)
-    longest = check_lengths(prompts, max_context, o.max_new_tokens)
-    n_rows = o.batch_size or len(prompts)
-    check_size(n_rows, longest + o.max_new_tokens)
-    return fill_rows(prompts, n_rows, checkpoint.tokenizer.vocab_size, o.seed)
-
-
-def check_rows(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, n_rows: int, n_tokens: int
-) -> None:
-    """ValueError if the K and V of these rows and tokens alone are too much for the device.
-
-    The engine asks again, for all that it needs. Until then nothing may be made for every row.
-    """
-    n_bytes = n_rows * n_tokens * kv_bytes_per_token(config, dtype.itemsize)
-    remedy = "a smaller --batch_size or --max_context"
-    check_fits(n_bytes, device, "the KV caches", lambda share: remedy)
-
-
-def read_strategies(o: Options, gamma: int) -> list[Strategy]:
-    """What the flags allow: one way to draft, or with --draft auto several."""
-    if not o.drafts:
-        return [Strategy(gamma=gamma)]
-    if o.draft != "auto":
-        return [o.strategy(o.draft, gamma)]
-    found, refusal = [], None
-    for policy in AUTO_POLICIES:
-        try:
-            found.append(o.strategy(policy, gamma))
-        except ValueError as e:
-            refusal = e
-    if not any(d.policy in POLICIES for d in found):
-        raise refusal
-    return found
-
-
-def say_on(out: TextIO | None) -> Callable[..., None]:
-    """Printing to this stream at once."""
-    return partial(print, file=out, flush=True)
+    given = prompts.read_prompts(o.prompt, o.prompt_file, o.prompts, encode)
+    prompts.check_lengths(given, max_context, o.max_new_tokens)
+    return prompts.fill_rows(given, o.batch_size or len(given), tokenizer.vocab_size, o.seed)
 
 
 def load_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The model; of a large one, standard error tells how far it is."""
-    say = say_on(sys.stderr)
+    say = partial(print, file=sys.stderr, flush=True)
     progress = Progress(say)
 
     def on_tensor(done: int, total: int) -> None:
@@ -396,16 +295,15 @@ def load_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
                 say(f"loading {checkpoint.path}: {total / 1e9:.1f} GB", end=" ... ")
             progress(done, total)
             if done == total:
-                say("")
+                say()
 
     return checkpoint.load(device, dtype, on_tensor)
 
 
-def describe(o: Options, loaded: Loaded) -> str:
+def describe(o: Options, engine: Engine, auto: Auto | None, rows: list[list[int]]) -> str:
     """What is about to run, in three lines."""
-    engine, auto, model = loaded.engine, loaded.auto, loaded.engine.model
-    n_params = sum(p.numel() for p in model.parameters())
-    lengths, s, spec = [*map(len, loaded.request.prompts)], engine.sampling, engine.full.spec
+    n_params = sum(p.numel() for p in engine.model.parameters())
+    lengths, s, dtype = [*map(len, rows)], engine.sampling, engine.full.spec.dtype
     how = "greedy" if s.greedy else f"temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}"
     draft = "no draft: plain decoding"
     if auto:
@@ -413,33 +311,29 @@ def describe(o: Options, loaded: Loaded) -> str:
         draft = f"auto: {what}; gamma of {', '.join(map(str, auto.gammas))}"
         draft += "" if auto.named else ", or no draft"
     elif engine.drafter:
-        draft = describe_draft(o.draft_checkpoint_path, engine)
-    dtype = str(spec.dtype).removeprefix("torch.")
+        label = engine.drafter.label(f"draft model {o.draft_checkpoint_path}")
+        draft = f"{label}, gamma {engine.gamma}"
     return (
-        f"{o.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {dtype} on {o.device}, "
+        f"{o.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {str(dtype)[6:]} on {o.device}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
-        f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, up to "
+        f"{len(rows)} rows of {min(lengths)} to {max(lengths)} tokens, up to "
         f"{o.max_new_tokens} new ones each, {how}\n{draft}"
     )
 
 
-def describe_draft(draft_dir: Path | None, engine: Engine) -> str:
-    """Who drafts, from what, and how far."""
-    return f"{engine.drafter.label(f'draft model {draft_dir}')}, gamma {engine.gamma}"
-
-
-def batch(o: Options, loaded: Loaded) -> int:
+def batch(
+    o: Options, checkpoint: Checkpoint, engine: Engine, auto: Auto | None, request: Request
+) -> int:
     """One batch from prompts to numbers. Returns the exit status."""
-    say, request = say_on(sys.stderr if o.json == "-" else sys.stdout), loaded.request
-    say(describe(o, loaded))
+    say = partial(print, file=sys.stderr if o.json == "-" else sys.stdout, flush=True)
+    say(describe(o, engine, auto, request.prompts))
     tracer = torch.profiler.profile() if o.profile else None
-    measured = measure(loaded.engine, loaded.auto, request, say, tracer)
+    measured = measure(engine, auto, request, say, tracer)
     rows = zip(request.prompts, measured.main.outputs, strict=True)
-    texts = [continuation(loaded.checkpoint.tokenizer, prompt, ids) for prompt, ids in rows]
+    texts = [continuation(checkpoint.tokenizer, prompt, ids) for prompt, ids in rows]
     result = report.build(measured, texts, request.end_ids)
     try:
-        say("\nrow 0 continues:\n" + texts[0])
-        say("\n" + report.table(result))
+        say(f"\nrow 0 continues:\n{texts[0]}\n\n{report.table(result)}")
         if request.compare:
             say(report.verdict(result))
     finally:  # also where nobody reads standard output any more
@@ -462,33 +356,15 @@ def save_trace(tracer: torch.profiler.profile, path: Path) -> None:
         write_file(file.read_bytes(), path)
 
 
-class RowPrinter:
-    """Prints the first row's text as it is decided, for which it waits for every round."""
-
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, prompt: list[int]) -> None:
-        self.engine = engine
-        self.text = TextStream(tokenizer, prompt)
-        self.done = len(prompt)
-
-    def __call__(self) -> None:
-        end = self.engine.batch.seq_len[0].item()
-        ids, eos = (
-            self.engine.batch.tokens[0, self.done : end].tolist(),
-            self.engine.batch.eos.tolist(),
-        )
-        print(self.text.feed([i for i in ids if i not in eos]), end="", flush=True)
-        self.done = end
-
-
-def converse(o: Options, loaded: Loaded) -> int:
+def converse(
+    o: Options, checkpoint: Checkpoint, engine: Engine, auto: Auto | None, request: Request
+) -> int:
     """Answer one prompt after another from standard input, until it ends.
 
     With a chat template it is one conversation: its K and V stay in the cache, and of every turn
     only what is new is read. Otherwise every prompt stands for itself.
     """
-    engine, auto, checkpoint = loaded.engine, loaded.auto, loaded.checkpoint
-    rows, end_ids = len(loaded.request.prompts), loaded.request.end_ids
-    longest = engine.max_len - o.max_new_tokens
+    rows, longest = len(request.prompts), engine.max_len - o.max_new_tokens
     warm_up(engine, auto, later_turns=o.chat)
     so_far: list[int] = []  # the conversation
     while True:
@@ -497,7 +373,7 @@ def converse(o: Options, loaded: Loaded) -> int:
         except EOFError:
             return 0
         try:
-            prompt = encode_turn(text, o.system, checkpoint, so_far)
+            prompt = checkpoint.encode(text, o.system, so_far)
         except ValueError as e:
             print(e)
             continue
@@ -505,43 +381,45 @@ def converse(o: Options, loaded: Loaded) -> int:
             print(f"the conversation would have {len(prompt)} tokens, of at most {longest}; "
                   "it begins anew with what you say next")  # fmt: skip
             so_far = []
-            continue
-        if not 1 <= len(prompt) <= longest:
+        elif not 1 <= len(prompt) <= longest:
             print(f"a prompt needs 1 to {longest} tokens; this one has {len(prompt)}")
-            continue
-        n_reused = engine.batch.n_reused(0, prompt) if so_far else 0
-        engine.prefill([prompt] * rows, [o.max_new_tokens] * rows, end_ids, reuse=bool(so_far))
-        answer = say_answer(
-            engine, auto, RowPrinter(engine, checkpoint.tokenizer, prompt), n_reused
-        )
-        if o.chat:
-            so_far = prompt + (answer[:-1] if answer[-1] in end_ids else answer)
+        else:
+            turn = replace(request, prompts=[prompt] * rows)
+            answer = say_answer(checkpoint.tokenizer, engine, auto, turn, bool(so_far))
+            if o.chat:
+                so_far = prompt + (answer[:-1] if answer[-1] in request.end_ids else answer)
 
 
-def say_answer(engine: Engine, auto: Auto | None, show: "RowPrinter", n_reused: int) -> list[int]:
-    """Decode the prefilled batch, printing its first row as it comes; that row's new tokens."""
-    n_prompt = show.done
+def say_answer(
+    tokenizer: Tokenizer, engine: Engine, auto: Auto | None, turn: Request, reuse: bool
+) -> list[int]:
+    """Decode a turn, printing its first row as it is decided; that row's new tokens.
+
+    For what it prints it waits for every round.
+    """
+    prompt, limits = turn.prompts[0], [turn.max_new_tokens] * len(turn.prompts)
+    n_reused = engine.batch.n_reused(0, prompt) if reuse else 0
+    engine.prefill(turn.prompts, limits, turn.end_ids, reuse=reuse)
+    stream, done = TextStream(tokenizer, prompt), len(prompt)
+
+    def show() -> None:
+        nonlocal done
+        end = int(engine.batch.seq_len[0])
+        ids = engine.batch.tokens[0, done:end].tolist()
+        print(stream.feed([i for i in ids if i not in turn.end_ids]), end="", flush=True)
+        done = end
+
     show()
     work = partial(auto.decode, show) if auto else partial(decode, engine, on_round=show)
     seconds, stats = timed(engine.device, work)
-    run = Run(stats, engine.batch.outputs(), seconds)
-    print(show.text.close())
+    print(stream.close())
     print(
-        f"[{run.tokens_per_second:.1f} tokens/s, mean acceptance length "
-        f"{stats.mean_acceptance_length:.2f}; of {n_prompt} tokens of prompt "
+        f"[{stats.decoded_tokens / seconds:.1f} tokens/s, mean acceptance length "
+        f"{stats.mean_acceptance_length:.2f}; of {len(prompt)} tokens of prompt "
         f"{n_reused} were in the cache]",
         file=sys.stderr,
     )
-    return run.outputs[0]
-
-
-def encode_turn(
-    text: str, system: str | None, checkpoint: Checkpoint, so_far: list[int]
-) -> list[int]:
-    """Tokens of all that the model reads for this line; ValueError if it is no text."""
-    if checkpoint.chat and text and so_far:
-        return so_far + checkpoint.chat.reply(text)
-    return checkpoint.encode(text, system)
+    return engine.batch.outputs()[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -554,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
             options = parse_args(argv)
             check_targets(options)
             run = converse if options.interactive else batch
-            return run(options, load(options))
+            return run(options, *load(options))
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not out_of_memory(e):
             raise

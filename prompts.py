@@ -1,11 +1,7 @@
 """Where prompts come from: texts, files, lines of JSON, random tokens, or the demo's own.
 
-    --prompt TEXT       a text; an integer N stands for N random tokens, different in every row
-    --prompt_file FILE  a text
-    --prompts FILE      a line is an object with a "prompt"
-    none of them        beginnings of standard modules that the demo checkpoint was not trained on
-
-A batch has a row for every prompt; more rows repeat them in order.
+A batch has a row for every prompt; more rows repeat them in order. A text that is an integer N
+stands for N random tokens, different ones in every row.
 """
 
 import importlib.util
@@ -113,11 +109,11 @@ def longest_prompt(max_context: int, max_new_tokens: int) -> int:
     return max_context - max_new_tokens
 
 
-def check_lengths(prompts: list[Prompt], max_context: int, max_new_tokens: int) -> int:
-    """Tokens of the longest prompt. ValueError names an empty one, and one that is too long."""
+def check_lengths(prompts: list[Prompt], max_context: int, max_new_tokens: int) -> None:
+    """ValueError names a prompt that is empty, and one that leaves no room for its answer."""
     longest = longest_prompt(max_context, max_new_tokens)
-    lengths = [prompt if isinstance(prompt, int) else len(prompt) for prompt in prompts]
-    for number, length in enumerate(lengths):
+    for number, prompt in enumerate(prompts):
+        length = prompt if isinstance(prompt, int) else len(prompt)
         if not length:
             raise ValueError(f"prompt {number} is empty; nothing can follow from it")
         if length > longest:
@@ -125,7 +121,6 @@ def check_lengths(prompts: list[Prompt], max_context: int, max_new_tokens: int) 
                 f"prompt {number} has {length} tokens; the context of {max_context} "
                 f"leaves room for {longest} with --max_new_tokens {max_new_tokens}"
             )
-    return max(lengths)
 
 
 def fill_rows(prompts: list[Prompt], n_rows: int, vocab_size: int, seed: int) -> list[list[int]]:

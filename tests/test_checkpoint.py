@@ -34,7 +34,7 @@ def test_a_directory_is_opened_without_its_weights(chat_directory):
     hidden = weights.rename(chat_directory / "hidden")
     checkpoint = open_checkpoint(chat_directory)
     assert checkpoint.path == chat_directory and checkpoint.config.dim == 40
-    assert checkpoint.chat is None and checkpoint.end_ids() == (3,)
+    assert checkpoint.chat is None and checkpoint.end_ids(16) == (3,)
     hidden.rename(weights)
     (chat_directory / "config.json").write_text("{}")  # it is not read again
     sizes: list[tuple[int, int]] = []
@@ -51,9 +51,13 @@ def test_text_is_encoded_as_the_directory_has_it(chat_directory):
     assert chat.encode("fox", "Be brief.") == chat.chat.start("fox", "Be brief.")
     assert plain.encode("") == chat.encode("") == []
     end = chat.tokenizer.special("<|im_end|>")
-    assert chat.end_ids() == (3, end)
+    assert chat.end_ids(16) == (3, end)
     (chat_directory / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
-    assert chat.end_ids() == (end,)
+    assert chat.end_ids(16) == (end,)
+    with pytest.raises(ValueError, match=r"1 tokens end a text \(eos_token_id\); at most 0"):
+        chat.end_ids(0)
+    assert chat.encode("fox", None, [5, 6]) == [5, 6, *chat.chat.reply("fox")]
+    assert plain.encode("fox", None, [5, 6]) == plain.encode("fox")
 
 
 def test_a_chat_that_is_not_there_is_refused_only_if_it_is_asked_for(chat_directory):
@@ -76,7 +80,7 @@ def test_random_weights_have_numbers_for_a_tokenizer():
     checkpoint = open_checkpoint(Path("random:llama-3.1-8b"))
     assert isinstance(checkpoint.tokenizer, NumberTokenizer)
     assert checkpoint.tokenizer.vocab_size == checkpoint.config.vocab_size
-    assert checkpoint.end_ids() == ()
+    assert checkpoint.end_ids(16) == ()
 
 
 def test_models_of_one_vocabulary_draft_for_each_other(chat_directory):

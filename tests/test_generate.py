@@ -17,7 +17,7 @@ import checkpoint as checkpoint_module
 import config
 import generate
 from chat import load_chat
-from checkpoint import DEMO_CHECKPOINT, load_model, open_checkpoint, save_model
+from checkpoint import DEMO_CHECKPOINT, load_model, save_model
 from generate import main
 from prompts import demo_prompts
 from spec_decode import Engine
@@ -648,12 +648,22 @@ def test_demo_checkpoint_reproduces_recorded_logits():
     assert logits[:-1].argmax(dim=-1).tolist() == greedy  # each follows from those before it
 
 
-def test_on_a_gpu_the_draft_lengths_follow_from_the_heads():
-    options = generate.parse_args([])
-    assert options.gammas("cpu", 4) == (2, 5)
-    assert options.gammas("cuda", 4) == (1, 3, 7, 11)
-    assert {d.gamma for d in generate.read_strategies(options, 11)} == {11}
-    assert generate.parse_args(["--gamma", "5"]).gammas("cuda", 4) == (5,)
+def test_what_is_drafted_follows_from_the_flags():
+    def policies(*flags: str) -> list[str]:
+        found = generate.parse_args([*flags]).strategies(7)
+        assert {strategy.gamma for strategy in found} == {7}
+        return [strategy.policy for strategy in found]
+
+    assert policies() == ["ngram", "streaming", "snapkv"]
+    assert policies("--draft_budget", "10") == ["ngram", "streaming"]
+    assert policies("--draft", "snapkv") == ["snapkv"]
+    assert policies("--draft", "none") == ["none"]
+    again = generate.parse_args(["--reselect_every", "3"]).strategies(2)
+    assert [strategy.reselect_every for strategy in again] == [None, None, 3]
+    with pytest.raises(ValueError, match="draft_budget 4 must be at least n_sink"):
+        policies("--draft_budget", "4")
+    with pytest.raises(ValueError, match="nothing to reselect"):
+        policies("--draft", "ngram", "--reselect_every", "3")
 
 
 def test_options_are_what_was_given_and_stay_so():
@@ -674,21 +684,17 @@ def test_plain_decoding_is_compared_with_where_it_was_not_said(checkpoint):
         assert generate.parse_args(flags).compares == compares
 
 
-def sizes_of(*flags: str, max_context: int = 100) -> tuple[int, int]:
-    """Rows and tokens that a batch is refused for before it is made."""
-
-    def refuse(*asked):
-        raise ValueError(asked)
-
-    options = generate.parse_args(["--max_new_tokens", "8", *flags])
-    with pytest.raises(ValueError) as error:
-        generate.read_rows(options, open_checkpoint(DEMO_CHECKPOINT), max_context, refuse)
-    return error.value.args[0]
-
-
-def test_the_size_is_checked_before_rows_are_made():
+@pytest.mark.parametrize("flags", [["--interactive"], ["--prompt", "x", "--prompt", "20"], []])
+def test_the_size_is_checked_before_rows_are_made(monkeypatch, capsys, flags):
     """A list of a thousand million rows takes 8 GB."""
-    many = "--batch_size", str(10**9)
-    assert sizes_of(*many, "--interactive") == (10**9, 100)
-    assert sizes_of(*many, "--prompt", "x", "--prompt", "20") == (10**9, 28)
-    assert sizes_of(*many) == (10**9, 100)
+    monkeypatch.setattr(generate, "read_rows", lambda *args: pytest.fail("too late"))
+    assert main(["--batch_size", str(10**9), "--max_new_tokens", "1", *flags]) == 2
+    assert "GiB free; use a smaller --batch_size or --max_context" in one_line(capsys)
+
+
+def test_the_size_is_checked_before_the_weights_are_read(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "load_weights", lambda *args: pytest.fail("too late"))
+    monkeypatch.setattr("device.free_memory", lambda device: 2**20)
+    flags = ["--checkpoint_path", str(checkpoint), "--prompt", "280", "--max_new_tokens", "9"]
+    assert main([*flags, "--batch_size", "8"]) == 2
+    assert "the KV caches need 0.0 GiB, but cpu has 0.0 GiB free" in one_line(capsys)
