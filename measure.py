@@ -1,4 +1,4 @@
-"""A run, timed. Returns plain numbers.
+"""A run, timed: the clock is here. What comes of it are plain numbers, for `report.py`.
 
     compile | prefill | plain decoding, if it is compared with | decoding | single steps
 
@@ -6,9 +6,6 @@ Both decodings start from the same prefill, with the same caches and compiled bl
 is the same program with zero drafts. Compiling and prefill are in no decoding time, and a row's
 first token belongs to the prefill. `T_T`, `T_D` and `T_V` are medians of single steps, repeated
 from the state after the prefill. Nothing is printed inside a timed run.
-
-The engine has no clock and this file draws no conclusions: `report.py` has the table, the verdict
-and the JSON, and touches no engine.
 """
 
 import statistics
@@ -22,6 +19,7 @@ import torch
 from auto import Auto
 from device import machine, peak_memory_bytes, timed
 from kv_cache import KVCache
+from report import Measurement, Run
 from sampling import Stats
 from spec_decode import Engine
 
@@ -36,44 +34,6 @@ class Request:
     max_new_tokens: int  # of every row
     end_ids: tuple[int, ...] = ()  # tokens that end a row
     compare: bool = False  # decode plainly, too
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One timed decoding of a batch."""
-
-    stats: Stats
-    outputs: list[list[int]]  # new tokens of every row
-    seconds: float  # decoding alone
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the whole batch, which ends with its slowest row."""
-        return self.stats.decoded_tokens / self.seconds
-
-    @property
-    def ms_per_token(self) -> float:
-        """Milliseconds from a token to the next one of its row, while the row runs."""
-        ms_per_round = 1e3 * self.seconds / max(self.stats.rounds, 1)
-        return ms_per_round * self.stats.row_rounds / max(self.stats.decoded_tokens, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Everything that a report is made of."""
-
-    setting: dict  # what ran, as the JSON has it: environment, model, sampling, plan
-    speculative: bool  # whether `main` may have drafted
-    prompt_lengths: list[int]  # tokens, by row
-    compile_seconds: float
-    prefill_seconds: float
-    draft_prefill_seconds: float | None  # of a draft model of its own
-    step_ms: dict[str, float]  # target_step_ms, and drafting draft_step_ms, verify_ms, accept_ms
-    step_bytes: int  # that a plain step must read
-    peak_memory_bytes: int
-    main: Run
-    baseline: Run | None  # plain decoding from the same prefill
-    differences: list[dict] | None  # rows that are not the baseline's; None: they need not be
 
 
 class Progress:
@@ -126,7 +86,10 @@ def measure(
     def decoding(what: str, work: Callable[[], Stats]) -> Run:
         engine.rewind()
         seconds, stats = phase(what, work)
-        return Run(stats, engine.batch.outputs(), seconds)
+        return Run(
+            seconds, engine.batch.outputs(), stats.rounds, stats.row_rounds, stats.decoded_tokens,
+            acceptance(stats),
+        )  # fmt: skip
 
     def prefill() -> None:
         engine.prefill(prompts, limits, request.end_ids, lambda b: progress(b + 1, len(prompts)))
@@ -156,14 +119,20 @@ def measure(
     )  # fmt: skip
 
 
+def acceptance(stats: Stats) -> dict:
+    """Figures of acceptance, as the JSON has them; none if nothing was drafted."""
+    names = ("mean_acceptance_length", "draft_acceptance_rate", "acceptance_rate_per_position",
+             "accepted_histogram")  # fmt: skip
+    return {name: getattr(stats, name) for name in names} if stats.drafts else {}
+
+
 def setting(engine: Engine, auto: Auto | None) -> dict:
     """What ran, as the JSON has it."""
     drafter = engine.drafter
     plan = {"strategy": "none", "gamma": 0}
     if drafter:
-        plan = drafter.strategy.describe()
-        if drafter.select_every:
-            plan["select_every"] = drafter.select_every
+        again = {"select_every": drafter.select_every} if drafter.select_every else {}
+        plan = drafter.strategy.describe() | again
     if auto:
         plan |= auto.decision() | {"gamma": auto.gamma}
     found = {

@@ -11,12 +11,48 @@ here and no torch is needed. Keys that do not apply are absent, not null.
 * Acceptance figures have vLLM's definitions (`Stats`).
 """
 
-from __future__ import annotations
+from dataclasses import dataclass
 
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from measure import Measurement, Run
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One timed decoding of a batch."""
+
+    seconds: float  # decoding alone
+    outputs: list[list[int]]  # new tokens of every row
+    rounds: int  # of the slowest row
+    row_rounds: int  # summed over the rows
+    decoded_tokens: int  # all rows, without the first tokens, which the prefill decided
+    acceptance: dict  # figures, as the JSON has them; none if nothing was drafted
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole batch, which ends with its slowest row."""
+        return self.decoded_tokens / self.seconds
+
+    @property
+    def ms_per_token(self) -> float:
+        """Milliseconds from a token to the next one of its row, while the row runs."""
+        ms_per_round = 1e3 * self.seconds / max(self.rounds, 1)
+        return ms_per_round * self.row_rounds / max(self.decoded_tokens, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Everything that a report is made of."""
+
+    setting: dict  # what ran, as the JSON has it: environment, model, sampling, plan
+    speculative: bool  # whether `main` may have drafted
+    prompt_lengths: list[int]  # tokens, by row
+    compile_seconds: float
+    prefill_seconds: float
+    draft_prefill_seconds: float | None  # of a draft model of its own
+    step_ms: dict[str, float]  # target_step_ms, and drafting draft_step_ms, verify_ms, accept_ms
+    step_bytes: int  # that a plain step must read
+    peak_memory_bytes: int
+    main: Run
+    baseline: Run | None  # plain decoding from the same prefill
+    differences: list[dict] | None  # rows that are not the baseline's; None: they need not be
 
 
 def build(m: Measurement, texts: list[str], end_ids: tuple[int, ...]) -> dict:
@@ -40,7 +76,7 @@ def build(m: Measurement, texts: list[str], end_ids: tuple[int, ...]) -> dict:
     result["speculative" if m.speculative else "baseline"] = main
     if m.baseline:
         result["baseline"] = run_numbers(m, m.baseline)
-        if m.main.stats.decoded_tokens:  # else the prefill has decided everything
+        if m.main.decoded_tokens:  # else the prefill has decided everything
             result["speedup"] = m.main.tokens_per_second / m.baseline.tokens_per_second
             result["row_speedup"] = m.baseline.ms_per_token / m.main.ms_per_token
     if m.differences is not None:
@@ -52,27 +88,19 @@ def build(m: Measurement, texts: list[str], end_ids: tuple[int, ...]) -> dict:
 
 def run_numbers(m: Measurement, run: Run) -> dict:
     """One run's figures; those of acceptance only if it drafted."""
-    stats = run.stats
-    result = {
+    return {
         "decode_tokens_per_second": run.tokens_per_second,
         "ms_per_token": run.ms_per_token,  # while a row runs
         "decode_seconds": run.seconds,
-        "rounds": stats.rounds,  # of the slowest row
-        "row_rounds": stats.row_rounds,  # summed over rows
+        "rounds": run.rounds,
+        "row_rounds": run.row_rounds,
         "prefill_seconds": m.prefill_seconds,
         "compile_seconds": m.compile_seconds,
         "generated_tokens": sum(map(len, run.outputs)),
         "peak_memory_bytes": m.peak_memory_bytes,
         "target_step_ms": m.step_ms["target_step_ms"],
+        **run.acceptance,
     }
-    if stats.drafts:
-        result |= {
-            "mean_acceptance_length": stats.mean_acceptance_length,
-            "draft_acceptance_rate": stats.draft_acceptance_rate,
-            "acceptance_rate_per_position": stats.acceptance_rate_per_position,
-            "accepted_histogram": stats.accepted_histogram,
-        }
-    return result
 
 
 def table(result: dict) -> str:

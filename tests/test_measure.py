@@ -1,5 +1,7 @@
 """A timed run: what is measured, that it is measured as what it is, and that nothing is moved."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,6 @@ import measure as measure_module
 from measure import (
     Progress,
     Request,
-    Run,
     decode,
     differences,
     measure,
@@ -17,7 +18,8 @@ from measure import (
     top2_margin,
 )
 from policies import Strategy
-from sampling import Sampling, Stats
+from report import Run
+from sampling import Sampling
 from spec_decode import Engine
 from tests.reference import plain_greedy, reference_logits, tiny_model
 from tests.test_spec_decode import PROMPTS
@@ -70,7 +72,11 @@ def test_both_runs_start_from_the_same_prefill():
     m = measure(engine, None, Request(PROMPTS, 20, compare=True), lambda *t, end="": said.extend(t))
     expected = [plain_greedy(tiny_model(), p, 20) for p in PROMPTS]
     assert m.main.outputs == m.baseline.outputs == expected and m.differences == []
-    assert m.speculative and m.main.stats.drafts and not m.baseline.stats.drafts
+    assert m.speculative and m.baseline.acceptance == {}
+    accepted = m.main.acceptance["accepted_histogram"]
+    assert sum(accepted) == m.main.row_rounds < m.baseline.row_rounds == 4 * 19
+    assert sum((n + 1) * rows for n, rows in enumerate(accepted)) == m.main.decoded_tokens == 76
+    assert m.main.rounds < m.baseline.rounds == 19
     assert m.prompt_lengths == [len(p) for p in PROMPTS]
     assert m.draft_prefill_seconds is None
     assert m.step_ms.keys() == {"target_step_ms", "draft_step_ms", "verify_ms", "accept_ms"}
@@ -102,11 +108,11 @@ def test_progress_is_told_by_quarters():
 
 def test_differences_are_where_rows_part():
     engine = engine_of(Strategy())
-    runs = [Run(Stats(1, 1, [1], [1]), [[1, 2, 3]] * 3 + [end], 1.0) for end in ([1, 2], [1, 4])]
+    runs = [Run(1.0, [[1, 2, 3]] * 3 + [end], 1, 4, 4, {}) for end in ([1, 2], [1, 4])]
     (found,) = differences(engine, PROMPTS, *runs)
     assert (found["row"], found["new_token"]) == (3, 1)
     assert found["top2_logit_margin"] == top2_margin(engine, PROMPTS[3] + [1])
-    short = Run(runs[0].stats, [*runs[0].outputs[:3], [1]], 1.0)
+    short = replace(runs[0], outputs=[*runs[0].outputs[:3], [1]])
     assert differences(engine, PROMPTS, short, runs[0])[0]["new_token"] == 1
     assert differences(engine_of(Strategy(), Sampling(1.0)), PROMPTS, *runs) is None
 

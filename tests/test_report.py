@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from measure import Measurement, Run
-from report import build, table, verdict
-from sampling import Stats
+from report import Measurement, Run, build, table, verdict
 
 # Two rows of 5 and 9 tokens: plainly 4 and 8 rounds of 1 s, speculatively 2 and 6 of 1.5 s.
-PLAIN = Run(Stats(8, 12, [12], [12]), [[0] * 5, [0] * 9], 8.0)
-DRAFTED = Run(Stats(6, 12, [5, 2, 1], [0, 0, 8]), [[0] * 5, [0] * 9], 9.0)
+ACCEPTANCE = {
+    "mean_acceptance_length": 1.5,
+    "draft_acceptance_rate": 0.25,
+    "acceptance_rate_per_position": [0.375, 0.125],
+    "accepted_histogram": [5, 2, 1],
+}
+PLAIN = Run(8.0, [[0] * 5, [0] * 9], 8, 12, 12, {})
+DRAFTED = Run(9.0, [[0] * 5, [0] * 9], 6, 8, 12, ACCEPTANCE)
 SETTING = {
     "environment": {"device": "cpu"},
     "model": {"dim": 40},
@@ -108,7 +112,7 @@ def test_rows_that_part_are_told_with_place_and_margin():
 
 
 def test_where_the_prefill_decided_everything_there_is_no_speedup():
-    nothing = Run(Stats(0, 0, [0], [0]), [[7], [0]], 0.001)
+    nothing = Run(0.001, [[7], [0]], 0, 0, 0, {})
     result = report_of(replace(MEASURED, main=nothing, baseline=nothing))
     assert "speedup" not in result and result["identical"]
     assert "nothing was left to decode" in verdict(result)

@@ -45,8 +45,8 @@ IN_AND_OUT = {
     "checkpoint": (330, "chat config device model tokenizer"),
 }
 PROGRAM = {
-    "measure": (200, "auto batch device kv_cache spec_decode"),
     "report": (200, ""),
+    "measure": (220, "auto device kv_cache report sampling spec_decode"),
     "generate": (400, "*"),  # everything; nobody imports it
 }
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
