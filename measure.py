@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from auto import Auto
 from device import machine, peak_memory_bytes, timed
@@ -61,7 +62,7 @@ def decode(
     on_round: Callable[[], None] = lambda: None,
 ) -> Stats:
     """Rounds to the end of the prefilled batch, and what they did."""
-    engine.run(engine.gamma if gamma is None else gamma, on_round=on_round)
+    engine.run(gamma, on_round=on_round)
     return engine.batch.stats()
 
 
@@ -108,11 +109,9 @@ def measure(
         say(auto.explain())
         auto.install(auto.chosen)
     engine.rewind()
-    gamma = auto.gamma if auto else engine.gamma
-    times = step_times(engine, gamma=gamma)
+    times = step_times(engine, gamma=auto.gamma if auto else None)
     return Measurement(
-        setting(engine, auto), bool(auto or gamma), lengths,
-        compile_seconds, prefill_seconds, draft_prefill_seconds,
+        setting(engine, auto), lengths, compile_seconds, prefill_seconds, draft_prefill_seconds,
         {name: statistics.median(values) for name, values in times.items()},
         step_bytes(engine, lengths), peak_memory_bytes(device),
         main, baseline, differences(engine, prompts, main, baseline),
@@ -157,9 +156,8 @@ def step_times(
 ) -> dict[str, list[float]]:
     """Milliseconds, by repeat, of a plain step, a draft step, a verification, and of more work.
 
-    A plain step and a verification end with what is decided from their logits; of the latter that
-    part, sampling for instance, is timed alone too (accept_ms). All are taken in turn, so that they
-    see the same machine.
+    A plain step and a verification end with what is decided from their logits. Of a verification
+    that part is timed alone, too (accept_ms). All take turns, so that they see the same machine.
     """
     gamma, nothing = engine.gamma if gamma is None else gamma, engine.draft(0)
     work = {"target_step_ms": lambda: engine.decide(nothing)}
@@ -218,8 +216,7 @@ def top2_margin(engine: Engine, ids: list[int]) -> float:
     """Difference of the two largest logits after the tokens `ids`, read into a cache of its own."""
     spec = replace(engine.full.spec, batch_size=1)
     cache = KVCache.empty(spec, engine.full.capacity)  # of one shape with a row: nothing compiles
-    tokens = torch.zeros(1, engine.full.capacity, dtype=torch.int64, device=spec.device)
-    tokens[0, : len(ids)] = torch.tensor(ids)
+    tokens = F.pad(torch.tensor([ids], device=spec.device), (0, cache.capacity - len(ids)))
     x = engine.model.prefill(tokens, len(ids), engine.prefill_chunk, cache)
     first, second = engine.model.logits(x).float().topk(2).values.tolist()
     return first - second

@@ -42,7 +42,6 @@ class Measurement:
     """Everything that a report is made of."""
 
     setting: dict  # what ran, as the JSON has it: environment, model, sampling, plan
-    speculative: bool  # whether `main` may have drafted
     prompt_lengths: list[int]  # tokens, by row
     compile_seconds: float
     prefill_seconds: float
@@ -73,7 +72,8 @@ def build(m: Measurement, texts: list[str], end_ids: tuple[int, ...]) -> dict:
     main = run_numbers(m, m.main) | m.step_ms
     if m.draft_prefill_seconds is not None:
         main["draft_prefill_seconds"] = m.draft_prefill_seconds
-    result["speculative" if m.speculative else "baseline"] = main
+    drafts = result["plan"]["gamma"] or "candidates" in result["plan"]
+    result["speculative" if drafts else "baseline"] = main
     if m.baseline:
         result["baseline"] = run_numbers(m, m.baseline)
         if m.main.decoded_tokens:  # else the prefill has decided everything

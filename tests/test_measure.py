@@ -72,7 +72,7 @@ def test_both_runs_start_from_the_same_prefill():
     m = measure(engine, None, Request(PROMPTS, 20, compare=True), lambda *t, end="": said.extend(t))
     expected = [plain_greedy(tiny_model(), p, 20) for p in PROMPTS]
     assert m.main.outputs == m.baseline.outputs == expected and m.differences == []
-    assert m.speculative and m.baseline.acceptance == {}
+    assert m.baseline.acceptance == {}
     accepted = m.main.acceptance["accepted_histogram"]
     assert sum(accepted) == m.main.row_rounds < m.baseline.row_rounds == 4 * 19
     assert sum((n + 1) * rows for n, rows in enumerate(accepted)) == m.main.decoded_tokens == 76

@@ -26,7 +26,6 @@ SETTING = {
 }
 MEASURED = Measurement(
     setting=SETTING,
-    speculative=True,
     prompt_lengths=[30, 50],
     compile_seconds=1.0,
     prefill_seconds=2.0,
@@ -41,7 +40,6 @@ MEASURED = Measurement(
 ALONE = replace(
     MEASURED,
     setting=SETTING | {"plan": {"strategy": "none", "gamma": 0}},
-    speculative=False,
     step_ms={"target_step_ms": 4.0},
     main=PLAIN,
     baseline=None,

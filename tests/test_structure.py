@@ -41,7 +41,7 @@ ECONOMICS = {
 IN_AND_OUT = {
     "tokenizer": (445, "config"),
     "chat": (250, "config tokenizer"),
-    "prompts": (150, "chat tokenizer"),
+    "prompts": (140, "tokenizer"),
     "checkpoint": (330, "chat config device model tokenizer"),
 }
 PROGRAM = {
