@@ -95,8 +95,8 @@ def measure(
     def prefill() -> None:
         engine.prefill(prompts, limits, request.end_ids, lambda b: progress(b + 1, len(prompts)))
 
-    compiling = "compiling" if engine.model.compiled else "warming up"
-    compile_seconds, _ = phase(compiling, lambda: warm_up(engine, auto))
+    warming = "compiling" if engine.model.compiled else "warming up"
+    compile_seconds, _ = phase(warming, lambda: warm_up(engine, auto))
     prefill_seconds, _ = phase(f"prefilling {sum(lengths):,} tokens", prefill)
     draft_prefill_seconds, baseline = None, None
     if engine.drafter and engine.drafter.own_model:
@@ -128,21 +128,18 @@ def acceptance(stats: Stats) -> dict:
 def setting(engine: Engine, auto: Auto | None) -> dict:
     """What ran, as the JSON has it."""
     drafter = engine.drafter
-    plan = {"strategy": "none", "gamma": 0}
-    if drafter:
-        again = {"select_every": drafter.select_every} if drafter.select_every else {}
-        plan = drafter.strategy.describe() | again
+    plan = drafter.strategy.describe() if drafter else {"strategy": "none", "gamma": 0}
+    if drafter and drafter.select_every:
+        plan["select_every"] = drafter.select_every
     if auto:
         plan |= auto.decision() | {"gamma": auto.gamma}
-    found = {
+    draft_model = drafter and drafter.own_model
+    return {
         "environment": environment(engine),
         "model": asdict(engine.model.config),
         "sampling": asdict(engine.sampling),
         "plan": plan,
-    }
-    if drafter and drafter.own_model:
-        found["draft_model"] = asdict(drafter.own_model.config)
-    return found
+    } | ({"draft_model": asdict(draft_model.config)} if draft_model else {})
 
 
 def environment(engine: Engine) -> dict:

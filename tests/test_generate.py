@@ -648,42 +648,6 @@ def test_demo_checkpoint_reproduces_recorded_logits():
     assert logits[:-1].argmax(dim=-1).tolist() == greedy  # each follows from those before it
 
 
-def test_what_is_drafted_follows_from_the_flags():
-    def policies(*flags: str) -> list[str]:
-        found = generate.parse_args([*flags]).strategies(7)
-        assert {strategy.gamma for strategy in found} == {7}
-        return [strategy.policy for strategy in found]
-
-    assert policies() == ["ngram", "streaming", "snapkv"]
-    assert policies("--draft_budget", "10") == ["ngram", "streaming"]
-    assert policies("--draft", "snapkv") == ["snapkv"]
-    assert policies("--draft", "none") == ["none"]
-    again = generate.parse_args(["--reselect_every", "3"]).strategies(2)
-    assert [strategy.reselect_every for strategy in again] == [None, None, 3]
-    with pytest.raises(ValueError, match="draft_budget 4 must be at least n_sink"):
-        policies("--draft_budget", "4")
-    with pytest.raises(ValueError, match="nothing to reselect"):
-        policies("--draft", "ngram", "--reselect_every", "3")
-
-
-def test_options_are_what_was_given_and_stay_so():
-    options = generate.parse_args(
-        ["--prompt", "a", "--prompt", "b", "--no-compile", "--gamma", "3"]
-    )
-    expected = generate.Options(prompt=("a", "b"), compile=False, speculate_k=3)
-    assert options == expected and generate.parse_args([]) == generate.Options()
-    with pytest.raises(AttributeError):
-        options.seed = 1
-
-
-def test_plain_decoding_is_compared_with_where_it_was_not_said(checkpoint):
-    for flags, compares in [
-        ([], True), (["--no-compare"], False), (["--prompt", "a"], False),
-        (["--prompt", "a", "--check_lossless"], True), (["--draft", "none"], False),
-    ]:  # fmt: skip
-        assert generate.parse_args(flags).compares == compares
-
-
 @pytest.mark.parametrize("flags", [["--interactive"], ["--prompt", "x", "--prompt", "20"], []])
 def test_the_size_is_checked_before_rows_are_made(monkeypatch, capsys, flags):
     """A list of a thousand million rows takes 8 GB."""

@@ -1,0 +1,178 @@
+"""The flags of `generate.py`, checked. A new flag is one line in `Options`.
+
+A field's type says how its flag is parsed, its default stands there and nowhere else. Nobody writes
+into Options once they are made, and only the command sees them: what is below it is told values.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from checkpoint import DEMO_CHECKPOINT, DTYPES, check_writable
+from config import is_random
+from cost_model import Parser
+from policies import POLICIES, Strategy
+from sampling import Sampling
+
+AUTO_POLICIES = ("ngram", "streaming", "snapkv")  # what --draft auto chooses from
+SAMPLING, STRATEGY = Sampling(), Strategy()  # whose defaults are the flags'
+
+
+def flag(default: object, meaning: str | None = None, *names: str, **how: Any) -> Any:
+    """A field of Options: its default, what `--help` says, other names, more for argparse."""
+    return field(default=default, metadata={"names": names, "how": {"help": meaning, **how}})
+
+
+def int_or_auto(text: str) -> int | str:
+    """A number of drafts, or the word."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor auto") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The flags. ValueError for values and combinations that make no sense."""
+
+    checkpoint_path: Path = flag(DEMO_CHECKPOINT, "Hugging Face directory; or random:llama-3.1-8b")
+    draft_checkpoint_path: Path | None = flag(None, "draft with this smaller model of its own")
+    prompt: tuple[str, ...] = flag((), "text; an integer N: N random tokens, others in every row")
+    prompt_file: tuple[Path, ...] = flag((), "UTF-8 text (repeatable)")
+    prompts: Path | None = flag(None, '.jsonl, an object with "prompt" per line')
+    batch_size: int | None = flag(None, "rows; prompts are repeated to fill them")
+    max_new_tokens: int = flag(256, "of every row")
+    max_context: int | None = flag(None, "most tokens of prompt and answer; default: the model's")
+    temperature: float = flag(SAMPLING.temperature, "0: greedy")
+    top_k: int | None = flag(SAMPLING.top_k)
+    top_p: float | None = flag(SAMPLING.top_p)
+    seed: int = flag(1234)
+    ignore_eos: bool = flag(False, "go on to the limit")
+    draft: str = flag("auto", f"how to draft: auto, none, ngram, {', '.join(POLICIES)}; "
+                              "with --draft_checkpoint_path also full")  # fmt: skip
+    speculate_k: int | str = flag("auto", "draft tokens per round; 0: plain decoding",
+                                  "--gamma", type=int_or_auto, metavar="N|auto")  # fmt: skip
+    draft_budget: int = flag(STRATEGY.budget, "tokens of KV that a draft reads per row, with sinks")
+    n_sink: int = flag(STRATEGY.n_sink)
+    obs_window: int | None = flag(None, "newest tokens observed; default: the policy's own")
+    reselect_every: int | None = flag(None, "rounds until the KV is selected again; 0: never")
+    compare: bool | None = flag(None, "run plain decoding too")
+    check_lossless: bool = flag(False, "compare, and exit 1 on a difference")
+    compile: bool = flag(True)
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu")
+    dtype: str | None = flag(None, "default: float32 on the CPU, bfloat16 on a GPU", choices=DTYPES)
+    profile: Path | None = flag(None, "write a Chrome trace of the decoding to this file")
+    chat: bool = flag(False, "put prompts into the checkpoint's chat template")
+    system: str | None = flag(None, "with --chat: the system message")
+    interactive: bool = flag(False, "prompts from standard input; with --chat, a conversation")
+    json: str | None = flag(None, "write numbers and outputs to this file; -: standard output")
+
+    def __post_init__(self) -> None:
+        for wrong, why in self.refusals():
+            if wrong:
+                raise ValueError(why)
+
+    def refusals(self) -> tuple[tuple[object, str], ...]:
+        """What may be wrong with the values and their combinations, and what is said of it."""
+        rows_fit = self.batch_size is None or 1 <= self.batch_size < 2**31
+        context_fits = self.max_context is None or self.max_context >= 2
+        drafts = "needs a draft: not --draft none, not --speculate_k 0"
+        return (
+            (self.max_new_tokens < 1, f"--max_new_tokens {self.max_new_tokens} must be at least 1"),
+            (not rows_fit, f"--batch_size {self.batch_size} must be in 1..2**31 - 1"),
+            (self.n_sources > 1,
+             "give one of --prompt, --prompt_file, --prompts and --interactive"),
+            (self.check_lossless and not self.drafts, f"--check_lossless {drafts}"),
+            (self.compare and not self.drafts, f"--compare {drafts}"),
+            (self.draft_checkpoint_path and not self.drafts, f"--draft_checkpoint_path {drafts}"),
+            (self.interactive and (self.compares or self.json or self.profile),
+             "--interactive has no --compare, --check_lossless, --json or --profile"),
+            (self.check_lossless and self.temperature > 0,
+             "--check_lossless compares greedy outputs: no --temperature"),
+            (self.check_lossless and not self.compares,
+             "--check_lossless needs the plain run that --no-compare leaves out"),
+            (not 0 <= self.seed < 2**63, f"--seed {self.seed} must be in 0..2**63 - 1"),
+            (not context_fits, f"--max_context {self.max_context} must be at least 2"),
+            (self.interactive and is_random(self.checkpoint_path),
+             "--interactive needs a tokenizer, which random weights do not have"),
+            (self.chat and not self.n_sources,
+             "--chat needs a --prompt, --prompt_file, --prompts or --interactive"),
+            (self.system is not None and not self.chat,
+             "--system needs --chat: without a template there is no place for it"),
+        )  # fmt: skip
+
+    @property
+    def n_sources(self) -> int:
+        """How many kinds of prompts were given; 0: the demo's own are meant."""
+        return sum(map(bool, (self.prompt, self.prompt_file, self.prompts, self.interactive)))
+
+    @property
+    def drafts(self) -> bool:
+        """Whether anything is drafted at all."""
+        return self.draft != "none" and self.speculate_k != 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether plain decoding runs too: when asked for, and on the demo's prompts."""
+        if self.compare is not None:
+            return self.compare
+        return self.check_lossless or (self.drafts and not self.n_sources)
+
+    def strategies(self, gamma: int) -> list[Strategy]:
+        """What the flags allow: one way to draft, or with --draft auto all that are possible.
+
+        ValueError if none is. What a policy cannot reselect is then asked of the others only.
+        """
+        if not self.drafts:
+            return [Strategy(gamma=gamma)]
+        found, refusal, automatic = [], None, self.draft == "auto"
+        for policy in AUTO_POLICIES if automatic else (self.draft,):
+            reselects = policy in POLICIES and POLICIES[policy].reselect_every
+            every = self.reselect_every if reselects or not automatic else None
+            sizes = self.draft_budget, self.n_sink, self.obs_window
+            try:
+                found.append(Strategy(policy, gamma, *sizes, every))
+            except ValueError as e:
+                refusal = e
+        if refusal and not (automatic and any(d.policy in POLICIES for d in found)):
+            raise refusal
+        return found
+
+
+def parse_args(argv: list[str] | None, description: str = "") -> Options:
+    """The flags of a command line; None: this process's own. ValueError for unusable ones."""
+    p = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in fields(Options):
+        kind = get_args(f.type)[0] if get_args(f.type) else f.type
+        how: dict[str, Any] = {"type": kind}
+        if kind is bool:
+            how = {"action": "store_true" if f.default is False else argparse.BooleanOptionalAction}
+        elif f.default == ():
+            how["action"] = "append"
+        p.add_argument(f"--{f.name}", *f.metadata["names"], **how | f.metadata["how"])
+    given = vars(p.parse_args(argv))
+    return Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+
+
+def check_targets(o: Options) -> None:
+    """ValueError for files and streams that cannot be used at the end of a run."""
+    if sys.stdout is None or (o.interactive and sys.stdin is None):
+        raise ValueError(
+            "standard output must be open, and with --interactive standard input; for no output "
+            "write > /dev/null"
+        )
+    if o.json == "":
+        raise ValueError("--json needs the name of a file")
+    targets = {"json": o.json and o.json != "-" and Path(o.json), "profile": o.profile}
+    for name, path in targets.items():
+        try:
+            if path:
+                check_writable(path)
+        except OSError as e:
+            raise ValueError(f"--{name}: cannot write {path}: {e.strerror}") from None
+    if all(targets.values()) and len({path.resolve() for path in targets.values()}) == 1:
+        raise ValueError(f"--json and --profile are the same file, {o.json}; give two")
