@@ -67,7 +67,7 @@ class Sizes:
 
 FULL = Sizes(16, DEMO_LONGEST, 96, 3040, 1024, (64, 128, 256, 512), (2, 5),
              (0, 16, 8, 4))  # fmt: skip
-SMOKE = Sizes(2, 300, 8, 200, 40, (64,), (2,), (0, 4))
+SMOKE = Sizes(2, 130, 6, 130, 16, (64,), (2,), (0, 4))
 
 
 def recall_prompts(tokenizer: Tokenizer, sizes: Sizes) -> list[list[int]]:
@@ -340,7 +340,7 @@ def main() -> None:
             sizes.long_new_tokens,
         ),
         "quarters": lambda: quarters(model, draft, tokenizer, sizes),
-        "grid": lambda: grid(model, draft, tokenizer, sizes, args.repeats),
+        "grid": lambda: grid(model, draft, tokenizer, sizes, 1 if args.smoke else args.repeats),
     }
     date = time.strftime("%Y-%m-%d")
     result = {"command": " ".join(["python", *sys.argv]), "date": date}
