@@ -74,21 +74,19 @@ def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Request]:
         longest = max(map(len, rows)) + o.max_new_tokens
     check_size(len(rows), longest)
     automatic = o.drafts and "auto" in (o.draft, o.speculate_k)
-    lengths = draft_lengths(device.type, config.n_group)
-    gammas = lengths if o.speculate_k == "auto" else (o.speculate_k,)
+    gammas = o.gammas(draft_lengths(device.type, config.n_group))
     strategies = o.strategies(max(gammas))
     if o.draft_checkpoint_path:
         draft = open_checkpoint(o.draft_checkpoint_path)
         checkpoint.check_same_vocabulary(draft)
     if len(strategies) == 1:
-        check_strategy(strategies[0], draft and draft.config, longest)
+        check_strategy(strategies[0], draft.config if draft else None, longest)
     compiling = o.compile and compiler_runs(device)
     if o.compile and not compiling:
         print("generate.py: no working compiler for torch.compile on this machine (the CPU needs "
               "g++): running eagerly, which is slower", file=sys.stderr)  # fmt: skip
-    model, draft_model = (c and load_weights(c, device, dtype) for c in (checkpoint, draft))
-    for m in filter(None, (model, draft_model)) if compiling else ():
-        compile_blocks(m)
+    model = load_weights(checkpoint, device, dtype, compiling)
+    draft_model = load_weights(draft, device, dtype, compiling) if draft else None
     request = Request(rows, o.max_new_tokens, end_ids, o.compares)
     if not automatic:
         engine = Engine(model, len(rows), longest, strategies[0], sampling, o.seed, draft_model)
@@ -114,7 +112,9 @@ def read_rows(o: Options, checkpoint: Checkpoint, max_context: int) -> list[list
     return prompts.fill_rows(given, o.batch_size or len(given), tokenizer.vocab_size, o.seed)
 
 
-def load_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Transformer:
+def load_weights(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, compiling: bool
+) -> Transformer:
     """The model; of a large one, standard error tells how far it is."""
     say = partial(print, file=sys.stderr, flush=True)
     progress = Progress(say)
@@ -127,7 +127,10 @@ def load_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
             if done == total:
                 say()
 
-    return checkpoint.load(device, dtype, on_tensor)
+    model = checkpoint.load(device, dtype, on_tensor)
+    if compiling:
+        compile_blocks(model)
+    return model
 
 
 def describe(o: Options, engine: Engine, auto: Auto | None, rows: list[list[int]]) -> str:
@@ -171,7 +174,7 @@ def batch(
             print(json.dumps(result, indent=2))
         elif o.json:
             write_json(result, Path(o.json))
-        if tracer:
+        if tracer and o.profile:
             save_trace(tracer, o.profile)
     return 1 if o.check_lossless and not result["identical"] else 0
 

@@ -157,7 +157,7 @@ def step_times(
     that part is timed alone, too (accept_ms). All take turns, so that they see the same machine.
     """
     gamma, nothing = engine.gamma if gamma is None else gamma, engine.draft(0)
-    work = {"target_step_ms": lambda: engine.decide(nothing)}
+    work: dict[str, Callable[[], object]] = {"target_step_ms": lambda: engine.decide(nothing)}
     if gamma:
         engine.refresh()
         draft = engine.draft(gamma)

@@ -122,6 +122,10 @@ class Options:
             return self.compare
         return self.check_lossless or (self.drafts and not self.n_sources)
 
+    def gammas(self, worthwhile: tuple[int, ...]) -> tuple[int, ...]:
+        """Draft lengths that may be used: the one that was asked for, or those worth compiling."""
+        return (self.speculate_k,) if isinstance(self.speculate_k, int) else worthwhile
+
     def strategies(self, gamma: int) -> list[Strategy]:
         """What the flags allow: one way to draft, or with --draft auto all that are possible.
 
@@ -154,8 +158,9 @@ def parse_args(argv: list[str] | None, description: str = "") -> Options:
         elif f.default == ():
             how["action"] = "append"
         p.add_argument(f"--{f.name}", *f.metadata["names"], **how | f.metadata["how"])
-    given = vars(p.parse_args(argv))
-    return Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    given: dict[str, Any] = vars(p.parse_args(argv))
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    return Options(**given)
 
 
 def check_targets(o: Options) -> None:
@@ -167,12 +172,12 @@ def check_targets(o: Options) -> None:
         )
     if o.json == "":
         raise ValueError("--json needs the name of a file")
-    targets = {"json": o.json and o.json != "-" and Path(o.json), "profile": o.profile}
-    for name, path in targets.items():
+    targets = {"profile": o.profile, "json": Path(o.json) if o.json not in (None, "-") else None}
+    given = {name: path for name, path in targets.items() if path is not None}
+    for name, path in given.items():
         try:
-            if path:
-                check_writable(path)
+            check_writable(path)
         except OSError as e:
             raise ValueError(f"--{name}: cannot write {path}: {e.strerror}") from None
-    if all(targets.values()) and len({path.resolve() for path in targets.values()}) == 1:
+    if len({path.resolve() for path in given.values()}) < len(given):
         raise ValueError(f"--json and --profile are the same file, {o.json}; give two")

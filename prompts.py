@@ -26,7 +26,9 @@ Prompt = list[int] | int  # token ids; an integer: that many random ones, drawn 
 
 def module_source(name: str) -> str:
     """Source text of a top-level standard module, found without importing it."""
-    return Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8")
+    spec = importlib.util.find_spec(name)
+    assert spec and spec.origin
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def demo_lengths(n_rows: int, longest: int = DEMO_LONGEST) -> list[int]:

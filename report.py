@@ -118,7 +118,7 @@ def table(result: dict) -> str:
         "mean acceptance length": lambda r: f"{r.get('mean_acceptance_length', 1):.2f}",
     }.items():
         lines.append(f"{label:24}" + "".join(f"{value(r):>28}" for r in runs.values()))
-    main = result.get("speculative", result.get("baseline"))
+    main = result["speculative" if "speculative" in result else "baseline"]
     if "draft_acceptance_rate" in main:
         rates = " ".join(f"{rate:.3f}" for rate in main["acceptance_rate_per_position"])
         lines.append(f"acceptance rate {main['draft_acceptance_rate']:.3f}, by position {rates}")
