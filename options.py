@@ -64,7 +64,8 @@ class Options:
     check_lossless: bool = flag(False, "compare, and exit 1 on a difference")
     compile: bool = flag(True)
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu")
-    dtype: str | None = flag(None, "default: float32 on the CPU, bfloat16 on a GPU", choices=DTYPES)
+    dtype: str | None = flag(None, "default: float32 on the CPU, bfloat16 on a GPU",
+                             choices=DTYPES, metavar=None)  # fmt: skip
     profile: Path | None = flag(None, "write a Chrome trace of the decoding to this file")
     chat: bool = flag(False, "put prompts into the checkpoint's chat template")
     system: str | None = flag(None, "with --chat: the system message")
@@ -152,7 +153,7 @@ def parse_args(argv: list[str] | None, description: str = "") -> Options:
     p = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Options):
         kind = get_args(f.type)[0] if get_args(f.type) else f.type
-        how: dict[str, Any] = {"type": kind}
+        how: dict[str, Any] = {"type": kind, "metavar": f.name.split("_")[-1].upper()}
         if kind is bool:
             how = {"action": "store_true" if f.default is False else argparse.BooleanOptionalAction}
         elif f.default == ():
