@@ -93,9 +93,11 @@ def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Request]:
         return checkpoint, engine, None, request
     engine = Engine(model, len(rows), longest, Strategy(), sampling, o.seed)
     named = "streaming" if o.draft == "auto" else o.draft
-    found = [Candidate(d) for d in strategies if not draft_model or o.draft == "auto"]
-    found += [Candidate(d, draft_model) for d in strategies if draft_model and d.policy == named]
-    return checkpoint, engine, Auto(engine, found, gammas, named=o.draft != "auto"), request
+    candidates = [Candidate(d) for d in strategies if not draft_model or o.draft == "auto"]
+    if draft_model:
+        candidates += [Candidate(d, draft_model) for d in strategies if d.policy == named]
+    auto = Auto(engine, candidates, gammas, named=o.draft != "auto")
+    return checkpoint, engine, auto, request
 
 
 def read_rows(o: Options, checkpoint: Checkpoint, max_context: int) -> list[list[int]]:
@@ -260,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        prepare_streams()
+        forgive_streams()
         with torch.inference_mode():
             options = parse_args(argv, __doc__.split("\n")[0])
             check_targets(options)
@@ -273,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def prepare_streams() -> None:
+def forgive_streams() -> None:
     """What is read is checked where it is encoded; what a terminal cannot show, it shows escaped.
 
     So neither ends the program.

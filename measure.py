@@ -197,15 +197,15 @@ def differences(
     """
     if baseline is None or not engine.sampling.greedy:
         return None
-    found = []
+    differing = []
     rows = zip(prompts, main.outputs, baseline.outputs, strict=True)
     for row, (prompt, ours, theirs) in enumerate(rows):
         if ours != theirs:
             same = [a == b for a, b in zip(ours, theirs, strict=False)]
             at = [*same, False].index(False)
             margin = top2_margin(engine, prompt + theirs[:at])
-            found.append({"row": row, "new_token": at, "top2_logit_margin": margin})
-    return found
+            differing.append({"row": row, "new_token": at, "top2_logit_margin": margin})
+    return differing
 
 
 @torch.inference_mode()

@@ -134,18 +134,18 @@ class Options:
         """
         if not self.drafts:
             return [Strategy(gamma=gamma)]
-        found, refusal, automatic = [], None, self.draft == "auto"
+        possible, refusal, automatic = [], None, self.draft == "auto"
         for policy in AUTO_POLICIES if automatic else (self.draft,):
             reselects = policy in POLICIES and POLICIES[policy].reselect_every
             every = self.reselect_every if reselects or not automatic else None
             sizes = self.draft_budget, self.n_sink, self.obs_window
             try:
-                found.append(Strategy(policy, gamma, *sizes, every))
+                possible.append(Strategy(policy, gamma, *sizes, every))
             except ValueError as e:
                 refusal = e
-        if refusal and not (automatic and any(d.policy in POLICIES for d in found)):
+        if refusal and not (automatic and any(d.policy in POLICIES for d in possible)):
             raise refusal
-        return found
+        return possible
 
 
 def parse_args(argv: list[str] | None, description: str = "") -> Options:

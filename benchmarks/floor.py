@@ -42,8 +42,8 @@ def read_caches(engine: Engine) -> None:
 
 def measure(model, lengths: list[int], strategy: Strategy, rate: float, repeats: int) -> dict:
     """Step times and their floor at these lengths, and plain against speculative decoding."""
-    B, most = len(lengths), max(lengths) + NEW_TOKENS
-    engine = SyntheticEngine(model, B, most, strategy, Sampling(), rate=rate)
+    B, max_len = len(lengths), max(lengths) + NEW_TOKENS
+    engine = SyntheticEngine(model, B, max_len, strategy, Sampling(), rate=rate)
     gamma, n_bytes = strategy.gamma, step_bytes(engine, lengths)
     engine.prefill(random_prompts(lengths, model.config.vocab_size), [NEW_TOKENS] * B)
     device = engine.device

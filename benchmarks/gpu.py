@@ -135,7 +135,7 @@ class Point:
         self.slot_bytes = self.engine.full.spec.bytes_per_slot
 
     def against_floor(self, ms: float, n_slots: int) -> dict:
-        """With the least time in which the weights and so many tokens of KV per row are read."""
+        """With the floor: the time to read the weights and n_slots tokens of KV per row."""
         floor = 1e3 * (self.weight_bytes + n_slots * self.slot_bytes) / self.per_second
         return {"ms": ms, "floor_ms": floor, "over_floor": ms / floor}
 
@@ -144,28 +144,28 @@ class Point:
 
     def steps(self, detailed: bool) -> dict:
         """T_T, T_V and T_D."""
-        engine, found = self.engine, {}
+        engine, numbers = self.engine, {}
         engine.use(Strategy())
         nothing = engine.draft(0).tokens
         seconds, plain = timed(self.device, lambda: engine.capture(lambda: self.decide(nothing)))
-        found["compile_and_capture_seconds"] = seconds
-        found["T_T"] = self.against_floor(self.time(plain), self.S)
+        numbers["compile_and_capture_seconds"] = seconds
+        numbers["T_T"] = self.against_floor(self.time(plain), self.S)
         if self.device.type == "cuda":
             beyond = torch.cuda.max_memory_allocated(self.device)
             beyond -= self.engine.full.capacity * self.slot_bytes
             beyond -= sum(p.nbytes for p in self.model.parameters())
-            found["plain_beyond_weights_and_kv_bytes"] = beyond
+            numbers["plain_beyond_weights_and_kv_bytes"] = beyond
         if detailed:
             kernels = kernel_milliseconds(plain, self.device)
-            found["T_T"]["kernels_ms"] = kernels
-            found["T_T"]["replay_over_kernels"] = kernels and found["T_T"]["ms"] / kernels
+            numbers["T_T"]["kernels_ms"] = kernels
+            numbers["T_T"]["replay_over_kernels"] = kernels and numbers["T_T"]["ms"] / kernels
         for gamma in self.settings.gammas if detailed else ():
             drafts = engine.batch.tokens[:, :gamma].contiguous()
             work = engine.capture(lambda drafts=drafts: self.decide(drafts))
-            found[f"T_V({gamma})"] = self.against_floor(self.time(work), self.S)
+            numbers[f"T_V({gamma})"] = self.against_floor(self.time(work), self.S)
         for budget in self.settings.budgets if detailed else ():
-            found[f"T_D({budget})"] = self.draft_step(Strategy("streaming", POLICY_GAMMA, budget))
-        return found
+            numbers[f"T_D({budget})"] = self.draft_step(Strategy("streaming", POLICY_GAMMA, budget))
+        return numbers
 
     def draft_step(self, strategy: Strategy) -> dict:
         """T_D; the engine drafts like this from here on."""
@@ -184,14 +184,14 @@ class Point:
         """T_T and T_V by split-KV programs per multiprocessor; ms. On a CPU there are none."""
         engine, full = self.engine, self.engine.full
         engine.use(Strategy())
-        found = {}
+        numbers = {}
         for gamma in (0, max(self.settings.round_gammas)):
             drafts, times = engine.batch.tokens[:, :gamma].contiguous(), {}
             for n in self.settings.programs_per_sm:
                 cache = KVCache(replace(full.spec, programs_per_sm=n), full.k, full.v)
                 times[n] = self.time(engine.capture(partial(self.decide, drafts, cache)))
-            found[f"T_V({gamma})" if gamma else "T_T"] = times
-        return found
+            numbers[f"T_V({gamma})" if gamma else "T_T"] = times
+        return numbers
 
     def tokens_per_second(self, gamma: int, rate: float = 0.0) -> float:
         """Of whole rounds, selections and the host's part included, while no row is finished."""
@@ -205,29 +205,29 @@ class Point:
     def rounds(self) -> dict:
         """Plain decoding, and every policy and gamma at its synthetic acceptance."""
         self.engine.use(Strategy())
-        found = {"plain_tokens_per_s": self.tokens_per_second(0), "runs": []}
+        numbers = {"plain_tokens_per_s": self.tokens_per_second(0), "runs": []}
         for policy, budget, rate in ACCEPTED:
             budget = min(budget, max(self.settings.budgets))
             t_draft = self.draft_step(Strategy(policy, POLICY_GAMMA, budget))
             for gamma in self.settings.round_gammas:
                 speed = self.tokens_per_second(gamma, rate)
-                found["runs"].append({
+                numbers["runs"].append({
                     "policy": policy, "budget": budget, "gamma": gamma,
                     "synthetic_acceptance": rate, "tokens_per_s": speed,
-                    "speedup": speed / found["plain_tokens_per_s"], "T_D": t_draft,
+                    "speedup": speed / numbers["plain_tokens_per_s"], "T_D": t_draft,
                 })  # fmt: skip
-        return found
+        return numbers
 
     def baselines(self) -> dict:
         """The same plain step with SDPA, and as gpt-fast compiles it; ms."""
-        engine, found = self.engine, {}
+        engine, numbers = self.engine, {}
         engine.use(Strategy())
         token, pos = engine.batch.newest()
         cache = KVCache(replace(engine.full.spec, flex=False), engine.full.k, engine.full.v)
         other = same_weights(self.model)
         if self.model.compiled:
             compile_blocks(other)
-        found["sdpa_ms"] = self.time(
+        numbers["sdpa_ms"] = self.time(
             engine.capture(lambda: other(token, pos, cache).argmax(dim=-1))
         )
         for buffer in cache.k + cache.v:
@@ -239,8 +239,8 @@ class Point:
         )  # fmt: skip
         for _ in range(3):  # compile, record, replay
             gpt_fast(token, pos)
-        found["gpt_fast_style_ms"] = self.time(lambda: gpt_fast(token, pos))
-        return found
+        numbers["gpt_fast_style_ms"] = self.time(lambda: gpt_fast(token, pos))
+        return numbers
 
     def prefill(self) -> dict:
         """One row's prompt: tokens/s, and FLOP/s of its matrices and attention."""
@@ -270,10 +270,10 @@ def cost_model_fit(config: ModelConfig, points: list[dict], kind: str) -> dict:
     timings = []
     for p in points:
         w = Workload(p["batch_size"], p["prefix_len"], itemsize=p["itemsize"])
-        for name, found in p.get("steps", {}).items():
+        for name, step in p.get("steps", {}).items():
             if name == "T_T" or name.startswith("T_V"):
                 T = 1 if name == "T_T" else int(name[4:-1]) + 1
-                timings.append(Timing(w, T, w.prefix_len, 1e-3 * found["ms"]))
+                timings.append(Timing(w, T, w.prefix_len, 1e-3 * step["ms"]))
     hw, error = fit(config, HARDWARE[kind], timings)
     before = [abs(forward_time(config, HARDWARE[kind], t.workload, t.T).total / t.seconds - 1)
               for t in timings]  # fmt: skip
@@ -370,7 +370,7 @@ def batch_and_length(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--minutes", type=float, default=6.0, help="begin no point after so many")
+    parser.add_argument("--minutes", type=float, default=6.0, help="begin no point after them")
     parser.add_argument("--points", nargs="+", type=batch_and_length, metavar="B,S")
     parser.add_argument("--detailed", type=int, default=2, metavar="N",
                         help="points with all gammas and budgets, profile, baselines")  # fmt: skip
@@ -422,11 +422,11 @@ def main() -> None:
                 result["skipped"].append([B, S])
                 continue
             torch._dynamo.reset()  # shapes of the point before
-            found = {"batch_size": B, "prefix_len": S,
+            numbers = {"batch_size": B, "prefix_len": S,
                      "itemsize": DTYPES[settings.dtype].itemsize}  # fmt: skip
-            result["points"].append(found)
+            result["points"].append(numbers)
             here = replace(settings, programs_per_sm=settings.programs_per_sm if i == 0 else ())
-            measure(model, found, i < args.detailed, per_second, here, part)
+            measure(model, numbers, i < args.detailed, per_second, here, part)
             free(device)
         if any("steps" in p for p in result["points"]):
             kind = "cpu" if args.smoke else "h200"
@@ -439,23 +439,23 @@ def main() -> None:
     print(markdown(result) + f"wrote {out}")
 
 
-def measure(model, found: dict, detailed: bool, per_second: float, settings: Settings, part):
-    """All parts of one point, into `found`."""
-    B, S = found["batch_size"], found["prefix_len"]
+def measure(model, numbers: dict, detailed: bool, per_second: float, settings: Settings, part):
+    """All parts of one point, into `numbers`."""
+    B, S = numbers["batch_size"], numbers["prefix_len"]
     point = Point(model, B, S, per_second, settings)
-    part(found, "steps", lambda: point.steps(detailed))
-    part(found, "rounds", point.rounds)
+    part(numbers, "steps", lambda: point.steps(detailed))
+    part(numbers, "rounds", point.rounds)
     if detailed and settings.programs_per_sm:
-        part(found, "split_kv", point.split_sweep)
-    part(found, "prefill", point.prefill)
+        part(numbers, "split_kv", point.split_sweep)
+    part(numbers, "prefill", point.prefill)
     if point.device.type == "cuda":
-        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(point.device)
+        numbers["peak_memory_bytes"] = torch.cuda.max_memory_allocated(point.device)
     if detailed:
-        part(found, "baselines", point.baselines)
-    if "steps" in found:
-        t = found["steps"]["T_T"]
+        part(numbers, "baselines", point.baselines)
+    if "steps" in numbers:
+        t = numbers["steps"]["T_T"]
         print(f"B {B} S {S}: T_T {t['ms']:.2f} ms, {t['over_floor']:.2f} x floor", flush=True)
-    for name, times in found.get("split_kv", {}).items():
+    for name, times in numbers.get("split_kv", {}).items():
         swept = ", ".join(f"{n}: {ms:.3f} ms" for n, ms in times.items())
         print(f"    {name} by split-KV programs per multiprocessor: {swept}", flush=True)
 

@@ -49,10 +49,10 @@ def measure(name: str, n_shards: int, stored: str, dtype: str) -> dict:
         del model
         largest = max(p.stat().st_size for p in Path(directory).glob("*.safetensors"))
         command = [sys.executable, __file__, "--load", directory, "--dtype", dtype]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    extra = found["peak_growth_bytes"] - found["model_bytes"]
+        loaded = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    extra = loaded["peak_growth_bytes"] - loaded["model_bytes"]
     return {
-        "model": name, "n_shards": n_shards, "stored": stored, "dtype": dtype, **found,
+        "model": name, "n_shards": n_shards, "stored": stored, "dtype": dtype, **loaded,
         "largest_shard_bytes": largest, "extra_bytes": extra, "extra_in_shards": extra / largest,
         "within_bound": extra <= BOUND * largest,
     }  # fmt: skip

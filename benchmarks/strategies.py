@@ -100,15 +100,15 @@ def workloads(tokenizer: Tokenizer, sizes: Sizes) -> dict[str, list[list[int]]]:
 
 def strategies(sizes: Sizes, draft: Transformer) -> list[Setting]:
     """Each once per gamma; with a budget, once per budget that fits."""
-    found = []
+    settings = []
     for gamma in sizes.gammas:
-        found.append(Setting("ngram", Strategy("ngram", gamma), None))
+        settings.append(Setting("ngram", Strategy("ngram", gamma), None))
         for budget in sizes.budgets:
-            found += [Setting(p, Strategy(p, gamma, budget), None) for p in POLICIES]
+            settings += [Setting(p, Strategy(p, gamma, budget), None) for p in POLICIES]
             if budget < draft.config.max_seq_len - gamma:
                 strategy = Strategy("streaming", gamma, budget)
-                found.append(Setting("draft model, streaming", strategy, draft))
-    return found
+                settings.append(Setting("draft model, streaming", strategy, draft))
+    return settings
 
 
 def prefilled(model: Transformer, prompts: list[list[int]], new_tokens: int) -> Engine:
@@ -293,9 +293,9 @@ def markdown(grid_results: dict) -> str:
     head = ("workload", "strategy", "budget", "gamma", "acceptance", "T_D ms", "T_V / T_T",
             "speedup")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for workload, found in grid_results.items():
+    for workload, entry in grid_results.items():
         best: dict[str, dict] = {}
-        for r in sorted(found["results"], key=lambda r: r["speedup"]):
+        for r in sorted(entry["results"], key=lambda r: r["speedup"]):
             best[r["strategy"]] = r
         for name, r in sorted(best.items(), key=lambda item: -item[1]["speedup"]):
             budget = "" if name == "ngram" else r["budget"]
