@@ -110,7 +110,7 @@ def machine(device: torch.device) -> dict:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has held at a time: tensors on a GPU, all memory on a CPU."""
+    """Peak of this process: its tensors on a GPU, all of its memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

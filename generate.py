@@ -138,7 +138,8 @@ def load_weights(
 def describe(o: Options, engine: Engine, auto: Auto | None, rows: list[list[int]]) -> str:
     """What is about to run, in three lines."""
     n_params = sum(p.numel() for p in engine.model.parameters())
-    lengths, s, dtype = [*map(len, rows)], engine.sampling, engine.full.spec.dtype
+    lengths, s = [*map(len, rows)], engine.sampling
+    dtype = str(engine.full.spec.dtype).removeprefix("torch.")
     how = "greedy" if s.greedy else f"temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}"
     draft = "no draft: plain decoding"
     if auto:
@@ -149,7 +150,7 @@ def describe(o: Options, engine: Engine, auto: Auto | None, rows: list[list[int]
         label = engine.drafter.label(f"draft model {o.draft_checkpoint_path}")
         draft = f"{label}, gamma {engine.gamma}"
     return (
-        f"{o.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {str(dtype)[6:]} on {o.device}, "
+        f"{o.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {dtype} on {o.device}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
         f"{len(rows)} rows of {min(lengths)} to {max(lengths)} tokens, up to "
         f"{o.max_new_tokens} new ones each, {how}\n{draft}"

@@ -10,7 +10,7 @@ from the state after the prefill. Nothing is printed inside a timed run.
 
 import statistics
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -98,11 +98,10 @@ def measure(
     warming = "compiling" if engine.model.compiled else "warming up"
     compile_seconds, _ = phase(warming, lambda: warm_up(engine, auto))
     prefill_seconds, _ = phase(f"prefilling {sum(lengths):,} tokens", prefill)
-    draft_prefill_seconds, baseline = None, None
+    draft_prefill_seconds = None
     if engine.drafter and engine.drafter.own_model:
         draft_prefill_seconds, _ = phase("prefilling the draft model", engine.catch_up)
-    if request.compare:
-        baseline = decoding("decoding plainly", lambda: decode(engine, 0))
+    baseline = decoding("decoding plainly", lambda: decode(engine, 0)) if request.compare else None
     with tracer or nullcontext():
         main = decoding("decoding", auto.decode if auto else lambda: decode(engine))
     if auto:
@@ -193,18 +192,20 @@ def differences(
 ) -> list[dict] | None:
     """Where rows part from the baseline, and how close the two likeliest logits were there.
 
-    None where they need not be the same: without a baseline, and when sampling.
+    None where they need not be the same: without a baseline, and when sampling. Where no memory is
+    left to read the row again, the margin is missing: a finished run is not lost for it.
     """
     if baseline is None or not engine.sampling.greedy:
         return None
-    differing = []
+    differing: list[dict] = []
     rows = zip(prompts, main.outputs, baseline.outputs, strict=True)
     for row, (prompt, ours, theirs) in enumerate(rows):
         if ours != theirs:
             same = [a == b for a, b in zip(ours, theirs, strict=False)]
             at = [*same, False].index(False)
-            margin = top2_margin(engine, prompt + theirs[:at])
-            differing.append({"row": row, "new_token": at, "top2_logit_margin": margin})
+            differing.append({"row": row, "new_token": at})
+            with suppress(MemoryError, torch.OutOfMemoryError):
+                differing[-1]["top2_logit_margin"] = top2_margin(engine, prompt + theirs[:at])
     return differing
 
 

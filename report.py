@@ -155,9 +155,10 @@ def verdict(result: dict) -> str:
     if "identical" in result:
         differences = result.get("differences", [])
         lines.append(f"{n_rows - len(differences)} of {n_rows} outputs identical")
-        lines += [
-            f"row {d['row']} differs from new token {d['new_token']}; "
-            f"top-2 logit margin {d['top2_logit_margin']:.2g}"
-            for d in differences
-        ]
+        for d in differences:
+            margin = f"{d['top2_logit_margin']:.2g}" if "top2_logit_margin" in d else "not known"
+            lines.append(
+                f"row {d['row']} differs from new token {d['new_token']}; "
+                f"top-2 logit margin {margin}"
+            )
     return "\n".join(lines)

@@ -106,12 +106,19 @@ def test_progress_is_told_by_quarters():
     assert said == ["25%", "50%", "75%", "100%"]
 
 
-def test_differences_are_where_rows_part():
+def test_differences_are_where_rows_part(monkeypatch):
+    """Without memory to look again, a finished run is not lost."""
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError
+
     engine = engine_of(Strategy())
     runs = [Run(1.0, [[1, 2, 3]] * 3 + [end], 1, 4, 4, {}) for end in ([1, 2], [1, 4])]
     (found,) = differences(engine, PROMPTS, *runs)
     assert (found["row"], found["new_token"]) == (3, 1)
     assert found["top2_logit_margin"] == top2_margin(engine, PROMPTS[3] + [1])
+    monkeypatch.setattr(measure_module, "top2_margin", no_room)
+    assert differences(engine, PROMPTS, *runs) == [{"row": 3, "new_token": 1}]
     short = replace(runs[0], outputs=[*runs[0].outputs[:3], [1]])
     assert differences(engine, PROMPTS, short, runs[0])[0]["new_token"] == 1
     assert differences(engine_of(Strategy(), Sampling(1.0)), PROMPTS, *runs) is None

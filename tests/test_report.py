@@ -100,11 +100,12 @@ def test_a_run_that_chose_by_itself_is_called_auto():
 
 
 def test_rows_that_part_are_told_with_place_and_margin():
-    found = [{"row": 1, "new_token": 3, "top2_logit_margin": 0.00123}]
+    found = [{"row": 0, "new_token": 2}, {"row": 1, "new_token": 3, "top2_logit_margin": 0.00123}]
     result = report_of(replace(MEASURED, differences=found))
     assert result["identical"] is False and result["differences"] == found
     assert verdict(result).splitlines()[1:] == [
-        "1 of 2 outputs identical",
+        "0 of 2 outputs identical",
+        "row 0 differs from new token 2; top-2 logit margin not known",
         "row 1 differs from new token 3; top-2 logit margin 0.0012",
     ]
 
