@@ -103,15 +103,21 @@ def synthetic_engine(n_rows: int, **options) -> SyntheticEngine:
     return SyntheticEngine(tiny_model(), n_rows, 270, strategy, Sampling(), **options)
 
 
-def test_synthetic_acceptance_has_the_asked_rate():
-    engine = synthetic_engine(32, rate=0.8)
-    engine.prefill(PROMPTS * 8, [200] * 32)
-    stats = decode(engine)
-    assert stats.acceptance_rate_per_position == pytest.approx([0.8, 0.64, 0.512], abs=0.04)
-    for rate, accepted in ((0.0, 0.0), (1.0, 1.0)):
+def test_synthetic_acceptance_has_the_asked_rate(monkeypatch):
+    """A draft stays where its uniform is below the rate and all before it stayed."""
+    engine = synthetic_engine(4, rate=0.5)
+    engine.prefill(PROMPTS, [60] * 4)
+    engine.refresh()
+    draft = engine.draft(3)
+    u = torch.tensor([[0.4, 0.4, 0.4], [0.4, 0.6, 0.4], [0.6, 0.4, 0.4], [0.49, 0.4, 0.5]])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "uniforms", lambda n: u[:, :n])
+        assert engine.decide(draft)[0].tolist() == [3, 1, 0, 2]
+    for rate, rounds in ((0.0, 59), (1.0, 15)):  # of 59 tokens behind the first one
         engine.accept_at(rate)
         engine.rewind()
-        assert decode(engine).draft_acceptance_rate == accepted
+        stats = decode(engine)
+        assert stats.draft_acceptance_rate == rate and stats.rounds == rounds
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
