@@ -68,8 +68,9 @@ def greedy_of(heads: tuple[int, int], n: int) -> list[list[int]]:
 def test_greedy_output_is_the_models_own(heads, gamma):
     """Against an uncached forward: ragged prompts, budgets from one slot to everything."""
     model, expected = tiny_model(*heads), greedy_of(heads, 23)
-    assert run(model, PROMPTS, 23, Strategy())[0] == expected
-    for budget, n_sink in [(1, 0), (9, 4), (20, 3), (128, 4)]:
+    if gamma == 1:
+        assert run(model, PROMPTS, 23, Strategy())[0] == expected
+    for budget, n_sink in [(1, 0), (9, 4), (20, 3), (128, 4)][(gamma + heads[0]) % 2 :: 2]:
         outputs, stats = run(model, PROMPTS, 23, streaming(gamma, budget, n_sink))
         assert outputs == expected
         assert stats.decoded_tokens == 4 * 22  # the prefill decided the first of 23
@@ -323,8 +324,10 @@ def chi_square_excess(model, prompt, sampling, strategy, n=4, rows=6000, draft=N
 SAMPLINGS = [Sampling(1.0), Sampling(0.8, top_k=3), Sampling(1.2, top_p=0.7)]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("strategy", [Strategy(), streaming(1, 1, 0), streaming(3, 1, 0)])
+@pytest.mark.parametrize(
+    "sampling, strategy",
+    zip([*SAMPLINGS, SAMPLINGS[2]], map(streaming, (3, 1, 0, 3), [1] * 4, [0] * 4), strict=True),
+)
 def test_the_sampled_loop_has_the_targets_distribution(sampling, strategy):
     assert chi_square_excess(five_tokens(), [1, 4, 2, 0, 3, 1, 1, 2], sampling, strategy) < 4
 
@@ -354,7 +357,8 @@ def forget_draft_probs(draft, target, u_accept, u_next):
 def test_the_chi_square_test_notices_mistakes(monkeypatch, mistake):
     monkeypatch.setattr(sampling_module, "accept_sampled", mistake)
     prompt = [1, 4, 2, 0, 3, 1, 1, 2]
-    assert chi_square_excess(five_tokens(), prompt, Sampling(1.0), streaming(3, 1, 0)) > 10
+    strategy = streaming(3, 1, 0)
+    assert chi_square_excess(five_tokens(), prompt, Sampling(1.0), strategy, rows=4000) > 10
 
 
 def test_low_temperature_sampling_is_greedy():
@@ -397,8 +401,12 @@ def test_no_two_streams_of_random_numbers_are_the_same():
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=9, top_p=0.9)])
-def test_compiling_what_is_around_the_blocks_changes_nothing(sampling):
-    """On the CPU only top-p is worth it; on a GPU all of it is compiled."""
+def test_compiling_what_is_around_the_blocks_changes_nothing(sampling, monkeypatch):
+    """On the CPU only top-p is worth it; on a GPU all of it is compiled.
+
+    Each halving of top-p is compiled on its own: a few show what all would.
+    """
+    monkeypatch.setattr(sampling_module, "HALVINGS", 5)
     model, outputs = tiny_model(), []
     for fused in (False, True):
         engine = Engine(model, 4, 100, streaming(2), sampling)
