@@ -46,7 +46,8 @@ def demo_prompts(tokenizer: Tokenizer, n_rows: int, longest: int) -> list[list[i
     """Beginnings of standard modules, cut to the demo's lengths."""
     names = [DEMO_MODULES[row % len(DEMO_MODULES)] for row in range(n_rows)]
     lengths = demo_lengths(n_rows, longest)
-    ids = {name: tokenizer.encode(module_source(name)) for name in dict.fromkeys(names)}
+    n = 8 * longest + 99  # characters; no text of a program has so many in `longest` tokens
+    ids = {name: tokenizer.encode(module_source(name)[:n]) for name in dict.fromkeys(names)}
     return [ids[name][:length] for name, length in zip(names, lengths, strict=True)]
 
 

@@ -244,7 +244,7 @@ def read_tiktoken(path: Path) -> BytePairTokenizer:
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank of a tiktoken file. Raises ValueError if it is none."""
-    pairs = [line.split() for line in path.read_bytes().split(b"\n") if line.strip()]
+    pairs = (line.split() for line in path.read_bytes().split(b"\n") if line.strip())
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     if any(bytes([i]) not in ranks for i in range(256)):
         raise ValueError(f"{path} does not hold every single byte")
