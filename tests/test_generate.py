@@ -190,7 +190,7 @@ def test_plain_run_has_no_speculative_keys(checkpoint):
 
 
 def test_eos_is_a_finish_reason(checkpoint):
-    flags = ["--prompt", "x = 1", "--max_new_tokens", "20"]
+    flags = ["--prompt", "x = 1", "--max_new_tokens", "20", *FIXED]
     _, free = run(checkpoint, *flags, "--ignore_eos")
     eos = free["outputs"][0]["token_ids"][6]
     config = json.loads((checkpoint / "config.json").read_text())
@@ -204,8 +204,8 @@ def test_eos_is_a_finish_reason(checkpoint):
 def test_prompts_from_jsonl_repeated_to_the_batch_size(checkpoint):
     file = checkpoint / "p.jsonl"
     file.write_text('{"prompt": "a = 1"}\n{"prompt": "def f():"}\n')
-    flags = ["--prompts", str(file), "--batch_size", "3", "--max_new_tokens", "5", "--compare"]
-    _, result = run(checkpoint, *flags)
+    flags = ["--prompts", str(file), "--batch_size", "3", "--max_new_tokens", "5"]
+    _, result = run(checkpoint, *flags, *FIXED, "--compare")
     rows = result["outputs"]
     assert rows[0] == rows[2] and rows[0]["prompt_length"] != rows[1]["prompt_length"]
 
@@ -220,7 +220,7 @@ def test_sampling_is_reproducible_and_an_integer_is_a_synthetic_prompt(checkpoin
 
 def test_json_on_standard_output_is_alone_there(checkpoint, capsys):
     flags = ["--checkpoint_path", str(checkpoint), "--no-compile", "--max_new_tokens", "3"]
-    assert main([*flags, "--prompt", "x", "--json", "-"]) == 0
+    assert main([*flags, *PLAIN, "--prompt", "x", "--json", "-"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["outputs"]
     assert "decode tokens/s" in captured.err
@@ -297,7 +297,8 @@ def test_a_chat_is_one_conversation_whose_cache_is_kept(
 
 def test_chat_wraps_the_prompts_of_a_batch(chat_checkpoint):
     chat = load_chat(chat_checkpoint, load_tokenizer(chat_checkpoint))
-    _, result = run(chat_checkpoint, "--chat", "--prompt", "Hello", "--max_new_tokens", "4")
+    flags = ["--chat", "--prompt", "Hello", "--max_new_tokens", "4"]
+    _, result = run(chat_checkpoint, *flags, *PLAIN)
     assert result["outputs"][0]["prompt_length"] == len(chat.start("Hello"))
 
 
@@ -367,7 +368,7 @@ def test_interruption_leaves_no_file(checkpoint, monkeypatch):
 
 def test_a_profile_is_a_trace(checkpoint):
     trace = checkpoint / "trace.json"
-    run(checkpoint, "--prompt", "x", "--max_new_tokens", "4", "--profile", str(trace))
+    run(checkpoint, "--prompt", "x", "--max_new_tokens", "4", "--profile", str(trace), *PLAIN)
     assert json.loads(trace.read_text())["traceEvents"]
 
 
