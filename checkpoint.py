@@ -24,9 +24,10 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 
 from chat import Chat, load_chat
-from config import ModelConfig, is_random, load_config, open_json, total_params
+from config import ModelConfig, is_random, open_json, total_params
 from device import check_fits
-from model import Transformer, rope_frequencies
+from families import load_config, read_config
+from model import Block, Transformer, rope_frequencies
 from tokenizer import NumberTokenizer, Tokenizer, load_tokenizer
 
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "demo"
@@ -113,34 +114,56 @@ def open_checkpoint(checkpoint_dir: Path, chat: bool = False) -> Checkpoint:
 
 
 def hf_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a Hugging Face Llama checkpoint: its name, and where it lives in our model.
+    """Each tensor of a Hugging Face checkpoint: its name, and where it lives in our model.
 
     The tensors are views of the parameters (q, k, v and gate, up are row slices of the fused
     ones), so a loader copies into them and an exporter copies from them.
     """
     c = model.config
-    kv_width = c.n_kv_head * c.head_dim
     yield "model.embed_tokens.weight", model.tok_embeddings.weight.data
     for i, layer in enumerate(model.layers):
-        prefix, attention = f"model.layers.{i}.", layer.attention
-        for kind, p in attention.wqkv.named_parameters():  # weight, bias
-            qkv = p.data.split((c.n_head * c.head_dim, kv_width, kv_width))
-            for name, rows in zip("qkv", qkv, strict=True):
-                yield f"{prefix}self_attn.{name}_proj.{kind}", rows
-        for kind, p in attention.wo.named_parameters():
-            yield f"{prefix}self_attn.o_proj.{kind}", p.data
-        if c.qk_norm:
-            yield f"{prefix}self_attn.q_norm.weight", attention.q_norm.weight.data
-            yield f"{prefix}self_attn.k_norm.weight", attention.k_norm.weight.data
-        gate, up = layer.feed_forward.w_gate_up.weight.data.chunk(2)
-        yield f"{prefix}mlp.gate_proj.weight", gate
-        yield f"{prefix}mlp.up_proj.weight", up
-        yield f"{prefix}mlp.down_proj.weight", layer.feed_forward.w_down.weight.data
-        yield f"{prefix}input_layernorm.weight", layer.attention_norm.weight.data
-        yield f"{prefix}post_attention_layernorm.weight", layer.ffn_norm.weight.data
+        prefix = f"model.layers.{i}."
+        for name, place in (*projections(layer), *norms(layer)):
+            yield prefix + name, place
     yield "model.norm.weight", model.norm.weight.data
     if not c.tie_embeddings:
         yield "lm_head.weight", model.output.weight.data
+
+
+def projections(layer: Block) -> Iterator[tuple[str, Tensor]]:
+    """The matrices and biases of a layer by their names in files, q, k, v and gate, up apart.
+
+    Phi-3's files have them as one tensor each, stacked as ours are.
+    """
+    attention, feed_forward = layer.attention, layer.feed_forward
+    c = attention.config
+    heads = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
+    for kind, p in attention.wqkv.named_parameters():  # weight, bias
+        rows = p.data.split(sum(heads) if c.fused_weights else heads)
+        for name, place in zip(("qkv",) if c.fused_weights else "qkv", rows, strict=True):
+            yield f"self_attn.{name}_proj.{kind}", place
+    for kind, p in attention.wo.named_parameters():
+        yield f"self_attn.o_proj.{kind}", p.data
+    halves = ("gate_up",) if c.fused_weights else ("gate", "up")
+    places = feed_forward.w_gate_up.weight.data.chunk(len(halves))
+    for name, place in zip(halves, places, strict=True):
+        yield f"mlp.{name}_proj.weight", place
+    yield "mlp.down_proj.weight", feed_forward.w_down.weight.data
+
+
+def norms(layer: Block) -> Iterator[tuple[str, Tensor]]:
+    """The norms of a layer by their names in files; Gemma names the second one after its place."""
+    attention = layer.attention
+    if attention.config.qk_norm:
+        yield "self_attn.q_norm.weight", attention.q_norm.weight.data
+        yield "self_attn.k_norm.weight", attention.k_norm.weight.data
+    yield "input_layernorm.weight", layer.attention_norm.weight.data
+    if layer.post_norms:
+        yield "post_attention_layernorm.weight", layer.attention_post_norm.weight.data
+        yield "pre_feedforward_layernorm.weight", layer.ffn_norm.weight.data
+        yield "post_feedforward_layernorm.weight", layer.ffn_post_norm.weight.data
+    else:
+        yield "post_attention_layernorm.weight", layer.ffn_norm.weight.data
 
 
 def load_model(
@@ -194,8 +217,11 @@ def load_model(
 
 def randomize(model: Transformer) -> None:
     """Weights as at the start of a training: their values mean nothing, their reading costs."""
-    for p in model.parameters():
-        p.fill_(1.0) if p.dim() == 1 else p.normal_(0, 0.02)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            p.fill_(0.0 if model.config.norm_plus_one and "norm" in name else 1.0)
+        else:
+            p.normal_(0, 0.02)
 
 
 def weight_files(checkpoint_dir: Path) -> list[Path]:
@@ -312,11 +338,13 @@ def eos_token_ids(checkpoint_dir: Path) -> tuple[int, ...]:
 def save_model(model: Transformer, checkpoint_dir: Path, n_shards: int = 1, **config) -> None:
     """Write a Llama as a Hugging Face directory; `config` replaces or adds `config.json` fields.
 
+    ValueError for a model of another family.
+
     The index is written last and files are replaced whole, so an interruption leaves no half one.
     A single file that shards replace is deleted then: it would go before them.
     """
-    c = model.config
-    if c.qk_norm or c.sliding_window or c.qkv_bias != c.o_bias:
+    hf = llama_json(model)
+    if read_config(hf) != replace(model.config, rope_scaling=None):  # has a trait that is not there
         raise ValueError("save_model writes the Llama family only")
     weights = {name: w.cpu().contiguous() for name, w in hf_weights(model)}
     names = ["model.safetensors"]
@@ -338,7 +366,16 @@ def save_model(model: Transformer, checkpoint_dir: Path, n_shards: int = 1, **co
         serialize_file(specs, part, metadata={"format": "pt"})
         part.chmod(0o644)
         part.replace(checkpoint_dir / name)
-    hf = {
+    write_json(hf | config, checkpoint_dir / "config.json")
+    if n_shards > 1:
+        write_json({"weight_map": weight_map}, checkpoint_dir / "model.safetensors.index.json")
+        (checkpoint_dir / "model.safetensors").unlink(missing_ok=True)
+
+
+def llama_json(model: Transformer) -> dict:
+    """The `config.json` of a Llama of this model's sizes."""
+    c = model.config
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
@@ -357,10 +394,6 @@ def save_model(model: Transformer, checkpoint_dir: Path, n_shards: int = 1, **co
         "mlp_bias": False,
         "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
     }
-    write_json(hf | config, checkpoint_dir / "config.json")
-    if n_shards > 1:
-        write_json({"weight_map": weight_map}, checkpoint_dir / "model.safetensors.index.json")
-        (checkpoint_dir / "model.safetensors").unlink(missing_ok=True)
 
 
 def write_json(value: dict, path: Path) -> None:

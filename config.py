@@ -1,21 +1,27 @@
-"""Config."""
+"""What a model is: its sizes and traits, presets, and what it takes in bytes. No torch.
+
+A family of models is a description. Llama, Mistral, Qwen, Phi and Gemma are one transformer that
+differs in a few traits, and each trait is a field of `ModelConfig`: which activation, where norms
+stand, what caps the scores, how far a layer sees. The model asks for the trait, never for the
+family (`families.py` has these).
+
+Layers may differ in what they see. In a layer with a *window* a query sees the newest
+`sliding_window` tokens only, and every `full_every`-th layer sees all of them::
+
+    Mistral v0.1, Phi-3      w w w w w w       full_every None
+    Gemma 2                  w . w . w .       full_every 2
+    Gemma 3                  w w w w w .       full_every 6
+
+`windows` says it layer by layer; `visible_tokens` adds it up, and what is read and stored follows.
+"""
 
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any
+from typing import Any, get_args
 
-# What a family's code fixes, or assumes where its config.json is silent.
-ARCHITECTURES = {
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {"use_sliding_window": True, "sliding_window": 4096},
-    "Qwen2ForCausalLM": {"qkv_bias": True},
-    "Qwen3ForCausalLM": {"qk_norm": True, "head_dim": 128},
-}
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # The least and the largest normal number of float32.
 FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 RANDOM = "random:"  # before the name of a preset: no directory, random weights
@@ -31,6 +37,10 @@ HF_NAMES = {  # our fields whose names in config.json are others
     "qkv_bias": "attention_bias",
     "o_bias": "attention_bias",
     "original_max_seq_len": "original_max_position_embeddings",
+    "full_every": "sliding_window_pattern",
+    "attention_cap": "attn_logit_softcapping",
+    "logit_cap": "final_logit_softcapping",
+    "local_rope_theta": "rope_local_base_freq",
 }
 
 
@@ -110,13 +120,17 @@ class RopeScaling:
             )
 
 
-def check_fields(config: object) -> None:
+def check_fields(config: Any) -> None:
     """Check every field of a dataclass against its type; ValueError has config.json's name."""
-    for field in fields(config):
-        check_value(HF_NAMES.get(field.name, field.name), getattr(config, field.name), field.type)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is None and type(None) in get_args(f.type):
+            continue
+        kind = (get_args(f.type) or (f.type,))[0]  # of `int | None`: int
+        check_value(HF_NAMES.get(f.name, f.name), value, kind)
 
 
-def check_value(name: str, value: object, kind: type) -> None:
+def check_value(name: str, value: Any, kind: type) -> None:
     """ValueError unless the value is an integer in 1..2**31 - 1, a positive number, or a boolean.
 
     Numbers are used in float32. What is infinite or zero there is refused.
@@ -131,10 +145,10 @@ def check_value(name: str, value: object, kind: type) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Dimensions of a Llama-family model. Defaults are the values Hugging Face assumes."""
+    """Sizes and traits of a model. Defaults are Llama's, and the values Hugging Face assumes."""
 
     dim: int
-    n_layer: int
+    n_layer: int  # L
     n_head: int  # H, query heads
     n_kv_head: int  # Hkv, key/value heads
     head_dim: int  # D
@@ -148,7 +162,17 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False  # RMSNorm of every head's query and key, before RoPE
-    sliding_window: int | None = None  # newest tokens that attention sees; None: all
+    sliding_window: int | None = None  # newest tokens that a windowed layer sees; None: all
+    full_every: int | None = None  # each such layer has no window; None: all layers have it
+    local_rope_theta: float | None = None  # of windowed layers, unscaled; None: as all others
+    activation: str = "silu"  # of the gate: silu or gelu_tanh
+    scaled_embedding: bool = False  # embeddings are multiplied by sqrt(dim)
+    norm_plus_one: bool = False  # RMSNorm multiplies by 1 + w, in float32
+    post_norms: bool = False  # norms also of what attention and feed-forward give
+    query_pre_attn_scalar: float | None = None  # instead of D under the root of the score's scale
+    attention_cap: float | None = None  # scores become cap * tanh(score / cap); None: they stay
+    logit_cap: float | None = None  # the same for logits
+    fused_weights: bool = False  # one tensor in files for q, k, v, and one for gate, up
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -157,157 +181,41 @@ class ModelConfig:
                 f"num_attention_heads {self.n_head} is not a multiple of "
                 f"num_key_value_heads {self.n_kv_head}"
             )
-        if self.sliding_window is not None:
-            check_value("sliding_window", self.sliding_window, int)
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
         yarn = self.rope_scaling is not None and self.rope_scaling.kind == "yarn"
         if self.rope_theta < 1 or (yarn and self.rope_theta == 1):  # yarn divides by its logarithm
             more = "more than" if yarn else "at least"
             raise ValueError(f"rope_theta = {self.rope_theta} must be {more} 1")
+        if (self.local_rope_theta or 1) < 1:
+            raise ValueError(f"rope_local_base_freq = {self.local_rope_theta} must be at least 1")
 
     @property
     def n_group(self) -> int:
         """G, query heads per KV head."""
         return self.n_head // self.n_kv_head
 
-    @classmethod
-    def from_hf(cls, hf: dict, source: str = "config.json") -> "ModelConfig":
-        """Read a Hugging Face `config.json`; ValueError names any field that is not supported."""
-        try:
-            return cls(**read_fields(check_supported(hf)))
-        except ValueError as e:
-            raise ValueError(f"{source}: {e}") from None
+    @property
+    def attention_scale(self) -> float:
+        """What a query's products with keys are multiplied by: the one place that says it."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
+    @property
+    def embedding_scale(self) -> float:
+        """What a token's embedding is multiplied by."""
+        return self.dim**0.5 if self.scaled_embedding else 1.0
 
-def read_fields(hf: dict) -> dict:
-    """The arguments of ModelConfig, from a config that has its family's defaults.
-
-    Raises ValueError for a field that is missing. What is calculated with is checked here, all else
-    by ModelConfig.
-    """
-    dim, n_head = required(hf, "hidden_size"), required(hf, "num_attention_heads")
-    max_seq_len = hf.get("max_position_embeddings", 2048)
-    for name, value in (("hidden_size", dim), ("num_attention_heads", n_head),
-                        ("max_position_embeddings", max_seq_len)):  # fmt: skip
-        check_value(name, value, int)
-    scaling = rope_scaling(hf)
-    if scaling and scaling.kind == "yarn":  # Qwen's are edited in without a new maximum
-        max_seq_len = max(max_seq_len, int(scaling.factor * scaling.original_max_seq_len))
-    bias = given(hf, "attention_bias", False)
-    windowed = given(hf, "use_sliding_window", False)
-    check_value("use_sliding_window", windowed, bool)
-    return {
-        "dim": dim,
-        "n_layer": required(hf, "num_hidden_layers"),
-        "n_head": n_head,
-        "n_kv_head": given(hf, "num_key_value_heads", n_head),
-        "head_dim": given(hf, "head_dim", dim // n_head),
-        "ffn_dim": required(hf, "intermediate_size"),
-        "vocab_size": required(hf, "vocab_size"),
-        "max_seq_len": max_seq_len,
-        "rope_theta": rope_fields(hf).get("rope_theta", 10000.0),
-        "rope_scaling": scaling,
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": given(hf, "tie_word_embeddings", False),
-        "qkv_bias": given(hf, "qkv_bias", bias),
-        "o_bias": bias,
-        "qk_norm": given(hf, "qk_norm", False),
-        "sliding_window": hf.get("sliding_window") if windowed else None,
-    }
-
-
-def required(hf: dict, name: str):
-    """The field's value; ValueError if there is none."""
-    if name not in hf:
-        raise ValueError(f"no field {name!r}")
-    return hf[name]
-
-
-def given(hf: dict, name: str, default):
-    """The field's value, or the default where it is absent or null."""
-    return default if hf.get(name) is None else hf[name]
-
-
-def check_supported(hf: dict) -> dict:
-    """The config with its family's defaults.
-
-    Raises ValueError for a field whose value changes the arithmetic in a way we do not do.
-    """
-    architectures = hf.get("architectures") or [f"of model_type {hf.get('model_type')}"]
-    architecture = architectures[0] if isinstance(architectures, list) else architectures
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Per layer, how many of the newest tokens a query sees, itself included; None: all."""
+        every = self.full_every or self.n_layer + 1
+        return tuple(
+            None if (i + 1) % every == 0 else self.sliding_window for i in range(self.n_layer)
         )
-    only = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
-    family = ARCHITECTURES[architecture]
-    if "use_sliding_window" not in family:  # Qwen's would be of some layers only
-        only["use_sliding_window"] = False
-    for field, value in only.items():
-        found = rope_fields(hf).get(field, hf.get(field, value))
-        if found != value:
-            raise ValueError(f"{field} = {brief(found)} is not supported, only {value!r}")
-    layers = given(hf, "layer_types", [])
-    for kind in layers if isinstance(layers, list) else [layers]:
-        if kind != "full_attention" and "use_sliding_window" not in family:
-            raise ValueError(f"layer_types has {brief(kind)}; supported is only 'full_attention'")
-    kind = rope_type(hf)
-    if kind not in ROPE_TYPES:
-        raise ValueError(
-            f"rope_type {brief(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}"
-        )
-    if hf.get("quantization_config"):
-        raise ValueError("quantization_config is not supported; use the bf16 checkpoint")
-    return family | hf
 
 
-def rope_fields(hf: dict) -> dict:
-    """RoPE settings from either spelling: transformers 5 nests them, 4 keeps theta outside."""
-    nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(nested, dict):
-        raise ValueError(f"the RoPE settings {brief(nested)} are not an object")
-    return {k: v for k, v in hf.items() if k == "rope_theta"} | nested
-
-
-def rope_type(hf: dict) -> str:
-    fields = rope_fields(hf)
-    return given(fields, "rope_type", given(fields, "type", "default"))
-
-
-def rope_scaling(hf: dict) -> RopeScaling | None:
-    """The RoPE scaling of a config, None where there is none."""
-    kind, rope = rope_type(hf), rope_fields(hf)
-    if kind == "default":
-        return None
-    old = hf.get("max_position_embeddings", 2048)
-    old = given(rope, "original_max_position_embeddings", old)
-    names = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()
-    more = {name: required(rope, name) for name in names}
-    if kind == "yarn":
-        for name in ("beta_fast", "beta_slow", "truncate"):
-            if rope.get(name) is not None:
-                more[name] = rope[name]
-    scaling = RopeScaling(kind, required(rope, "factor"), old, **more)
-    if kind == "yarn":
-        scaling = replace(scaling, attention_factor=yarn_attention(scaling.factor, rope))
-    return scaling
-
-
-def yarn_attention(factor: float, rope: dict) -> float:
-    """What YaRN multiplies rotated queries and keys with (arXiv 2309.00071, section 3.4)."""
-    if rope.get("attention_factor") is not None:
-        return rope["attention_factor"]
-    names = "mscale", "mscale_all_dim"
-    above, below = 1.0, 0.0
-    if all(rope.get(name) for name in names):
-        for name in names:
-            check_value(name, rope[name], float)
-        above, below = rope["mscale"], rope["mscale_all_dim"]
-    log = math.log(max(factor, 1.0))
-    return (0.1 * above * log + 1) / (0.1 * below * log + 1)
-
-
+GEMMA: dict[str, Any] = {"activation": "gelu_tanh", "scaled_embedding": True, "norm_plus_one": True,
+         "post_norms": True}  # fmt: skip
 MODELS = {
     "llama-2-7b": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, 4096),
     "llama-2-7b-32k": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, 32768),
@@ -315,10 +223,18 @@ MODELS = {
     "llama-3.1-70b": ModelConfig(8192, 80, 64, 8, 128, 28672, 128256, 131072),
     "llama-3.2-1b": ModelConfig(2048, 16, 32, 8, 64, 8192, 128256, 131072, tie_embeddings=True),
     "tinyllama-1.1b": ModelConfig(2048, 22, 32, 4, 64, 5632, 32000, 2048),
+    "gemma-2-9b": ModelConfig(3584, 42, 16, 8, 256, 14336, 256000, 8192, tie_embeddings=True,
+                              sliding_window=4096, full_every=2, attention_cap=50.0,
+                              logit_cap=30.0, **GEMMA),
+    "gemma-3-1b": ModelConfig(1152, 26, 4, 1, 256, 6912, 262144, 32768, 1e6, tie_embeddings=True,
+                              qk_norm=True, sliding_window=512, full_every=6,
+                              local_rope_theta=10000.0, **GEMMA),
     "mistral-7b": ModelConfig(4096, 32, 32, 8, 128, 14336, 32768, 32768),
+    "phi-3-mini-4k": ModelConfig(3072, 32, 32, 32, 96, 8192, 32064, 4096, norm_eps=1e-5,
+                                 sliding_window=2047, fused_weights=True),
     "qwen2.5-7b": ModelConfig(3584, 28, 28, 4, 128, 18944, 152064, 32768),
     "qwen2.5-32b": ModelConfig(5120, 64, 40, 8, 128, 27648, 152064, 32768),
-}
+}  # fmt: skip
 
 
 def lookup_name(table: dict, name: str, kind: str):
@@ -329,19 +245,8 @@ def lookup_name(table: dict, name: str, kind: str):
 
 
 def is_random(checkpoint_dir: Path) -> bool:
+    """Whether it names a preset with random weights instead of a directory."""
     return str(checkpoint_dir).startswith(RANDOM)
-
-
-def load_config(checkpoint_dir: Path) -> ModelConfig:
-    """The dimensions in a directory's `config.json`, or of a preset behind `random:`.
-
-    ValueError says what is not supported.
-    """
-    if is_random(checkpoint_dir):
-        preset = lookup_name(MODELS, str(checkpoint_dir).removeprefix(RANDOM), "model")
-        return preset
-    path = checkpoint_dir / "config.json"
-    return ModelConfig.from_hf(open_json(path).of(dict), str(path))
 
 
 PREFILL_CHUNK = 2048  # prompt tokens per forward on a GPU, as in kv_cache.CacheSpec
@@ -364,7 +269,17 @@ def matrix_params(m: ModelConfig) -> int:
 def total_params(m: ModelConfig) -> int:
     """All parameters: matrices, norms, and the embedding table where it is one of its own."""
     table = 0 if m.tie_embeddings else m.dim * m.vocab_size
-    return matrix_params(m) + table + (2 * m.n_layer + 1) * m.dim
+    norms = (4 if m.post_norms else 2) * m.n_layer + 1
+    return matrix_params(m) + table + norms * m.dim
+
+
+def visible_tokens(m: ModelConfig, n_tokens: int, margin: int = 0) -> int:
+    """Tokens that the query behind n_tokens sees, summed over the layers.
+
+    What attention reads and computes is proportional to it. With PREFILL_CHUNK as margin of every
+    window it is what the caches hold of so long a text (see kv_cache.CacheSpec.n_slots).
+    """
+    return sum(n_tokens if w is None else min(n_tokens, w + margin) for w in m.windows)
 
 
 def kv_bytes_per_token(m: ModelConfig, itemsize: int = 2) -> int:

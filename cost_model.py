@@ -33,11 +33,12 @@ from config import (
     MODELS,
     PREFILL_CHUNK,
     ModelConfig,
-    load_config,
     lookup_name,
     total_params,
+    visible_tokens,
     work_bytes,
 )
+from families import load_config
 from roofline import HARDWARE, Hardware, Workload, forward_time, kv_bytes_on_gpu, layer_windows
 
 MAX_COUNT = 10**9  # of anything that is counted in what a user gives
@@ -120,9 +121,12 @@ class Strategy:
         if not self.has_cache:
             return 0.0
         m = self.model or target
-        n = capacity if self.policy == "full" else self.budget + self.gamma + 1
-        if self.model:  # and what it selects or reads again from
-            n += {"snapkv": capacity, "streaming": self.budget}.get(self.policy, 0)
+        n = visible_tokens(m, self.budget) / m.n_layer + self.gamma + 1
+        full = visible_tokens(m, capacity, PREFILL_CHUNK) / m.n_layer
+        if self.policy == "full":
+            n = full
+        elif self.model:  # and what it selects or reads again from
+            n += {"snapkv": full, "streaming": self.budget}.get(self.policy, 0)
         weights = total_params(m) * w.itemsize / w.num_gpus if self.model else 0
         return w.batch_size * n * kv_bytes_on_gpu(m, w) + weights
 
@@ -266,12 +270,13 @@ def read_acceptance(path: Path) -> Acceptance:
 def memory_bytes(target: ModelConfig, w: Workload, strategy: Strategy = PLAIN) -> float:
     """Bytes of weights, caches and work on each GPU, the largest of them.
 
-    Work is what sampling needs, greedy decoding needs less; each GPU has all of the logits. A
-    sliding window saves no memory: the cache holds the whole text, as `kv_cache.KVCache` does.
+    Work is what sampling needs, greedy decoding needs less; each GPU has all of the logits. A layer
+    with a window holds that and a prefill's chunk, as in `kv_cache.KVCache`.
     """
     capacity = w.prefix_len + strategy.gamma + 1
     weights = total_params(target) * w.itemsize / w.num_gpus
-    caches = w.batch_size * capacity * kv_bytes_on_gpu(target, w)
+    held = visible_tokens(target, capacity, PREFILL_CHUNK) / target.n_layer
+    caches = w.batch_size * held * kv_bytes_on_gpu(target, w)
     work = work_bytes(target, w.batch_size, strategy.gamma, PREFILL_CHUNK, w.itemsize, sampled=True)
     return weights + caches + strategy.memory_bytes(target, w, capacity) + work
 

@@ -46,7 +46,7 @@ from batch import Batch
 from config import ModelConfig
 from kv_cache import CacheSpec, KVCache, SparseKVCache
 from model import Caches, Transformer
-from policies import POLICIES, Layer, Strategy, observed, select_streaming
+from policies import POLICIES, Layer, Strategy, observed
 from sampling import Draft
 
 NGRAM = 3  # prompt lookup matches the newest 3 tokens, or as many as it can
@@ -168,13 +168,15 @@ class Drafter:
         """Let the policy choose, layer by layer, what `sparse` keeps of n_cached [B] tokens."""
         policy, n_sink = self.strategy.entry, self.strategy.n_sink
         queries: Iterator[Tensor | None] = repeat(None)
-        if policy.observes:
+        windows = full.spec.windows
+        if policy.observes and None in windows:
             pos = observed(n_cached, self.strategy.n_observed)
             tokens = within_vocabulary(model, self.batch.tokens.gather(1, pos))
             queries = model.queries(tokens, pos, full)
-        for i, q in zip(range(full.spec.n_layer), queries, strict=False):
-            layer = Layer(full.k[i], full.v[i], n_cached, n_sink, q, full.spec.window)
-            sparse.fill(i, full, policy.select(layer, sparse.n_selected), n_cached)
+        for i, (window, q) in enumerate(zip(windows, queries, strict=False)):
+            layer = Layer(full.k[i], full.v[i], n_cached, n_sink, q)
+            selected = policy.select(layer, sparse.n_selected) if window is None else None
+            sparse.fill(i, full, selected, n_cached)
 
 
 def within_vocabulary(model: Transformer, tokens: Tensor) -> Tensor:
@@ -229,12 +231,18 @@ class ModelDrafter(Drafter):
 
     def catch_up(self, n_read: Tensor) -> None:
         """All but the newest token. Copies lengths to the host."""
+        n_read = n_read.masked_fill(~self.full.holds(n_read), 0)
         chunk = min(self.full.spec.prefill_chunk, self.full.capacity)
         lengths = zip(n_read.tolist(), self.batch.seq_len.tolist(), strict=True)
         for b, (n_cached, length) in enumerate(lengths):
             tokens = within_vocabulary(self.own_model, self.batch.tokens[b : b + 1])
             if n_cached < length - 1:
                 self.own_model.prefill(tokens, length - 1, chunk, self.full.row(b), n_cached)
+
+    def rewind(self) -> None:
+        super().rewind()
+        if not self.away:
+            self.catch_up(self.batch.prompt_len)  # what its cache has overwritten
 
     def logits(self, i: int, token: Tensor) -> Tensor:
         """Of the target's vocabulary: padding rows are added, with no probability, or cut off."""
@@ -289,7 +297,7 @@ class StreamingModelDrafter(SparseModelDrafter):
     def build(strategy, spec, capacity, finished=None) -> Caches:
         """The full cache holds no more than is read to re-anchor; finished rows are read too."""
         K = strategy.budget
-        return KVCache.empty(spec, K), strategy.sparse_cache(spec, K)
+        return KVCache.empty(spec, K, longest=K), strategy.sparse_cache(spec, K)
 
     def catch_up(self, n_read: Tensor) -> None:
         """Nothing to do: it never reads the whole text."""
@@ -303,10 +311,7 @@ class StreamingModelDrafter(SparseModelDrafter):
         tokens = self.batch.tokens.gather(1, pos.clamp_max(self.batch.tokens.shape[1] - 1))
         own_pos = torch.arange(K, device=n_cached.device).expand_as(tokens)
         self.own_model.hidden(within_vocabulary(self.own_model, tokens), own_pos, self.full)
-        n_own = n_cached - self.offset
-        for i in range(self.full.spec.n_layer):
-            layer = Layer(self.full.k[i], self.full.v[i], n_own, n_sink, None)
-            self.sparse.fill(i, self.full, select_streaming(layer, n_sink), n_own)
+        self.load(self.sparse, self.own_model, self.full, n_cached - self.offset)
 
 
 def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B] -> [B, gamma]

@@ -1,51 +1,59 @@
 """KV caches: where keys and values live, and which of them a query may see.
 
-Two caches, one rule. `KVCache` keeps every token of the text. `SparseKVCache` keeps a few that a
-*policy* selected, and the newest ones. Both are static buffers ``[B, Hkv, slots, D]``, one tensor
-per layer for K and one for V, written in place. The rule that makes them safe to reuse:
+Two caches, one rule. `KVCache` keeps all that the model can see. `SparseKVCache` keeps a few tokens
+that a *policy* selected, and the newest ones. Both are static buffers ``[B, Hkv, slots, D]``, one
+tensor per layer for K and one for V, written in place. The rule that makes them safe to reuse:
 
     a query at text position q sees a slot  iff  the slot holds a token at some 0 <= p <= q
 
-Nothing is ever erased. A rejected draft token stays in its slot; it is invisible, because its
-position is larger than that of any query until the next token for that position overwrites it.
-Rolling back is arithmetic on the lengths, and the lengths are kept by the engine, per row.
+Nothing is erased. A rejected draft token stays in its slot; it is invisible, because its position
+is larger than that of any query until the next token for that position overwrites it. Rolling back
+is arithmetic on the lengths, and the lengths are kept by the engine, per row.
 
-**Full.** The token at position p lives in slot p, so the rule is ``slot <= q``.
+**Full.** A layer that sees all of the text has a slot for every token: position p in slot p.
+
+**Windowed.** Where queries see only the newest `window` tokens, older ones are dead weight. The
+buffer is a *ring*: position p goes to slot ``p % ring_size``, over a token that is ring_size older.
+What a slot holds follows from the newest position alone: the largest p of its residue class that
+does not exceed it (`ring_pos`)::
+
+    window 4, ring_size 8, newest token 13       slot      0  1  2  3  4  5  6  7
+    query 13 sees 10 .. 13                       position  8  9 10 11 12 13  6  7
+
+A forward writes its T tokens before the first of them looks, so a ring needs window + T - 1 slots.
+It has window + the longest T, in whole blocks, and never more than the text. What was written and
+taken back since, up to the longest T, has overwritten nothing that is still seen. Who goes back
+further, to the beginning of a continuation or to where two conversations part, asks
+`KVCache.holds`, and reads the text again if it must.
 
 **Sparse.** A draft budget of K = n_selected + n_recent tokens, and slack::
 
     [ selected: n_selected slots | ring: n_recent newest tokens + gamma + 1 slack ]
 
-    ring slot of position p  =  n_selected + p % ring_size,     ring_size = n_recent + gamma + 1
+A query at q sees the ring's tokens with q - n_recent < p <= q, and a selected slot only if its
+token lies before that window, so no token is seen twice, also when the prompt is shorter than the
+budget. The slack is why rejected drafts never damage the window. If a round rejects all of its
+gamma drafts, the next query is at the first one's position, and the last one lies gamma - 1
+positions further: with as many spare slots the window is whole. A draft model needs at least 1,
+because it is fed two tokens at once, and the second is written before the first one's query looks.
+The rest of gamma + 1 is a margin.
 
-Which token a visible ring slot holds follows from the newest written position alone: the largest p
-of its residue class that does not exceed it. A query at q sees the ring's tokens with
-q - n_recent < p <= q, and a selected slot only if its token lies before that window, so no token is
-seen twice, also when the prompt is shorter than the budget. The slack is why rejected drafts never
-damage the window: what a round writes overwrites tokens that are ring_size older. If it rejects all
-of its gamma drafts, the next query is at the first one's position, and the last one lies gamma - 1
-positions further, so a slack of gamma - 1 keeps the window whole. A draft model needs at least 1,
-because it is fed two tokens at once: the second is written before the first one's query looks. The
-rest of gamma + 1 is a margin.
-
-A **policy** is a pure function that looks at one layer of the full cache and returns the positions
-to keep, ``[B, Hkv, n_selected]``; each layer and each KV head may keep others. `SparseKVCache.fill`
-gathers them; reading is the same for all policies. `POLICIES` is the registry:
-
-    streaming   the first tokens of the text, the attention sinks (StreamingLLM, arXiv 2309.17453)
-    snapkv      what the newest tokens' queries attend to most (SnapKV, arXiv 2404.14469)
+A *policy* (`policies.py`) returns the positions to keep of one layer, ``[B, Hkv, n_selected]``, and
+`SparseKVCache.fill` gathers them. A layer with a window offers no choice: there a draft sees the
+newest min(K, window) tokens.
 
 **Read one, write several.** A forward reads one cache and writes the K and V of its tokens into any
 number of them. In self-speculation a verification reads the full cache and writes both, so the
 draft's window always holds exact values. Drafting reads and writes the sparse cache alone.
 
-A cache answers a forward twice: `slots(pos)` says where these tokens go, and `access(pos)`, for
-each layer, which slots they see. Masks are over queries with the G = H / Hkv heads of a KV head
+A cache answers a forward twice, layer by layer: `slots(pos)` says where these tokens go, and
+`access(pos)` which slots they see. Masks are over queries with the G = H / Hkv heads of a KV head
 folded into the query length (index g * T + t), as `model.attend` wants them.
 """
 
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,11 +65,14 @@ Q_BLOCK = 128  # queries per flex_attention block
 # as many as its shared memory holds, and for 128 its registers (D = 128, 16 bits).
 PROGRAMS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1}
 
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
 
 class Access(NamedTuple):
     """How one layer's attention reads a cache."""
 
-    mask: BlockMask | Tensor  # which slots each folded query sees
+    mask: BlockMask | Tensor | None  # [B, 1 or Hkv, G * T, S], what queries see; None: causal
     kernel_options: dict | None = None  # for flex_attention
 
 
@@ -69,7 +80,7 @@ class Access(NamedTuple):
 class CacheSpec:
     """Geometry of a cache: everything but its number of slots."""
 
-    n_layer: int
+    windows: tuple[int | None, ...]  # per layer: newest tokens that attention sees; None: all
     batch_size: int  # B
     n_kv_head: int  # Hkv
     head_dim: int  # D
@@ -77,7 +88,6 @@ class CacheSpec:
     dtype: torch.dtype
     device: torch.device
     flex: bool  # mask the full cache for flex_attention; False: boolean masks
-    window: int | None = None  # newest tokens that the model's attention sees; None: all
     programs_per_sm: int | None = None  # of the split-KV kernel; None: PROGRAMS_PER_SM
     allocated: bool = True  # False: caches without memory, to be asked how much they would take
 
@@ -86,14 +96,7 @@ class CacheSpec:
         """The geometry that `model` (a model.Transformer) wants for `batch_size` rows."""
         c, weight = model.config, model.norm.weight
         heads = (c.n_kv_head, c.head_dim, c.n_group)
-        device, window = weight.device, c.sliding_window
-        return cls(c.n_layer, batch_size, *heads, weight.dtype, device, model.flex, window)
-
-    @property
-    def bytes_per_slot(self) -> int:
-        """Bytes of K and V of one slot in all rows, heads and layers."""
-        numbers = 2 * self.n_layer * self.batch_size * self.n_kv_head * self.head_dim
-        return numbers * self.dtype.itemsize
+        return cls(c.windows, batch_size, *heads, weight.dtype, weight.device, model.flex)
 
     @property
     def prefill_chunk(self) -> int:
@@ -106,16 +109,21 @@ class CacheSpec:
         return 128 if self.device.type == "cuda" else 256
 
 
-def allocate(spec: CacheSpec, n_slots: int) -> list[Tensor]:
-    """One zeroed [B, Hkv, n_slots, D] tensor per layer. Zero, so that unseen slots are finite."""
-    shape = (spec.batch_size, spec.n_kv_head, n_slots, spec.head_dim)
+def allocate(spec: CacheSpec, n_slots: list[int]) -> list[Tensor]:
+    """A zeroed [B, Hkv, slots, D] tensor for each layer. Zero, so that unseen slots are finite."""
+    shapes = [(spec.batch_size, spec.n_kv_head, n, spec.head_dim) for n in n_slots]
     device = spec.device if spec.allocated else "meta"
-    return [torch.zeros(shape, dtype=spec.dtype, device=device) for _ in range(spec.n_layer)]
+    return [torch.zeros(shape, dtype=spec.dtype, device=device) for shape in shapes]
 
 
-def seen(p: Tensor, q: Tensor, window: int | None) -> Tensor:
-    """Whether the model's attention at position q sees the token at position p."""
+def seen(p: Tensor, q: Tensor, window: int | None) -> Tensor:  # [...], [...] -> [...] bool
+    """Whether attention at position q sees the token at position p."""
     return p <= q if window is None else (p <= q) & (p > q - window)
+
+
+def ring_pos(newest: Tensor, slot: Tensor, ring_size: int) -> Tensor:  # [...], [...] -> [...]
+    """Position that a ring's slot holds; negative where nothing was written yet."""
+    return newest - (newest - slot) % ring_size
 
 
 def fold_mask(visible: Tensor, n_group: int) -> Tensor:  # [..., T, S] -> [..., G * T, S]
@@ -125,62 +133,107 @@ def fold_mask(visible: Tensor, n_group: int) -> Tensor:  # [..., T, S] -> [..., 
 
 
 def query_tile(n_query: int) -> int:
-    """Folded queries that the split-KV kernel computes for so many: a power of two, at least 16."""
+    """Folded queries that the split-KV kernel computes at a time: a power of two, at least 16."""
     return max(1 << (n_query - 1).bit_length(), 16)
 
 
-class KVCache:
-    """The full cache: position p in slot p."""
+def once_each(function: Callable[[Key], Value], keys: Iterable[Key]) -> list[Value]:
+    """[function(key) for key in keys], where equal keys share one value: layers that are alike."""
+    values: dict[Key, Value] = {}
+    return [values[key] if key in values else values.setdefault(key, function(key)) for key in keys]
 
-    def __init__(
-        self,
-        spec: CacheSpec,
-        k: list[Tensor],
-        v: list[Tensor],
-        finished: Tensor | None = None,  # [B] bool, rows whose results nobody needs
-    ) -> None:
-        self.spec, self.finished = spec, finished
-        self.k, self.v = k, v  # per layer [B, Hkv, S, D]
+
+@dataclass(frozen=True, eq=False, repr=False)
+class KVCache:
+    """All that the model can see: position p in slot p, or in slot p % ring_size of a ring."""
+
+    spec: CacheSpec
+    k: list[Tensor]  # per layer [B, Hkv, slots, D]
+    v: list[Tensor]  # per layer [B, Hkv, slots, D]
+    capacity: int  # tokens of a row; a layer with fewer slots is a ring
+    newest: Tensor  # [B] int64, where there are rings: the last position of this text ever written
+    finished: Tensor | None = None  # [B] bool, rows whose results nobody needs
 
     @classmethod
-    def empty(cls, spec: CacheSpec, n_slots: int, finished: Tensor | None = None) -> "KVCache":
-        """Room for n_slots tokens per row, rounded up to whole flex_attention blocks."""
-        capacity = -(-n_slots // spec.kv_block) * spec.kv_block
-        return cls(spec, allocate(spec, capacity), allocate(spec, capacity), finished)
-
-    @property
-    def capacity(self) -> int:
-        return self.k[0].shape[2]
+    def empty(
+        cls,
+        spec: CacheSpec,
+        n_tokens: int,  # of a row; rounded up to whole flex_attention blocks
+        finished: Tensor | None = None,  # [B] bool, kept, not copied
+        longest: int | None = None,  # tokens of the longest forward; None: a prefill's chunk
+    ) -> "KVCache":
+        """Zeroed buffers."""
+        longest = spec.prefill_chunk if longest is None else longest
+        needed = [n_tokens if w is None else min(n_tokens, w + longest) for w in spec.windows]
+        capacity, *n_slots = (-(-n // spec.kv_block) * spec.kv_block for n in (n_tokens, *needed))
+        buffers = allocate(spec, n_slots), allocate(spec, n_slots)
+        newest = torch.full((spec.batch_size,), -1, device=buffers[0][0].device)
+        return cls(spec, *buffers, capacity, newest, finished)
 
     @property
     def n_bytes(self) -> int:
-        return self.capacity * self.spec.bytes_per_slot
+        """Bytes of K and V in all buffers."""
+        return sum(t.nbytes for t in self.k + self.v)
+
+    @property
+    def layers(self) -> list[tuple[int, int | None]]:
+        """Of each layer: slots, and newest tokens that it sees (None: all)."""
+        return [(k.shape[2], w) for k, w in zip(self.k, self.spec.windows, strict=True)]
+
+    @property
+    def rings(self) -> dict[int, int]:
+        """The window by the size of the ring, for each size that there is."""
+        return {size: window for size, window in self.layers if window and size < self.capacity}
 
     def row(self, b: int) -> "KVCache":
         """Row b alone, a view that shares its memory: prompts are prefilled row by row."""
-        spec = replace(self.spec, batch_size=1)
-        return KVCache(spec, [k[b : b + 1] for k in self.k], [v[b : b + 1] for v in self.v])
+        rows = slice(b, b + 1)
+        k, v, newest = [k[rows] for k in self.k], [v[rows] for v in self.v], self.newest[rows]
+        return KVCache(replace(self.spec, batch_size=1), k, v, self.capacity, newest)
 
-    def slots(self, pos: Tensor) -> Tensor:  # [B, T] -> [B, T]
-        return pos
+    def holds(self, n_tokens: Tensor | int, back: int = 0) -> Tensor:  # [B], or one for all
+        """Whether a row can be continued behind its first n_tokens, [B] bool.
+
+        It can be if every ring still has what the token behind them sees, and what the last `back`
+        of them see. Other layers have everything.
+        """
+        held = torch.ones_like(self.newest, dtype=torch.bool)
+        for size, window in self.rings.items():
+            lost = self.newest - size  # the last position that is overwritten, if not negative
+            held &= (lost < 0) | (lost < n_tokens - back - window + 1)
+        return held
+
+    def slots(self, pos: Tensor) -> list[Tensor]:  # [B, T] -> per layer [B, T]
+        """Where tokens at these positions are written. Notes, in place, that they are."""
+        if self.rings:
+            newest = self.newest.masked_fill(pos[:, 0] == 0, -1)  # another text begins
+            self.newest.copy_(torch.maximum(newest, pos[:, -1]))
+        return once_each(lambda ring: pos % ring if ring in self.rings else pos,
+                         (k.shape[2] for k in self.k))  # fmt: skip
 
     def access(self, pos: Tensor) -> list[Access]:  # [B, T], consecutive within a row
-        """How queries at these positions read; all layers alike."""
-        if self.spec.flex:
-            access = Access(self.block_mask(pos), self.kernel_options(*pos.shape))
-        else:
-            access = Access(self.dense_mask(pos))
-        return [access] * self.spec.n_layer
+        """How queries at these positions read each layer."""
 
-    def kernel_options(self, B: int, T: int) -> dict | None:
+        def read(layer: tuple[int, int | None]) -> Access:
+            size, window = layer
+            assert pos.shape[1] <= size - (self.rings.get(size) or 0)
+            if self.spec.flex:
+                options = self.kernel_options(len(pos), pos.shape[1], size)
+                return Access(self.block_mask(pos, *layer), options)
+            return Access(self.dense_mask(pos, *layer))
+
+        return once_each(read, self.layers)
+
+    def kernel_options(self, B: int, T: int, size: int | None = None) -> dict | None:
         """Settings of the kernels of flex_attention on CUDA; None where its own are good.
 
         A tile of queries that registers cannot hold is spilled to memory, hundreds of times per
         tile of K. So warps grow with the tile, and float32, which multiplies without tensor
-        cores, has small tiles (`scripts/check_cuda_offline.py` counts the spills).
+        cores, has small tiles, and so have wide heads (`scripts/check_cuda_offline.py` counts).
 
         Fewer than 128 folded queries take the split-KV kernel. By itself it has no pipeline on
-        Hopper, and too few programs for ragged rows. Here it has as many as run at once.
+        Hopper, and too few programs for ragged rows. Here it has as many as run at once. The blocks
+        that it visits follow each other, but not in a ring (of `size` slots) that wraps.
         """
         spec, n_query = self.spec, self.spec.n_group * T
         if spec.device.type != "cuda":
@@ -191,28 +244,34 @@ class KVCache:
             options = {"BLOCK_M": tile, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
         if n_query >= Q_BLOCK:
             return options or None
+        if spec.head_dim > 128 and not options:
+            tile = min(tile, 32)
+            options = {"BLOCK_M": tile, "num_warps": tile // 8, "num_stages": 2}
         n_sm = torch.cuda.get_device_properties(spec.device).multi_processor_count
         n_pieces = B * spec.n_kv_head * -(-n_query // tile)
         split = max((spec.programs_per_sm or PROGRAMS_PER_SM[tile]) * n_sm // n_pieces, 1)
-        decoding = {"SPLIT_KV": split, "BLOCKS_ARE_CONTIGUOUS": True}
+        decoding = {"SPLIT_KV": split, "BLOCKS_ARE_CONTIGUOUS": size not in self.rings}
         return {"num_warps": max(tile // 16, 2), "num_stages": 3} | decoding | options
 
-    def dense_mask(self, pos: Tensor) -> Tensor:
-        """[B, 1, G * T, S] bool: slot <= q, and within the model's window if it has one."""
-        slot, q = torch.arange(self.capacity, device=pos.device), pos[:, None, :, None]
-        return fold_mask(seen(slot, q, self.spec.window), self.spec.n_group)
+    def dense_mask(self, pos: Tensor, size: int, window: int | None) -> Tensor:
+        """[B, 1, G * T, size] bool: which slots of a layer queries at [B, T] positions see."""
+        p, q = torch.arange(size, device=pos.device), pos[:, None, :, None]
+        if size in self.rings:
+            p = ring_pos(pos[:, -1, None, None, None], p, size)
+        return fold_mask(seen(p, q, window) & (p >= 0), self.spec.n_group)
 
-    def block_mask(self, pos: Tensor) -> BlockMask:
+    def block_mask(self, pos: Tensor, size: int, window: int | None) -> BlockMask:  # [B, T]
         """The same rule for flex_attention: which blocks to visit, and the rule inside them.
 
-        A model with a sliding window visits only the blocks that it touches.
+        A layer with a window visits only the blocks that it touches. In a ring the last of these
+        may be the first one again. Then all are visited, each once.
 
         Only partial blocks are listed (`kv_num_blocks`): on CUDA the split-KV kernel then divides
         each row's own blocks among its programs, not the static capacity. A finished row visits no
         block and gets zeros: the last rounds of a batch cost what its last rows cost.
         """
         B, T = pos.shape
-        size, n_query, window = self.spec.kv_block, self.spec.n_group * T, self.spec.window
+        kv_block, n_query = self.spec.kv_block, self.spec.n_group * T
         start = pos[:, 0].clone(memory_format=torch.contiguous_format)  # stride 1, also at B = 1
         block = torch.arange(-(-n_query // Q_BLOCK), device=pos.device)
         if T % Q_BLOCK == 0:  # a block of queries lies within one head: it sees up to its last one
@@ -222,23 +281,25 @@ class KVCache:
             first = start[:, None].expand(B, len(block))
             last = first + T - 1
         first = torch.zeros_like(first) if window is None else (first - window + 1).clamp_min(0)
-        n_blocks = last // size - first // size + 1
+        first, total = first // kv_block, size // kv_block
+        n_blocks = (last // kv_block - first + 1).clamp_max(total)
         if self.finished is not None:
             n_blocks = n_blocks.masked_fill(self.finished[:, None], 0)
-        n_blocks = n_blocks.to(torch.int32)[:, None]
-        most = self.capacity // size
-        index = torch.arange(most, device=pos.device) + first[:, None, :, None] // size
-        index = index.clamp_max(most - 1).to(torch.int32)  # [B, 1, query blocks, KV blocks]
+        index = torch.arange(total, device=pos.device) + first[:, None, :, None]
+        ring_size = size if size in self.rings else None
 
         def visible(b: Tensor, h: Tensor, q: Tensor, slot: Tensor) -> Tensor:
-            return seen(slot, start[b] + q % T, window)
+            if ring_size is None:
+                return seen(slot, start[b] + q % T, window)
+            p = ring_pos(start[b] + T - 1, slot, ring_size)
+            return seen(p, start[b] + q % T, window) & (p >= 0)
 
         return BlockMask.from_kv_blocks(
-            n_blocks,
-            index,
-            BLOCK_SIZE=(Q_BLOCK, size),
+            n_blocks.to(torch.int32)[:, None],
+            (index % total).to(torch.int32),  # [B, 1, query blocks, KV blocks]
+            BLOCK_SIZE=(Q_BLOCK, kv_block),
             mask_mod=visible,
-            seq_lengths=(n_query, self.capacity),
+            seq_lengths=(n_query, size),
             compute_q_blocks=False,
         )
 
@@ -247,53 +308,59 @@ class SparseKVCache:
     """The draft's cache: selected tokens and a ring of the newest; see the module docstring."""
 
     def __init__(self, spec: CacheSpec, n_selected: int, n_recent: int, gamma: int) -> None:
-        self.spec = spec
-        self.n_selected, self.n_recent = n_selected, n_recent
-        self.ring_size = n_recent + gamma + 1
-        n_slots = self.n_slots(n_selected, n_recent, gamma)
+        self.spec, self.slack, K = spec, gamma + 1, n_selected + n_recent
+        self.n_selected, self.n_recent = n_selected, n_recent  # of layers without a window
+        self.parts = [(n_selected, n_recent) if w is None else (0, min(K, w)) for w in spec.windows]
+        n_slots = [sum(part) + self.slack for part in self.parts]
         self.k, self.v = allocate(spec, n_slots), allocate(spec, n_slots)
-        shape = (spec.n_layer, spec.batch_size, spec.n_kv_head, n_selected)
-        self.selected_pos = torch.full(shape, NEVER, dtype=torch.int64, device=self.k[0].device)
-
-    @staticmethod
-    def n_slots(n_selected: int, n_recent: int, gamma: int) -> int:
-        return n_selected + n_recent + gamma + 1
+        shape = (spec.windows.count(None), spec.batch_size, spec.n_kv_head, n_selected)
+        self.selected_pos = torch.full(shape, NEVER, device=self.k[0].device)
 
     @property
     def n_bytes(self) -> int:
-        return (self.n_selected + self.ring_size) * self.spec.bytes_per_slot
+        """Bytes of K and V in all buffers."""
+        return sum(t.nbytes for t in self.k + self.v)
 
-    def slots(self, pos: Tensor) -> Tensor:  # [B, T] -> [B, T]
-        return self.n_selected + pos % self.ring_size
+    def slots(self, pos: Tensor) -> list[Tensor]:  # [B, T] -> per layer [B, T]
+        """Where tokens at these positions are written."""
+        return once_each(lambda part: part[0] + pos % (part[1] + self.slack), self.parts)
 
     def access(self, pos: Tensor) -> list[Access]:  # [B, T], consecutive within a row
-        masks = fold_mask(self.visible(pos), self.spec.n_group)
-        return [Access(mask) for mask in masks]
+        """How queries at these positions read each layer."""
+        G, windows = self.spec.n_group, self.spec.windows
+        chosen = iter(fold_mask(self.visible(pos), G))  # of layers without a window, at once
+        local = [n_recent for (_, n_recent), w in zip(self.parts, windows, strict=True) if w]
+        masks = iter(once_each(lambda n: fold_mask(self.in_ring(pos, n), G), local))
+        return [Access(next(chosen if window is None else masks)) for window in windows]
 
-    def ring_pos(self, newest: Tensor) -> Tensor:  # [B], newest written position -> [B, ring_size]
-        """Position held by each ring slot; negative where nothing was written yet."""
-        slot = torch.arange(self.ring_size, device=newest.device)
-        return newest[:, None] - (newest[:, None] - slot) % self.ring_size
+    def in_ring(self, pos: Tensor, n_recent: int) -> Tensor:  # [B, T] -> [B, 1, T, ring_size] bool
+        """Which slots of a layer's ring queries at these positions see."""
+        slot = torch.arange(n_recent + self.slack, device=pos.device)
+        p = ring_pos(pos[:, -1, None, None, None], slot, len(slot))
+        return seen(p, pos[:, None, :, None], n_recent) & (p >= 0)
 
-    def visible(self, pos: Tensor) -> Tensor:
-        """[L, B, Hkv, T, slots] bool, by the rule of the module docstring."""
-        q, window = pos[:, None, :, None], self.spec.window  # [B, 1, T, 1]
-        p = self.selected_pos[..., None, :]
-        selected = (p <= q - self.n_recent) & seen(p, q, window)
-        p = self.ring_pos(pos[:, -1])[:, None, None]  # [B, 1, 1, ring_size]
-        ring = (p > q - self.n_recent) & (p >= 0) & seen(p, q, window)
-        return torch.cat((selected, ring.expand(*selected.shape[:-1], -1)), dim=-1)
+    def visible(self, pos: Tensor) -> Tensor:  # [B, T] -> [layers, B, Hkv, T, slots] bool
+        """Which slots they see of the layers without a window."""
+        selected = self.selected_pos[..., None, :] <= pos[:, None, :, None] - self.n_recent
+        ring = self.in_ring(pos, self.n_recent).expand(*selected.shape[:-1], -1)
+        return torch.cat((selected, ring), dim=-1)
 
-    def fill(self, i: int, full: KVCache, selected_pos: Tensor, n_cached: Tensor) -> None:
+    def fill(self, i: int, full: KVCache, selected_pos: Tensor | None, n_cached: Tensor) -> None:
         """Load selection and window of layer i from the full cache, in place.
 
         selected_pos [B, Hkv, n_selected] are positions, in a policy's answer; those that the full
-        cache does not hold yet (>= n_cached [B]) stay invisible for good.
+        cache does not hold yet (>= n_cached [B]) stay invisible for good. None: the layer has a
+        window.
         """
-        unknown = selected_pos >= n_cached[:, None, None]
-        self.selected_pos[i] = selected_pos.masked_fill(unknown, NEVER)
-        ring = self.ring_pos(n_cached - 1)[:, None].expand(-1, selected_pos.shape[1], -1)
-        index = torch.cat((selected_pos, ring), dim=-1).clamp(0, full.capacity - 1)
+        slot = torch.arange(self.parts[i][1] + self.slack, device=n_cached.device)
+        pos = ring_pos(n_cached[:, None, None] - 1, slot, len(slot))
+        pos = pos.expand(-1, self.spec.n_kv_head, -1)
+        if selected_pos is not None:
+            unknown = selected_pos >= n_cached[:, None, None]
+            rank = self.spec.windows[:i].count(None)
+            self.selected_pos[rank] = selected_pos.masked_fill(unknown, NEVER)
+            pos = torch.cat((selected_pos, pos), dim=-1)
+        index = pos.clamp_min(0) % full.k[i].shape[2]
         index = index[..., None].expand(-1, -1, -1, self.spec.head_dim)
         torch.gather(full.k[i], 2, index, out=self.k[i])
         torch.gather(full.v[i], 2, index, out=self.v[i])

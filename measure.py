@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from auto import Auto
+from config import kv_bytes_per_token, visible_tokens
 from device import machine, peak_memory_bytes, timed
 from kv_cache import KVCache
 from report import Measurement, Run
@@ -179,12 +180,13 @@ def step_bytes(engine: Engine, lengths: list[int]) -> int:
     A sliding window sees the newest tokens of a prompt only. An embedding table of its own gives a
     row per token; tied to the output layer it is read whole, and counts once.
     """
-    spec, config, table = engine.full.spec, engine.model.config, engine.model.tok_embeddings.weight
-    n_seen = sum(min(n, config.sliding_window or n) for n in lengths)
+    config, table = engine.model.config, engine.model.tok_embeddings.weight
+    n_seen = sum(visible_tokens(config, n) for n in lengths)  # in all layers
+    kv_bytes = n_seen * kv_bytes_per_token(config, table.itemsize) // config.n_layer
     weight_bytes = sum(p.nbytes for p in engine.model.parameters())
     if not config.tie_embeddings:
         weight_bytes -= table.nbytes - len(lengths) * table[0].nbytes
-    return n_seen * spec.bytes_per_slot // spec.batch_size + weight_bytes
+    return kv_bytes + weight_bytes
 
 
 def differences(

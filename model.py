@@ -1,4 +1,4 @@
-"""The target model: a Llama-family transformer that is handed its KV cache.
+"""One transformer for all families, which is handed its KV cache.
 
 There is one forward for everything this program does::
 
@@ -26,16 +26,13 @@ Blocks are compiled one by one (`compile_blocks`): all layers share one compiled
 32-layer model compiles as fast as a 2-layer one, and no Python runs between the kernels of a
 block. Without a cache it is plain causal attention over the given tokens: training, and tests.
 
-Weights are read from a Hugging Face directory as it is. Positions are rotated in float32 with the
-half-split convention of those checkpoints. What the families differ in are a few fields of
-`ModelConfig`; a new family is a line in `ARCHITECTURES`. What a config asks for and we do not do is
-refused by field and value before a weight is read, and of the weights only safetensors are opened:
-a checkpoint is data from strangers, and a pickle is a program.
+The families differ in traits, which are fields of `ModelConfig`: an activation, norms and their
+places, caps, scales, windows. Layers differ only in what they see and in their rotation, and both
+are handed to them. Positions are rotated in float32, in the half-split convention of Hugging Face.
 """
 
 import math
 from collections.abc import Iterator
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -44,24 +41,36 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from config import ModelConfig
 from device import flex_runs
-from kv_cache import Access, KVCache, SparseKVCache, seen
+from kv_cache import Access, KVCache, SparseKVCache, fold_mask, once_each, seen
 
 SHORT = 64  # tokens per forward, at least, where few of a text are new
 
 Caches = tuple[KVCache | SparseKVCache, ...]
-Read = tuple[Tensor, Tensor, Access]  # K and V of a layer [B, Hkv, S, D], and who sees what
+Rope = tuple[Tensor, Tensor]  # cos and sin, each [B, T, 1, D/2] float32
+# K and V of a layer [B, Hkv, S, D], or None for those of the tokens themselves; and who sees what.
+Read = tuple[Tensor | None, Tensor | None, Access]
 Write = tuple[Tensor, Tensor, Tensor]  # K and V of a layer [B, Hkv, S, D], and slots [B, T]
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each rotated pair, [D/2] float32 (RoFormer, arXiv 2104.09864).
+    """Angle per position of each rotated pair (RoFormer, arXiv 2104.09864), [2, D/2] float32.
 
-    A stretched model divides by `factor` what turns slowly and keeps what turns fast: linear
-    divides all, llama3 goes from one to the other linearly in the turns that a pair makes in the
-    old context, yarn linearly in the pair's number.
+    Row 1 is of layers with a window: where they have a base of their own, it is not stretched.
     """
-    D, theta, s = config.head_dim, config.rope_theta, config.rope_scaling
-    freq = theta ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
+    exponent = -torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    everywhere = stretched(config.rope_theta**exponent, config)
+    theta = config.local_rope_theta
+    return torch.stack((everywhere, everywhere if theta is None else theta**exponent))
+
+
+def stretched(freq: Tensor, config: ModelConfig) -> Tensor:  # [D // 2] -> [D // 2]
+    """Frequencies for a context longer than the one that was trained on.
+
+    Slow pairs turn `factor` times more slowly, fast pairs are left alone. `linear` slows all of
+    them. `llama3` and `yarn` (arXiv 2309.00071) blend between the two: llama3 by how often a pair
+    turns within the original context, yarn by the pair's index.
+    """
+    s, D = config.rope_scaling, config.head_dim
     if s is None:
         return freq
     keep = torch.zeros_like(freq)  # 1: unchanged; 0: divided by `factor`
@@ -69,11 +78,10 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
         turns = s.original_max_seq_len * freq / (2 * math.pi)
         keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     elif s.kind == "yarn":
-
-        def pair(turns: float) -> float:  # the number of the pair that makes so many
-            return D * math.log(s.original_max_seq_len / (2 * math.pi * turns), theta) / 2
-
-        first, last = pair(s.beta_fast), pair(s.beta_slow)
+        first, last = (
+            D * math.log(s.original_max_seq_len / (2 * math.pi * turns), config.rope_theta) / 2
+            for turns in (s.beta_fast, s.beta_slow)
+        )  # the pairs that turn so often
         if s.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, D - 1)
@@ -92,34 +100,41 @@ def rotate(
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def capped(scores: Tensor, cap: float | None) -> Tensor:  # [..., S] -> [..., S]
+    """cap * tanh(scores / cap), never beyond the cap (Gemma 2, arXiv 2408.00118); None: as is."""
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
 def attend(
     q: Tensor,  # [B, T, H, D]
     k: Tensor,  # [B, Hkv, S, D]
     v: Tensor,  # [B, Hkv, S, D]
-    access: Access | None,  # its mask is over folded queries; None: causal over k and v
-    window: int | None = None,  # if causal: newest tokens that a query sees; None: all
+    access: Access,  # its mask is over folded queries; None: causal over k and v
+    scale: float,  # of the products of queries and keys
+    cap: float | None = None,  # see `capped`
 ) -> Tensor:  # [B, T, H * D]
     """Attention of every query head to its KV head, with G folded into the query length."""
     B, T, H, D = q.shape
-    Hkv = k.shape[1]
+    Hkv, mask = k.shape[1], access.mask
     G = H // Hkv
-    if access is None:
-        p = torch.arange(T, device=q.device)
-        mask = None if window is None else seen(p, p[:, None], window)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=G > 1
-        )
+    if mask is None:
+        q = q.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=G > 1)
         return y.transpose(1, 2).reshape(B, T, H * D)
     q = q.view(B, T, Hkv, G, D).permute(0, 2, 3, 1, 4).reshape(B, Hkv, G * T, D)
-    q = q * D**-0.5  # scaled here, not in the kernel: flex on the CPU wants a computed query
-    if isinstance(access.mask, BlockMask):
-        y = flex_attention(
-            q, k, v, block_mask=access.mask, scale=1.0, kernel_options=access.kernel_options
-        )
-    elif q.dtype == torch.float32:  # for a draft's few slots faster than the next line (LOG.md)
-        y = (q @ k.transpose(-1, -2)).masked_fill(~access.mask, -torch.inf).softmax(dim=-1) @ v
+    q = q * scale  # here, not in the kernel: flex on the CPU wants a computed query
+    if isinstance(mask, BlockMask):
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, slot: Tensor) -> Tensor:
+            return capped(score, cap)
+
+        how = {"block_mask": mask, "scale": 1.0, "kernel_options": access.kernel_options}
+        y = flex_attention(q, k, v, score_mod=None if cap is None else score_mod, **how)
+    elif q.dtype == torch.float32 or cap is not None:  # LOG.md: faster than the next for few slots
+        scores = capped((q @ k.transpose(-1, -2)).float(), cap)
+        y = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
     else:  # keeps the scores in float32
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=access.mask, scale=1.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     return y.view(B, Hkv, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
@@ -132,65 +147,66 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, width + 2 * kv_width, bias=config.qkv_bias)
         self.wo = nn.Linear(width, config.dim, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config)
+            self.k_norm = RMSNorm(config.head_dim, config)
 
     def forward(
         self,
         x: Tensor,  # [B, T, dim]
-        rope: tuple[Tensor, Tensor],  # cos, sin, each [B, T, 1, D/2]
-        read: Read | None,  # None: causal attention over x alone
+        rope: Rope,
+        read: Read,
         write: list[Write],
     ) -> Tensor:  # [B, T, dim]
         """Write K and V of these tokens in place, then attend to what is read."""
         B, T, _ = x.shape
         c = self.config
-        q, k, v = (
-            self.wqkv(x)
-            .view(B, T, -1, c.head_dim)
-            .split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
-        )
+        heads = self.wqkv(x).view(B, T, -1, c.head_dim)
+        q, k, v = heads.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if read is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-            return self.wo(attend(q, k, v, None, c.sliding_window))
         rows = torch.arange(B, device=x.device)[:, None]
         for k_buffer, v_buffer, slot in write:
             k_buffer[rows, :, slot] = k  # this form stays in place under torch.compile
             v_buffer[rows, :, slot] = v
-        return self.wo(attend(q, *read))
+        k_read, v_read, access = read
+        if k_read is None:
+            k_read, v_read = k.transpose(1, 2), v.transpose(1, 2)
+        return self.wo(attend(q, k_read, v_read, access, c.attention_scale, c.attention_cap))
 
-    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """The rotated queries alone, [B, T, H, D]."""
+    def queries(self, x: Tensor, rope: Rope) -> Tensor:
+        """The queries alone, [B, T, H, D], rotated; their products with keys are the scores."""
         c = self.config
         width = c.n_head * c.head_dim
         bias = self.wqkv.bias[:width] if c.qkv_bias else None
         q = F.linear(x, self.wqkv.weight[:width], bias).unflatten(-1, (-1, c.head_dim))
-        return rotate(self.q_norm(q) if c.qk_norm else q, *rope)
+        return rotate(self.q_norm(q) if c.qk_norm else q, *rope) * c.attention_scale
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation = config.activation
         self.w_gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
         self.w_down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, dim] -> [B, T, dim]
         gate, up = self.w_gate_up(x).chunk(2, dim=-1)
-        return self.w_down(F.silu(gate) * up)
+        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self.w_down(gate * up)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, config: ModelConfig) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
+        self.weight = nn.Parameter(torch.full((dim,), 0.0 if self.plus_one else 1.0))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        if self.plus_one:
+            return (y * (1 + self.weight.float())).to(x.dtype)
         return y.to(x.dtype) * self.weight
 
 
@@ -199,20 +215,21 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, config)
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config)
         self.feed_forward = FeedForward(config)
+        self.post_norms = config.post_norms
+        if self.post_norms:
+            self.attention_post_norm = RMSNorm(config.dim, config)
+            self.ffn_post_norm = RMSNorm(config.dim, config)
 
-    def forward(
-        self,
-        x: Tensor,  # [B, T, dim]
-        rope: tuple[Tensor, Tensor],
-        read: Read | None,
-        write: list[Write],
-    ) -> Tensor:  # [B, T, dim]
-        x = x + self.attention(self.attention_norm(x), rope, read, write)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(self, x: Tensor, rope: Rope, read: Read, write: list[Write]) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]; K and V are written in place."""
+        y = self.attention(self.attention_norm(x), rope, read, write)
+        x = x + (self.attention_post_norm(y) if self.post_norms else y)
+        y = self.feed_forward(self.ffn_norm(x))
+        return x + (self.ffn_post_norm(y) if self.post_norms else y)
 
 
 class Transformer(nn.Module):
@@ -221,13 +238,17 @@ class Transformer(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.compiled = False  # set by compile_blocks
-        self.flex = False  # whether attention to a full cache goes through flex_attention
         self.register_buffer("rope_freq", rope_frequencies(config), persistent=False)
+
+    @property
+    def flex(self) -> bool:
+        """Whether attention to a full cache goes through flex_attention."""
+        return self.compiled and flex_runs(self.norm.weight.device)
 
     def forward(
         self,
@@ -247,32 +268,11 @@ class Transformer(nn.Module):
         write: Caches | None = None,
     ) -> Tensor:  # [B, T, dim]
         """The forward without its output layer, [B, T, dim]: what a prefill chunk needs."""
-        x, rope = self.tok_embeddings(tokens), self.rope(pos)
-        for layer, memory in zip(self.layers, self.memory(pos, read, write), strict=False):
-            x = layer(x, rope, *memory)
+        x = self.embed(tokens)
+        memory = self.memory(pos, read, write)
+        for layer, rope, part in zip(self.layers, self.ropes(pos), memory, strict=True):
+            x = layer(x, rope, *part)
         return x
-
-    @staticmethod
-    def memory(
-        pos: Tensor,  # [B, T]
-        read: KVCache | SparseKVCache | None,
-        write: Caches | None,
-    ) -> Iterator[tuple[Read | None, list[Write]]]:
-        """What each layer reads, and where it writes the K and V of tokens at these positions."""
-        if read is None:
-            yield from repeat((None, []))
-            return
-        write = (read,) if write is None else write
-        slots = [cache.slots(pos) for cache in write]
-        for i, access in enumerate(read.access(pos)):
-            written = [(c.k[i], c.v[i], slot) for c, slot in zip(write, slots, strict=True)]
-            yield (read.k[i], read.v[i], access), written
-
-    def rope(self, pos: Tensor) -> tuple[Tensor, Tensor]:  # [B, T] -> cos, sin [B, T, 1, D/2]
-        angle = (pos[..., None].float() * self.rope_freq)[:, :, None, :]
-        scaling = self.config.rope_scaling
-        factor = scaling.attention_factor if scaling else 1.0
-        return angle.cos() * factor, angle.sin() * factor
 
     def queries(
         self,
@@ -280,11 +280,53 @@ class Transformer(nn.Module):
         pos: Tensor,  # [B, T]
         read: KVCache,  # holds K and V of these tokens, and is not written
     ) -> Iterator[Tensor]:
-        """Layer by layer the rotated queries [B, T, H, D] of the tokens."""
-        x, rope = self.tok_embeddings(tokens), self.rope(pos)
-        for layer, memory in zip(self.layers, self.memory(pos, read, ()), strict=True):
+        """Layer by layer the queries [B, T, H, D] of the tokens, see `Attention.queries`."""
+        x = self.embed(tokens)
+        memory = self.memory(pos, read, ())
+        for layer, rope, part in zip(self.layers, self.ropes(pos), memory, strict=True):
             yield layer.attention.queries(layer.attention_norm(x), rope)
-            x = layer(x, rope, *memory)
+            x = layer(x, rope, *part)
+
+    def embed(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, dim]
+        """What enters the first layer. The scale is rounded as the weights are."""
+        x, scale = self.tok_embeddings(tokens), self.config.embedding_scale
+        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype).item()
+
+    def memory(
+        self,
+        pos: Tensor,  # [B, T]
+        read: KVCache | SparseKVCache | None,
+        write: Caches | None,
+    ) -> list[tuple[Read, list[Write]]]:
+        """Per layer, what it reads, and where it writes K and V of tokens at these positions."""
+        if read is None:
+            accesses = once_each(lambda w: self.causal(pos, w), self.config.windows)
+            return [((None, None, access), []) for access in accesses]
+        write = (read,) if write is None else write
+        slots = [cache.slots(pos) for cache in write]
+        return [
+            ((k, v, access), [(c.k[i], c.v[i], s[i]) for c, s in zip(write, slots, strict=True)])
+            for i, (k, v, access) in enumerate(zip(read.k, read.v, read.access(pos), strict=True))
+        ]
+
+    def causal(self, pos: Tensor, window: int | None) -> Access:
+        """How [B, T] tokens see each other without a cache; a mask only where it takes one."""
+        if window is None and self.config.attention_cap is None:
+            return Access(None)
+        p = torch.arange(pos.shape[1], device=pos.device)
+        return Access(fold_mask(seen(p, p[:, None], window), self.config.n_group))
+
+    def ropes(self, pos: Tensor) -> list[Rope]:  # [B, T] -> per layer
+        """The rotation of these positions, cos and sin."""
+        c = self.config
+
+        def rope(local: bool) -> Rope:
+            angle = (pos[..., None].float() * self.rope_freq[int(local)])[:, :, None, :]
+            factor = c.rope_scaling.attention_factor if c.rope_scaling and not local else 1.0
+            return angle.cos() * factor, angle.sin() * factor
+
+        own = c.local_rope_theta is not None
+        return once_each(rope, [own and window is not None for window in c.windows])
 
     def prefill(
         self,
@@ -299,9 +341,12 @@ class Transformer(nn.Module):
         Two static shapes: chunks, and where something was cached, short ones for what is less than
         a chunk. The last forward is moved back to end with the text: what it computes twice, it
         computes the same. A text shorter than that is followed by tokens that do not exist yet, in
-        slots that nobody sees before they are overwritten.
+        slots that nobody sees before they are overwritten. Where the cache has lost what the first
+        new tokens see, all of the text is read again. Waits for the device to know it.
         """
-        short = min(max(chunk // 8, SHORT), chunk) if n_cached else chunk
+        short = min(max(chunk // 8, SHORT), chunk)
+        if not n_cached or not cache.holds(n_cached, short - 1):
+            n_cached, short = 0, chunk
         start = n_cached
         while start < length:
             T = chunk if length - start >= chunk else short
@@ -312,7 +357,8 @@ class Transformer(nn.Module):
         return x[0, length - 1 - at]
 
     def logits(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., V]
-        return self.output(self.norm(x))
+        """The output layer: of the token that follows each hidden state."""
+        return capped(self.output(self.norm(x)), self.config.logit_cap)
 
 
 def compile_blocks(model: Transformer) -> None:
@@ -322,13 +368,12 @@ def compile_blocks(model: Transformer) -> None:
     the cache, each on copies of all that it writes to: two whole buffers of the cache. That kernel
     is elementwise, or, where keys are normalised, a reduction.
     """
-    torch._dynamo.config.recompile_limit = (
-        64  # static shapes: one entry per T and cache, few in all
-    )
+    # One entry per T and cache: few, but more than the default of 8. It is for the whole process,
+    # because it counts where a new shape is run for the first time, in anybody's code.
+    torch._dynamo.config.recompile_limit = 64
     device = model.norm.weight.device
     one_version = {"triton.autotune_pointwise": False, "deterministic": True}
     options = one_version if device.type == "cuda" else None
     for layer in model.layers:
         layer.compile(fullgraph=True, dynamic=False, options=options)
     model.compiled = True
-    model.flex = flex_runs(device)

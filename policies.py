@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batch import MAX_GAMMA
-from kv_cache import NEVER, CacheSpec, SparseKVCache, fold_mask, seen
+from kv_cache import NEVER, CacheSpec, SparseKVCache, fold_mask
 
 POOL = 31  # SnapKV's scores are averaged over this many neighbours, an odd number (LOG.md)
 SCORE_BYTES = 2**28  # most memory that SnapKV's scores may take at a time
@@ -38,8 +38,7 @@ class Layer(NamedTuple):
     v: Tensor  # [B, Hkv, S, D]
     n_cached: Tensor  # [B] int64, tokens of each row that are held
     n_sink: int  # how many of the first tokens to keep in any case
-    queries: Tensor | None  # [B, W, H, D] of the tokens at `observed`; None if not asked for
-    window: int | None = None  # of the model's attention
+    queries: Tensor | None  # [B, W, H, D] of the tokens at `observed`, scaled; None: not asked for
 
 
 class Policy(NamedTuple):
@@ -73,18 +72,18 @@ def attention_received(
     k: Tensor,  # [B, Hkv, S, D]
     queries: Tensor,  # [B, W, H, D]
     n_cached: Tensor,  # [B]
-    window: int | None = None,
 ) -> Tensor:  # [B, Hkv, S] float32
     """Mean attention of the observed queries, over the query heads of each KV head, to each slot.
 
-    Zero for the observed tokens themselves: they are in the window anyway.
+    Zero for the observed tokens themselves: they are in the window anyway. Where a model caps its
+    scores, these are not: they only rank, and a cap keeps the order of a query's scores.
     """
     (B, W, H, D), (Hkv, S) = queries.shape, k.shape[1:3]
     pos = observed(n_cached, W)
     slot = torch.arange(S, device=k.device)
     q = queries.view(B, W, Hkv, -1, D).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, G * W, D]
-    scores = (q * D**-0.5 @ k.transpose(-1, -2)).float()
-    hidden = fold_mask(~seen(slot, pos[:, None, :, None], window), H // Hkv)
+    scores = (q @ k.transpose(-1, -2)).float()
+    hidden = fold_mask(slot > pos[:, None, :, None], H // Hkv)
     probs = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
     exists = (pos < n_cached[:, None]).repeat(1, H // Hkv)  # [B, G * W]; others are not asked
     weight = exists / exists.sum(dim=1, keepdim=True).clamp_min(1)
@@ -103,7 +102,7 @@ def select_snapkv(layer: Layer, n_selected: int) -> Tensor:
     W, H = layer.queries.shape[1:3]
     rows = max(SCORE_BYTES // (4 * H * W * layer.k.shape[2]), 1)
     parts = zip(*(t.split(rows) for t in (layer.k, layer.queries, layer.n_cached)), strict=True)
-    scores = torch.cat([attention_received(*part, layer.window) for part in parts])
+    scores = torch.cat([attention_received(*part) for part in parts])
     scores = F.avg_pool1d(scores, POOL, stride=1, padding=POOL // 2)
     slot = torch.arange(scores.shape[-1], device=scores.device)
     start = observed(layer.n_cached, W)[:, None, :1]

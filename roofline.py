@@ -127,7 +127,7 @@ def activation_bytes(m: ModelConfig, itemsize: int = 2) -> int:
 
 def layer_windows(m: ModelConfig) -> list[float]:
     """Newest tokens that a query sees, layer by layer; infinite: all of them."""
-    return [m.sliding_window or math.inf] * m.n_layer
+    return [math.inf if window is None else window for window in m.windows]
 
 
 def tokens_seen(m: ModelConfig, length: int) -> float:

@@ -209,6 +209,9 @@ class Engine:
         ValueError before the first prefill.
         """
         self.batch.rewind()
+        lengths = self.batch.prompt_len
+        for b in (~self.full.holds(lengths)).nonzero()[:, 0].tolist():
+            self.prefill_row(b, int(lengths[b]))  # decoding has overwritten what its end sees
         self.reseed("decode")
         self.host_rounds = 0
         for drafter in self.drafters:

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from synthetic import SyntheticEngine, random_prompts
 
 from checkpoint import DTYPES, load_model, randomize, write_json
-from config import ModelConfig, layer_params, open_json
+from config import ModelConfig, kv_bytes_per_token, layer_params, open_json
 from cost_model import omega
 from device import timed
 from generate import main as generate_main
@@ -132,7 +132,7 @@ class Point:
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
         if not model.config.tie_embeddings:
             self.weight_bytes -= model.tok_embeddings.weight.nbytes  # of which B rows are read
-        self.slot_bytes = self.engine.full.spec.bytes_per_slot
+        self.slot_bytes = B * kv_bytes_per_token(model.config, self.engine.full.spec.dtype.itemsize)
 
     def against_floor(self, ms: float, n_slots: int) -> dict:
         """With the floor: the time to read the weights and n_slots tokens of KV per row."""
@@ -152,7 +152,7 @@ class Point:
         numbers["T_T"] = self.against_floor(self.time(plain), self.S)
         if self.device.type == "cuda":
             beyond = torch.cuda.max_memory_allocated(self.device)
-            beyond -= self.engine.full.capacity * self.slot_bytes
+            beyond -= self.engine.full.n_bytes
             beyond -= sum(p.nbytes for p in self.model.parameters())
             numbers["plain_beyond_weights_and_kv_bytes"] = beyond
         if detailed:
@@ -188,7 +188,7 @@ class Point:
         for gamma in (0, max(self.settings.round_gammas)):
             drafts, times = engine.batch.tokens[:, :gamma].contiguous(), {}
             for n in self.settings.programs_per_sm:
-                cache = KVCache(replace(full.spec, programs_per_sm=n), full.k, full.v)
+                cache = replace(full, spec=replace(full.spec, programs_per_sm=n))
                 times[n] = self.time(engine.capture(partial(self.decide, drafts, cache)))
             numbers[f"T_V({gamma})" if gamma else "T_T"] = times
         return numbers
@@ -223,7 +223,7 @@ class Point:
         engine, numbers = self.engine, {}
         engine.use(Strategy())
         token, pos = engine.batch.newest()
-        cache = KVCache(replace(engine.full.spec, flex=False), engine.full.k, engine.full.v)
+        cache = replace(engine.full, spec=replace(engine.full.spec, flex=False))
         other = same_weights(self.model)
         if self.model.compiled:
             compile_blocks(other)

@@ -6,7 +6,7 @@
 Each directory has random weights of odd sizes, saved by `save_pretrained`, and
 `expected.safetensors`: a prompt, the logits that `transformers` gives after some of its tokens when
 it reads 1, 17 or 300 of them, and the 64 tokens that its greedy `generate` adds to 17 and to 300.
-`tests/test_checkpoints.py` holds our model against them, without `transformers`; where that is
+`tests/test_families.py` holds our model against them, without `transformers`; where that is
 installed, it also makes them anew.
 """
 
@@ -53,6 +53,16 @@ FAMILIES = {
         "rope_parameters": theta(1e6) | {"rope_type": "yarn", "factor": 4.0,
                                          "original_max_position_embeddings": 128}}),
     "qwen3": ("qwen3", 4, 2, 14, {"rope_parameters": theta(1e6)}),
+    "phi-3": ("phi3", 4, 2, 10, {"sliding_window": 61}),
+    "gemma-2": ("gemma2", 4, 2, 14, {"sliding_window": 13, "query_pre_attn_scalar": 9,
+                                     "num_hidden_layers": 3, "attn_logit_softcapping": 3.0,
+                                     "final_logit_softcapping": 2.0}),
+    "gemma-2-draft": ("gemma2", 2, 1, 8, {"sliding_window": 7, "num_hidden_layers": 2,
+                                          "tie_word_embeddings": False}),
+    "gemma-3": ("gemma3_text", 4, 1, 12, {
+        "sliding_window": 11, "num_hidden_layers": 5, "sliding_window_pattern": 3,
+        "rope_parameters": {"full_attention": theta(1e6) | {"rope_type": "linear", "factor": 8.0},
+                            "sliding_attention": theta(1e4)}}),
 }  # fmt: skip
 SHARDED = ("llama-3.1", "mistral-v0.1", "qwen2.5-yarn")
 
@@ -62,19 +72,24 @@ def make_model(name: str, seed: int):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, n_head, n_kv_head, head_dim, more = FAMILIES[name]
-    dim = 40 if kind == "qwen3" else n_head * head_dim  # qwen3: heads wider than the model
+    wide = kind in ("qwen3", "gemma2", "gemma3_text")  # heads wider than the model
+    dim = 40 if wide else n_head * head_dim
     config = AutoConfig.for_model(
-        kind, hidden_size=dim, intermediate_size=dim // 2 + 9, num_hidden_layers=2, vocab_size=103,
+        kind, hidden_size=dim, intermediate_size=dim // 2 + 9, vocab_size=103,
         num_attention_heads=n_head, num_key_value_heads=n_kv_head, head_dim=head_dim,
         bos_token_id=1, eos_token_id=None, pad_token_id=None,
-        **{"max_position_embeddings": 512} | more,
+        **{"max_position_embeddings": 512, "num_hidden_layers": 2} | more,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Only its plain attention caps scores.
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     generator = torch.Generator().manual_seed(seed)
+    plus_one = "gemma" in kind  # its norms add 1 themselves
     for tensor_name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         scale = 1.5 / p.shape[-1] ** 0.5 if p.dim() == 2 else 0.3
-        p.data = noise * scale + (p.dim() == 1 and "norm" in tensor_name)
+        p.data = noise * scale + (p.dim() == 1 and "norm" in tensor_name and not plus_one)
     return model
 
 

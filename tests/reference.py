@@ -30,8 +30,8 @@ def tiny_model(
 ) -> Transformer:
     """Two odd-sized random layers with weights large enough that attention matters."""
     config = ModelConfig(
-        dim=40, n_layer=2, n_head=n_head, n_kv_head=n_kv_head, head_dim=16, ffn_dim=56,
-        vocab_size=vocab_size, **{"max_seq_len": 4096} | changes,
+        dim=40, n_head=n_head, n_kv_head=n_kv_head, head_dim=16, ffn_dim=56,
+        vocab_size=vocab_size, **{"max_seq_len": 4096, "n_layer": 2} | changes,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(config).eval().requires_grad_(False)
@@ -93,11 +93,14 @@ def reference_logits(
     visible: Callable[[int, int], bool] = causal,
     trace: list[tuple[list, list]] | None = None,  # gets (queries, keys) of every layer
 ) -> Tensor:  # [len(tokens), V] float64
-    """The model without cache, batch or fused weights, one query at a time."""
+    """The model without cache, batch or fused weights, one query at a time.
+
+    `visible` is what layers without a window see of the text; those with one see it alone.
+    """
     c, rates = model.config, angle_rates(model.config)
     D, G = c.head_dim, c.n_head // c.n_kv_head
     xs = [model.tok_embeddings.weight[t].double() for t in tokens]
-    for layer in model.layers:
+    for layer, window in zip(model.layers, c.windows, strict=True):
         w = layer.attention.wqkv.weight.double()
         wq, wk, wv = w[: c.n_head * D], w[c.n_head * D : -c.n_kv_head * D], w[-c.n_kv_head * D :]
         norms = [normed(x, layer.attention_norm.weight, c.norm_eps) for x in xs]
@@ -111,7 +114,7 @@ def reference_logits(
             trace.append((queries, keys))
         wo = layer.attention.wo.weight.double()
         for q in range(len(tokens)):
-            seen = [p for p in range(q + 1) if visible(q, p)]
+            seen = [p for p in range(q + 1) if (p > q - window if window else visible(q, p))]
             mixed = []
             for head in range(c.n_head):
                 k = torch.stack([keys[p][head // G] for p in seen])
@@ -127,13 +130,10 @@ def reference_logits(
     return torch.stack([out @ normed(x, model.norm.weight, c.norm_eps) for x in xs])
 
 
-def snapkv_scores(
-    queries: list, keys: list, obs_window: int, pool: int, window: int | None = None
-) -> list[list[float]]:
+def snapkv_scores(queries: list, keys: list, obs_window: int, pool: int) -> list[list[float]]:
     """Per KV head, the pooled attention that each token before the window receives from it.
 
-    queries [token][head] and keys [token][KV head] are those of one layer; `window` is how many
-    of the newest tokens the model's attention sees.
+    queries [token][head] and keys [token][KV head] are those of one layer.
     """
     n, H, Hkv = len(keys), len(queries[0]), len(keys[0])
     start = max(n - obs_window, 0)
@@ -146,8 +146,6 @@ def snapkv_scores(
                 continue
             for q in range(start, n):
                 x = [math.exp(v) for v in (stacked[: q + 1] @ queries[q][head]).tolist()]
-                if window is not None:
-                    x = [v if p > q - window else 0.0 for p, v in enumerate(x)]
                 for p in range(start):
                     received[p] += x[p] / sum(x) / (H // Hkv) / (n - start)
         reach = pool // 2

@@ -479,13 +479,21 @@ def test_a_window_shorter_than_the_critical_length_never_makes_it_memory_bound()
 
 
 def test_a_sliding_window_bounds_what_drafting_reads():
-    """And no memory: the cache holds the whole text."""
+    """And what caches hold: windowed layers keep their windows, and full caches a chunk more."""
     model, short, long = MODELS["mistral-7b"], Workload(8, 4096), Workload(8, 32768)
     windowed = replace(model, sliding_window=4096)
     for draft in (Strategy("streaming", 3, 8192), Strategy("full", 3, 0, windowed)):
         expected = forward_time(model, A100, short).total
         assert draft.draft_seconds(windowed, A100, long) == expected
-        assert memory_bytes(windowed, long, draft) == memory_bytes(model, long, draft)
+        drafts = replace(draft, model=draft.model and model)
+        saved = memory_bytes(model, long, drafts) - memory_bytes(windowed, long, draft)
+        held = 32768 + 4 - 4096 - PREFILL_CHUNK  # tokens less, by the target, and by who drafts
+        held += held if draft.model else 8192 - 4096
+        assert saved == 8 * held * kv_bytes_per_token(model)
+    half = replace(windowed, full_every=2)
+    draft = Strategy("streaming", 3, 8192)
+    sizes = [memory_bytes(m, long, draft) for m in (model, half, windowed)]
+    assert sizes[0] - sizes[1] == sizes[1] - sizes[2] > 0
 
 
 def test_the_critical_length_of_layers_with_different_windows(monkeypatch):

@@ -13,8 +13,8 @@ from sampling import Sampling
 from scripts.make_model_fixtures import FAMILIES, LENGTHS
 from spec_decode import Engine, generate
 from tests.reference import plain_greedy, tiny_model
-from tests.test_checkpoints import FIXTURES, load
 from tests.test_drafters import STRATEGIES, draft_model
+from tests.test_families import FIXTURES, load
 from tests.test_spec_decode import PROMPTS, decode, exact_distribution
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -12,7 +12,7 @@ import torch._functorch.config
 from torch._inductor.utils import run_and_get_code
 
 import device
-from config import work_bytes
+from config import visible_tokens, work_bytes
 from kv_cache import NEVER, CacheSpec, KVCache, SparseKVCache, query_tile
 from model import Transformer, compile_blocks
 from policies import Layer, Strategy, select_streaming
@@ -50,9 +50,10 @@ def prefill(
 
 
 def fill_streaming(sparse: SparseKVCache, full: KVCache, n_cached: torch.Tensor) -> None:
-    for i in range(full.spec.n_layer):
+    for i, window in enumerate(full.spec.windows):
         layer = Layer(full.k[i], full.v[i], n_cached, sparse.n_selected, None)
-        sparse.fill(i, full, select_streaming(layer, sparse.n_selected), n_cached)
+        first = None if window else select_streaming(layer, sparse.n_selected)
+        sparse.fill(i, full, first, n_cached)
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (7, 1)])
@@ -113,26 +114,32 @@ def test_ring_positions_follow_from_the_newest_one():
             writes.append(list(range(n, n + gamma + 1)))
             n += rng.randint(1, gamma + 1)
         query = n  # the next draft's position, written before it attends
-        held = ring_after([*writes, [query]], cache.ring_size)
+        held = ring_after([*writes, [query]], n_recent + gamma + 1)
         visible = cache.visible(torch.tensor([[query]]))[0, 0, 0, 0, 2:]
         window = set(range(max(query - n_recent + 1, 0), query + 1))
-        assert {held[slot] for slot in range(cache.ring_size) if visible[slot]} == window
+        assert {held[slot] for slot in range(len(visible)) if visible[slot]} == window
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 6, 8, 20])
 def test_no_token_is_seen_twice_nor_outside_the_models_window(window):
-    """Windows of the model shorter than the ring's, as long, and longer: sinks fall out of them."""
-    spec = CacheSpec.for_model(tiny_model(sliding_window=window), 1)
+    """Layer 0 has a window, shorter than the budget, as long, or longer; layer 1 has none."""
+    spec = CacheSpec.for_model(tiny_model(sliding_window=window, full_every=2), 1)
     cache = SparseKVCache(spec, n_selected=4, n_recent=6, gamma=2)
     full = KVCache.empty(spec, 40)
+    for k in full.k:
+        k[:] = torch.arange(k.shape[2])[:, None]  # each slot says which token it holds
     for n_cached in range(1, 30):
         fill_streaming(cache, full, torch.tensor([n_cached]))
-        visible = cache.visible(torch.tensor([[n_cached]]))[1, 0, 0, 0]
-        seen = cache.selected_pos[1, 0, 0][visible[:4]].tolist()
-        seen += cache.ring_pos(torch.tensor([n_cached]))[0][visible[4:]].tolist()
-        expected = set(range(min(4, n_cached))) | set(range(max(n_cached - 5, 0), n_cached + 1))
-        first = 0 if window is None else n_cached - window + 1
-        assert sorted(seen) == sorted(p for p in expected if p >= first)
+        pos = torch.tensor([[n_cached]])
+        for k, slot in zip(cache.k, cache.slots(pos), strict=True):
+            k[0, :, slot[0]] = float(n_cached)
+        newest = set(range(max(n_cached - 5, 0), n_cached + 1))
+        for i, access in enumerate(cache.access(pos)):
+            expected = newest | set(range(min(4, n_cached)))
+            if window is not None and i == 0:
+                expected = set(range(max(n_cached - min(window, 10) + 1, 0), n_cached + 1))
+            visible = access.mask.expand(1, 2, 2, -1)[0, 1, 0]
+            assert sorted(cache.k[i][0, 1, visible, 0].tolist()) == sorted(expected)
 
 
 def window_is_whole(cache: SparseKVCache, gamma: int, n_fed: int, accepted: list[int]) -> bool:
@@ -148,9 +155,9 @@ def window_is_whole(cache: SparseKVCache, gamma: int, n_fed: int, accepted: list
             fed = list(range(n - n_fed, n)) if i == 0 else [n + i - 1]
             writes.append(fed)
             visible = cache.visible(torch.tensor([fed]))[0, 0, 0]
-            held = ring_after(writes, cache.ring_size)
+            held = ring_after(writes, cache.n_recent + cache.slack)
             for q, row in zip(fed, visible, strict=True):
-                found = {held[slot] for slot in range(cache.ring_size) if row[slot]}
+                found = {held[slot] for slot in range(len(row)) if row[slot]}
                 if found != set(range(q - cache.n_recent + 1, q + 1)):
                     return False
         if n_fed == 1:
@@ -168,8 +175,8 @@ def test_how_much_slack_the_ring_needs(n_recent, gamma, n_fed):
     needed = max(gamma - 1, n_fed - 1)
     for slack in range(gamma + 2):
         cache = SparseKVCache(spec, 0, n_recent, gamma)
-        assert cache.ring_size >= n_recent + needed
-        cache.ring_size = n_recent + slack
+        assert cache.slack >= needed
+        cache.slack = slack
         rounds = [[a, b, c] for a in range(gamma + 1) for b in (0, gamma) for c in (0, 1)]
         whole = all(window_is_whole(cache, gamma, n_fed, accepted) for accepted in rounds)
         assert whole == (slack >= needed)
@@ -189,6 +196,75 @@ def test_positions_not_cached_yet_are_never_seen():
     ]
 
 
+def small_ring(window: int, monkeypatch, longest: int = 6) -> KVCache:
+    """One row of 40 tokens in a layer with a window, in blocks of 4, and one without."""
+    monkeypatch.setattr(CacheSpec, "kv_block", 4)
+    spec = CacheSpec.for_model(tiny_model(sliding_window=window, full_every=2), 1)
+    return KVCache.empty(spec, 40, longest=longest)
+
+
+@pytest.mark.parametrize("window", [1, 5, 9])
+def test_a_ring_shows_what_a_full_layer_shows(window, monkeypatch):
+    """Forwards of 1 to 6 tokens, some taken back, some texts begun anew; tokens by their names."""
+    rng = random.Random(window)
+    cache, clock, n = small_ring(window, monkeypatch), 0, 0
+    wrapped = 0
+    for _ in range(300):
+        T = rng.randint(1, 6)
+        if n + T > 40 or rng.random() < 0.02:
+            n = 0
+        pos = n + torch.arange(T)[None]
+        for i, slot in enumerate(cache.slots(pos)):
+            cache.k[i][0, :, slot[0]] = clock + torch.arange(T)[:, None].float()
+        for size, flex in ((40, False), (cache.k[0].shape[2], False), (cache.k[0].shape[2], True)):
+            names = cache.k[size == 40][0, 0, :, 0]
+            mask = cache.dense_mask(pos, size, window)[0, 0, :T]
+            if flex:
+                q, slot = torch.arange(T)[:, None], torch.arange(size)
+                mask = cache.block_mask(pos, size, window).mask_mod(0, 0, q, slot)
+            shown = [sorted(names[row].tolist()) for row in mask]
+            if size == 40:
+                expected = shown
+            assert shown == expected
+            assert [len(row) for row in shown] == [min(n + t + 1, window) for t in range(T)]
+        wrapped += n + T > cache.k[0].shape[2]
+        clock, n = clock + T, n + T - rng.randint(0, min(T, 4) - 1 if T > 1 else 0)
+    assert wrapped > 100
+
+
+@pytest.mark.parametrize("window", [1, 4, 7])
+def test_a_ring_knows_what_it_has_lost(window, monkeypatch):
+    """Against a ring kept by hand, after a text of 38 tokens or a shorter one, row by row."""
+    for length in (38, 20, 9, 3):
+        cache = small_ring(window, monkeypatch)
+        size, writes = cache.k[0].shape[2], []
+        for start in range(0, length, 5):
+            pos = torch.arange(start, min(start + 5, length))
+            cache.slots(pos[None])
+            writes.append(pos.tolist())
+        held = set(ring_after(writes, size).values())
+        for n in range(length + 1):
+            for back in (0, 2):
+                first = range(max(n - back - window + 1, 0), n - back)
+                if first:  # else all that they see is written again
+                    assert bool(cache.holds(n, back)) == all(p in held for p in first)
+        assert cache.holds(torch.tensor([length])).tolist() == [True]
+        cache.slots(torch.arange(3)[None])  # another text
+        assert cache.holds(3).all()
+
+
+def test_a_windowed_layer_takes_the_memory_of_its_window():
+    """At the length of the text it is bounded by window and chunk, as config.py counts."""
+    model = tiny_model(sliding_window=100, full_every=2)
+    spec = replace(CacheSpec.for_model(model, 3), allocated=False)
+    for n in (300, 1024, 10_000):
+        sizes = [k.shape[2] for k in KVCache.empty(spec, n).k]
+        assert sizes == [min(768, -(-n // 256) * 256), -(-n // 256) * 256]
+        counted = visible_tokens(model.config, n, margin=spec.prefill_chunk)
+        assert counted <= sum(sizes) < counted + 2 * 256
+    assert KVCache.empty(spec, 10_000).n_bytes == 2 * 3 * 2 * 16 * 4 * (768 + 10_240)
+
+
 def cache_sized_buffers(code: str, cache: KVCache) -> list[str]:
     """Allocations in generated code that are at least as large as one layer's K."""
     sizes = re.findall(r"empty_strided_\w+\(\(([\d, ]+)\)", code)
@@ -206,10 +282,12 @@ def generated_anew():
         yield
 
 
-@pytest.mark.parametrize("step", ["decode", "verify", "draft", "prefill"])
-def test_a_compiled_step_does_not_copy_the_cache(step):
+@pytest.mark.parametrize("step", ["decode", "verify", "draft", "prefill", "decode in a ring"])
+def test_a_compiled_step_does_not_copy_the_cache(step, monkeypatch):
     """Only the full cache is large; the sparse one counts as a cache too when it is read."""
-    model, B = tiny_model(), COMPILED_ROWS
+    ring = step == "decode in a ring"
+    model, B = tiny_model(sliding_window=300 if ring else None), COMPILED_ROWS
+    monkeypatch.setattr(CacheSpec, "prefill_chunk", COMPILED_CHUNK)
     compile_blocks(model)
     torch._dynamo.reset()  # what other tests compiled would be taken, and no code seen
     n_recent = 400 if step == "draft" else COMPILED_BUDGET - 3
@@ -217,6 +295,7 @@ def test_a_compiled_step_does_not_copy_the_cache(step):
     row = full.row(1)
     B, T, read, write = {
         "decode": (B, 1, full, (full,)),
+        "decode in a ring": (B, 1, full, (full,)),
         "verify": (B, 4, full, (full, sparse)),
         "draft": (B, 1, sparse, (sparse,)),
         "prefill": (1, COMPILED_CHUNK, row, (row,)),
@@ -224,7 +303,7 @@ def test_a_compiled_step_does_not_copy_the_cache(step):
     pos = torch.tensor([[9], [33], [600], [0]])[:B] + torch.arange(T)
     with generated_anew():
         _, code = run_and_get_code(model, torch.zeros(B, T, dtype=torch.int64), pos, read, write)
-    assert code
+    assert code and bool(full.rings) == ring
     large = sparse if step == "draft" else full.row(0)
     assert not cache_sized_buffers("".join(code), large)
     assert ("kernel_micro_gemm" in "".join(code)) == (step != "draft")  # flex's CPU template
@@ -268,7 +347,7 @@ def test_a_finished_row_visits_no_block_and_changes_no_other_row():
         buffer.normal_(generator=torch.Generator().manual_seed(4))
     tokens, pos = torch.tensor([[3], [1], [4], [1]]), torch.tensor([[20], [590], [300], [700]])
     everyone = model(tokens, pos, cache)
-    cache.finished = torch.tensor([False, True, False, False])
+    cache = replace(cache, finished=torch.tensor([False, True, False, False]))
     assert cache.access(pos)[0].mask.kv_num_blocks[:, 0, 0].tolist() == [1, 0, 2, 3]
     some = model(tokens, pos, cache)
     assert torch.equal(some[[0, 2, 3]], everyone[[0, 2, 3]])
@@ -302,8 +381,9 @@ def cuda_options(monkeypatch, B: int, T: int, **changes) -> dict | None:
     """The kernel options on a GPU of 132 multiprocessors; 8 KV heads of 4 query heads each."""
     gpu = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    spec = CacheSpec(2, B, 8, 128, 4, torch.bfloat16, torch.device("cuda"), True)
-    return KVCache(replace(spec, **changes), [], []).kernel_options(B, T)
+    spec = CacheSpec((None,), B, 8, 128, 4, torch.bfloat16, torch.device("cuda"), True)
+    cache = KVCache.empty(replace(spec, allocated=False, **changes), 1)
+    return cache.kernel_options(B, T)
 
 
 def test_a_query_tile_is_a_power_of_two_of_at_least_16():
@@ -330,13 +410,32 @@ def test_float32_has_small_tiles(monkeypatch, G, T, tile):
     assert (options["num_warps"], options["num_stages"]) == (8, 2)
 
 
+@pytest.mark.parametrize("T, tile, warps", [(1, 16, 2), (8, 32, 4), (17, 32, 4), (31, 32, 4)])
+def test_wide_heads_have_small_tiles(monkeypatch, T, tile, warps):
+    """With D = 256 a tile of 128 queries takes more shared memory than Hopper has."""
+    options = cuda_options(monkeypatch, 8, T, head_dim=256)
+    assert (options["BLOCK_M"], options["num_warps"], options["num_stages"]) == (tile, warps, 2)
+    assert "BLOCK_M" not in cuda_options(monkeypatch, 8, T, head_dim=128)
+    assert cuda_options(monkeypatch, 1, 2048, head_dim=256) is None
+
+
+def test_the_blocks_of_a_ring_are_not_contiguous(monkeypatch):
+    assert cuda_options(monkeypatch, 8, 1)["BLOCKS_ARE_CONTIGUOUS"]
+    cache = small_ring(5, monkeypatch)
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    cache = replace(cache, spec=replace(cache.spec, device=torch.device("cuda")))
+    for size, window in cache.layers:
+        assert cache.kernel_options(1, 1, size)["BLOCKS_ARE_CONTIGUOUS"] == (window is None)
+
+
 def test_prefill_keeps_the_kernels_own_options_but_in_float32(monkeypatch):
     assert cuda_options(monkeypatch, 1, 2048) is None
     assert cuda_options(monkeypatch, 8, 32) is None  # 128 folded queries
     options = cuda_options(monkeypatch, 1, 2048, dtype=torch.float32)
     assert options == {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     spec = CacheSpec.for_model(tiny_model(), 1)
-    assert KVCache(spec, [], []).kernel_options(1, 1) is None  # on the CPU
+    assert KVCache.empty(spec, 1).kernel_options(1, 1) is None  # on the CPU
 
 
 def test_slots_are_split_among_as_many_programs_as_run_at_once(monkeypatch):
@@ -349,3 +448,37 @@ def test_slots_are_split_among_as_many_programs_as_run_at_once(monkeypatch):
     f32 = {"dtype": torch.float32}
     splits = [cuda_options(monkeypatch, 8, T, **f32)["SPLIT_KV"] for T in (1, 9, 17)]
     assert splits == [6, 2, 1]  # 1, 2 and 3 tiles of at most 32 queries
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, 300])
+@pytest.mark.parametrize(
+    "n_group, n_tokens", [(1, 1), (7, 5), (7, 33), (1, 256), (2, 128), (3, 384)]
+)
+def test_the_block_mask_is_the_dense_mask(n_group, n_tokens, window):
+    """The rule inside the blocks; and those that are not visited hold nothing that is seen."""
+    spec = CacheSpec.for_model(tiny_model(n_group, 1, sliding_window=window), 3)
+    cache = KVCache.empty(replace(spec, flex=True), 1200)
+    pos = torch.tensor([[0], [250], [870]]) + torch.arange(n_tokens)  # 870: a ring wraps
+    layer = cache.layers[0]
+    mask, dense = cache.block_mask(pos, *layer), cache.dense_mask(pos, *layer)[:, 0]
+    assert mask.seq_lengths == dense.shape[1:]
+    b, q, slot = (torch.arange(n) for n in dense.shape)
+    assert torch.equal(mask.mask_mod(b[:, None, None], 0, q[:, None], slot), dense)
+    for b in range(3):
+        for i, part in enumerate(dense[b].split(128)):
+            needed = part.any(dim=0).view(-1, spec.kv_block).any(dim=1).nonzero()[:, 0].tolist()
+            visited = mask.kv_indices[b, 0, i, : mask.kv_num_blocks[b, 0, i]].tolist()
+            assert len(visited) == len(set(visited)) and set(needed) <= set(visited)
+            if n_tokens % 128 == 0 or len(dense[b]) <= 128:
+                assert needed == sorted(visited)
+
+
+@pytest.mark.parametrize("window", [1, 50, 300, 444, 445, None])
+def test_a_sliding_window_visits_only_its_blocks(window):
+    spec = CacheSpec.for_model(tiny_model(sliding_window=window), 2)
+    cache = KVCache.empty(replace(spec, flex=True), 700)
+    mask = cache.access(torch.tensor([[699], [255]]))[0].mask
+    for b, (p, last) in enumerate([(699, 2), (255, 0)]):
+        first = 0 if window is None else max(p - window + 1, 0) // 256
+        assert mask.kv_num_blocks[b, 0, 0] == last - first + 1
+        assert mask.kv_indices[b, 0, 0, : last - first + 1].tolist() == [*range(first, last + 1)]

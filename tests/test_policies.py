@@ -45,29 +45,35 @@ def test_snapkv_selects_what_a_loop_selects(heads, chunk):
 
 
 @pytest.mark.parametrize("window", [5, 12, 20])
-def test_snapkv_scores_only_what_the_models_window_lets_a_query_see(window):
-    """A model window within the observed tokens, and two that reach back before them."""
-    model, W, n_sink = tiny_model(sliding_window=window), 7, 2
+def test_policies_select_in_layers_without_a_window_only(window):
+    """Of three layers the second one has none. The others keep their newest tokens."""
+    model, W, n_sink = tiny_model(sliding_window=window, full_every=2, n_layer=3), 7, 2
     (prompt,) = prompts_of([50])
     strategy = Strategy("snapkv", 2, budget=17, n_sink=n_sink, obs_window=W)
     engine = Engine(model, 1, 60, strategy, GREEDY)
     engine.prefill([prompt], [9])
     engine.refresh()
     sparse, full, trace = engine.drafter.sparse, engine.full, []
-    reference_logits(model, prompt, lambda q, p: q - window < p <= q, trace)
+    reference_logits(model, prompt, trace=trace)
     pos = observed(torch.tensor([50]), W)
-    ours = model.queries(torch.tensor([prompt])[:, -W:], pos, full)
-    for i, ((queries, keys), q) in enumerate(zip(trace, ours, strict=True)):
-        got = attention_received(full.k[i], q, torch.tensor([50]), window)[0, :, : 50 - W]
-        expected = torch.tensor(snapkv_scores(queries, keys, W, 1, window))
-        assert (got - expected).abs().max() < 1e-5
-        assert (expected > 0).sum(dim=1).tolist() == [max(window - 1, 0)] * 2
-        pooled = torch.tensor(snapkv_scores(queries, keys, W, POOL, window))
-        for h in range(2):
-            kept = sparse.selected_pos[i, 0, h]
-            left_out = [p for p in range(n_sink, 50 - W) if p not in kept]
-            assert set(range(n_sink)) < set(kept.tolist())
-            assert pooled[h, kept[kept >= n_sink]].min() > pooled[h, left_out].max() - 1e-6
+    ours = list(model.queries(torch.tensor([prompt])[:, -W:], pos, full))
+    queries, keys = trace[1]
+    got = attention_received(full.k[1], ours[1], torch.tensor([50]))[0, :, : 50 - W]
+    expected = torch.tensor(snapkv_scores(queries, keys, W, 1))
+    assert (got - expected).abs().max() < 1e-5
+    pooled = torch.tensor(snapkv_scores(queries, keys, W, POOL))
+    for h in range(2):
+        kept = sparse.selected_pos[0, 0, h]
+        left_out = [p for p in range(n_sink, 50 - W) if p not in kept]
+        assert set(range(n_sink)) < set(kept.tolist())
+        assert pooled[h, kept[kept >= n_sink]].min() > pooled[h, left_out].max() - 1e-6
+    assert len(sparse.selected_pos) == 1
+    assert [k.shape[2] for k in sparse.k] == [n + 3 for n in (min(window, 17), 17, min(window, 17))]
+    slots, newest = sparse.slots(torch.arange(50)[None]), min(window, 17)
+    for i in (0, 2):
+        for p in range(50 - newest, 50):
+            expected = trace[i][1][p][1].float()
+            assert torch.allclose(sparse.k[i][0, 1, slots[i][0, p]], expected, atol=1e-4)
 
 
 def test_snapkv_scores_do_not_depend_on_how_rows_are_split(monkeypatch):

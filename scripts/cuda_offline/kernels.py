@@ -87,6 +87,8 @@ def config(dim: int, H: int, Hkv: int, D: int, ffn: int, **more) -> ModelConfig:
 LLAMA = config(4096, 32, 8, 128, 14336)  # Llama-3.1-8B
 QWEN = config(4096, 32, 8, 128, 12288, qk_norm=True)  # Qwen3-8B
 DEMO = config(256, 4, 4, 128, 704)  # checkpoints/demo
+TRAITS = {"attention_cap": 50.0, "post_norms": True, "norm_plus_one": True, "qk_norm": True}
+GEMMA = config(3584, 16, 8, 256, 14336, activation="gelu_tanh", sliding_window=4096, **TRAITS)
 
 
 def blocks() -> Iterator[Case]:
@@ -98,6 +100,8 @@ def blocks() -> Iterator[Case]:
         name = f"block Llama {what} bfloat16 B {B} T {T}"
         yield Case(name, LLAMA, "bfloat16", B, T, caches, True)
     yield Case("block Qwen verify bfloat16 B 8 T 4", QWEN, "bfloat16", 8, 4, verifying, True)
+    for T, B, caches in ((1, 8, full_alone), (6, 8, verifying)):  # a chunk is as large as a ring
+        yield Case(f"block Gemma ring bfloat16 B {B} T {T}", GEMMA, "bfloat16", B, T, caches, True)
     for T, B, caches in ((1, 16, full_alone), (6, 16, verifying), (CHUNK, 1, full_alone)):
         yield Case(f"block demo float32 B {B} T {T}", DEMO, "float32", B, T, caches, True)
 
@@ -118,6 +122,8 @@ def attentions() -> Iterator[Case]:
     for D in (16, 32, 64):
         yield attention("float32", 4, 6, D)
     yield attention("bfloat16", 4, 17, 64)
+    for T in (1, 6, 12, 33, CHUNK):
+        yield attention("bfloat16", 2, T, 256)
 
 
 def check_kernel(report: Report, case: Case, kernel: Kernel) -> None:

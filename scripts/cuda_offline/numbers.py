@@ -38,10 +38,12 @@ class Case:
     dtype: str = "float32"
     finished: bool = False  # row 1, whose result nobody needs
     window: int | None = None  # of the model's attention
+    longest: int = SLOTS  # tokens of a forward; a layer with a window is a ring if they are few
 
     @property
     def name(self) -> str:
         more = " row 1 finished" * self.finished + f" window {self.window}" * bool(self.window)
+        more += " ring" * (self.longest < SLOTS)
         return f"{self.dtype} H {self.H} Hkv {self.Hkv} D {self.D} B {self.B} T {self.T}{more}"
 
 
@@ -49,6 +51,8 @@ CASES = (
     Case(8, 2, 32, 3, 1),
     Case(8, 2, 32, 3, 6, finished=True),
     Case(8, 2, 32, 3, 6, window=200),
+    Case(8, 2, 32, 3, 6, window=200, longest=100),
+    Case(8, 2, 32, 3, 6, window=130, longest=100, finished=True),
     Case(8, 2, 32, 3, 6, "float16"),
     Case(7, 1, 16, 3, 4),  # more programs than blocks of a short row
     Case(8, 2, 32, 2, 17),  # three tiles of queries
@@ -56,6 +60,7 @@ CASES = (
     Case(8, 2, 32, 2, 33),  # not split, as the following
     Case(4, 1, 32, 1, 256),
     Case(4, 1, 32, 1, 256, window=200),
+    Case(4, 1, 32, 1, 128, window=200, longest=128),
 )
 
 
@@ -68,7 +73,7 @@ def generate(case: Case, recorder: inductor.Recorder) -> dict:
     with pretend.gpu():
         model = pretend.model_on_gpu(config, getattr(torch, case.dtype))
         compile_blocks(model)
-        cache = KVCache.empty(CacheSpec.for_model(model, case.B), SLOTS)
+        cache = KVCache.empty(CacheSpec.for_model(model, case.B), SLOTS, longest=case.longest)
         pos = torch.zeros(case.B, case.T, dtype=torch.int64, device="cuda")
         model.hidden(torch.zeros_like(pos), pos, cache)
     launch = next(x for x in reversed(recorder.launches) if x.kernel.is_attention)
@@ -109,11 +114,16 @@ def attention(
     v: Tensor,  # [B, Hkv, S, D]
     pos: Tensor,  # [B, T], of the queries
     window: int | None,
+    ring: bool,
 ) -> Tensor:  # [B, Hkv, G * T, D] float32
-    """Dense attention of every query to the slots up to its position."""
+    """Dense attention of every query to the slots of tokens up to its position."""
     at = pos.repeat(1, q.shape[2] // pos.shape[1])[:, None, :, None]  # [B, 1, G * T, 1]
-    slot = torch.arange(k.shape[2])
-    hidden = slot > at if window is None else (slot > at) | (slot <= at - window)
+    p, newest = torch.arange(k.shape[2]), pos[:, -1, None, None, None]
+    if ring:  # the newest tokens, each in the slot of its residue
+        order = newest - torch.arange(k.shape[2])  # [B, 1, 1, S]
+        p = torch.zeros_like(order).scatter(-1, order % k.shape[2], order)
+    hidden = p > at if window is None else (p > at) | (p <= at - window)
+    hidden = hidden | (p < 0)
     scores = (q.float() @ k.float().mT).masked_fill(hidden, -torch.inf)
     return scores.softmax(dim=-1) @ v.float()
 
@@ -131,14 +141,16 @@ def interpret(job: dict) -> float:
     """The largest error of the job's kernel, for random K, V and queries."""
     case = Case(**job["case"])
     G, dtype = case.H // case.Hkv, getattr(torch, case.dtype)
-    spec = CacheSpec(1, case.B, case.Hkv, case.D, G, dtype, torch.device("cpu"), True, case.window)
-    cache = KVCache.empty(spec, SLOTS)
+    heads = case.Hkv, case.D, G
+    spec = CacheSpec((case.window,), case.B, *heads, dtype, torch.device("cpu"), True)
+    finished = torch.tensor([case.finished and b == 1 for b in range(case.B)])
+    cache = KVCache.empty(spec, SLOTS, finished, case.longest)
     first = torch.tensor([STARTS[0] - case.T, *STARTS[1:]])[: case.B]
-    cache.finished = torch.tensor([case.finished and b == 1 for b in range(case.B)])
     pos = first[:, None] + torch.arange(case.T)
-    mask = cache.block_mask(pos)
+    ((size, window),) = cache.layers
+    mask = cache.block_mask(pos, size, window)
     q, k, v = (torch.randn(case.B, case.Hkv, n, case.D).to(dtype)
-               for n in (G * case.T, cache.capacity, cache.capacity))  # fmt: skip
+               for n in (G * case.T, size, size))  # fmt: skip
     shapes = {name: shape for name, shape in job["arguments"] if isinstance(shape, list)}
     splits = "arg_M" in shapes
     blank = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
@@ -157,8 +169,8 @@ def interpret(job: dict) -> float:
     if splits:
         parts = out.view(case.B, -1, case.Hkv, G * case.T, case.D)
         out = reduced(parts, values["arg_M"], values["arg_L"])
-    expected = attention(q, k, v, pos, case.window)
-    expected = expected.masked_fill(cache.finished[:, None, None, None], 0)
+    expected = attention(q, k, v, pos, case.window, ring=bool(cache.rings))
+    expected = expected.masked_fill(finished[:, None, None, None], 0)
     return (out.view_as(expected).float() - expected).abs().max().item()
 
 

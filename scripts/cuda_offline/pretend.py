@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch._subclasses import fake_tensor
@@ -76,8 +77,9 @@ def install() -> None:
 
 @contextmanager
 def gpu() -> Iterator[None]:
-    """Inside, tensors have no data."""
-    with torch.inference_mode(), FakeTensorMode():
+    """Inside, tensors have no data, and attention to full caches goes through flex_attention."""
+    flex = mock.patch.object(Transformer, "flex", True)
+    with flex, torch.inference_mode(), FakeTensorMode():
         yield
 
 
@@ -90,5 +92,4 @@ def model_on_gpu(config: ModelConfig, dtype: torch.dtype) -> Transformer:
             model = Transformer(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    model.flex = True
     return model
