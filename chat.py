@@ -31,28 +31,28 @@ class Format:
     """The layouts of a chat format."""
 
     name: str
-    known_by: tuple[str, ...]  # all are in the template without blanks and quotes; ¶: newline
-    system: str  # what the model is told before the first turn
+    known_by: tuple[str, ...]  # all are in the template without blanks, quotes and +; ¶: newline
+    system: str  # what the model is told before the first turn, or where {told} is in it
     turn: str  # what a user says, up to the model's answer
     end: str  # the token that ends the answer
     after: str = ""  # between the answer's end and the next turn
     inside: bool = False  # the system prompt is part of what the user says first
-    strip: bool = False  # blanks around what is said are dropped
+    strip: tuple[str, ...] = ()  # "user", "system": blanks around what they say are dropped
 
 
 FORMATS = (
     Format(
         "Llama 3",
-        ("<|start_header_id|>+message[role]+<|end_header_id|>¶¶+message[content]|trim+<|eot_id|>",),
+        ("<|start_header_id|>message[role]<|end_header_id|>¶¶message[content]|trim<|eot_id|>",),
         system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
         turn="<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         end="<|eot_id|>",
-        strip=True,
+        strip=("user", "system"),
     ),
     Format(
         "ChatML (Qwen)",
-        ("<|im_start|>+message[role]+¶+", "<|im_start|>assistant¶"),
+        ("<|im_start|>message[role]¶", "<|im_start|>assistant¶"),
         system="<|im_start|>system\n{system}<|im_end|>\n",
         turn="<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
         end="<|im_end|>",
@@ -60,17 +60,17 @@ FORMATS = (
     ),
     Format(
         "Llama 2",
-        ("bos_token+[INST]+content", "<<SYS>>"),
+        ("bos_token[INST]content", "<<SYS>>"),
         system="<<SYS>>\n{system}\n<</SYS>>\n\n",
         turn="[INST] {user} [/INST]",
         end="{eos}",
         after="{bos}",
         inside=True,
-        strip=True,
+        strip=("user",),
     ),
     Format(
         "Mistral",
-        ("[INST]+message[content]+[/INST]",),
+        ("[INST]message[content][/INST]",),
         system="{system}\n\n",
         turn="[INST] {user} [/INST]",
         end="{eos}",
@@ -78,10 +78,27 @@ FORMATS = (
     ),
     Format(
         "Zephyr (TinyLlama)",
-        ("<|user|>¶+message[content]+eos_token}}¶",),
+        ("<|user|>¶message[content]eos_token}}¶",),
         system="<|system|>\n{system}{eos}\n",
         turn="<|user|>\n{user}{eos}\n<|assistant|>\n",
         end="{eos}",
+        after="\n",
+    ),
+    Format(
+        "Gemma",
+        ("<start_of_turn>role¶", "<start_of_turn>model¶"),
+        system="{system}\n\n",
+        turn="<start_of_turn>user\n{told}{user}<end_of_turn>\n<start_of_turn>model\n",
+        end="<end_of_turn>",
+        after="\n",
+        strip=("user",),
+    ),
+    Format(
+        "Phi-3",
+        ("<|user|>¶message[content]<|end|>¶", "<|assistant|>¶"),
+        system="<|system|>\n{system}<|end|>\n",
+        turn="<|user|>\n{user}<|end|>\n<|assistant|>\n",
+        end="<|end|>",
         after="\n",
     ),
 )
@@ -105,7 +122,8 @@ class Chat:
         if self.format.inside and system is not None:
             user = self.format.system.replace("{system}", system) + user
         elif system is not None or self.preamble:
-            layout = self.format.system + layout
+            told = self.format.system
+            layout = layout.replace("{told}", told) if "{told}" in layout else told + layout
         return self.encode("{bos}" + layout, user, system or "")
 
     def reply(self, user: str, ended: bool = False) -> list[int]:
@@ -118,18 +136,21 @@ class Chat:
 
     def encode(self, layout: str, user: str, system: str = "") -> list[int]:
         """Ids of a layout: control tokens as such, the rest as text, joined where it touches."""
-        if self.format.strip:
-            user, system = user.strip(), system.strip()
-        words = {"{user}": user, "{system}": self.preamble + system}
+        strip = self.format.strip
+        user = user.strip() if "user" in strip else user
+        system = system.strip() if "system" in strip else system
+        words = {"{user}": user, "{system}": self.preamble + system, "{told}": ""}
         ids: list[int] = []
-        text = ""
-        for part in re.split(r"(\{\w+\}|<\|\w+\|>|\[/?INST\])", layout):
+        text, bare = "", False  # bare: behind a token that takes the blanks behind it
+        for part in re.split(r"(\{\w+\}|<\|\w+\|>|<\w+_of_turn>|\[/?INST\])", layout):
             token = self.ids[part] if part in self.ids else self.tokenizer.special(part)
             if token is not None:
                 ids += [*self.tokenizer.encode(text, bos=False), token]
                 text = ""
+                bare = part in self.tokenizer.added and self.tokenizer.added[part].rstrip
             elif part not in self.ids:
                 text += words.get(part, part)
+                text = text.lstrip() if bare else text
         return ids + self.tokenizer.encode(text, bos=False)
 
 
@@ -193,7 +214,7 @@ def read_template(checkpoint_dir: Path) -> tuple[Path, str]:
 
 def recognise(path: Path, template: str) -> Format:
     """The format whose marks the template has. Raises ValueError if it is none of ours."""
-    compact = re.sub(r"[ \t'\"]", "", re.sub(r"\\n|\r?\n", "¶", template))
+    compact = re.sub(r"[ \t'\"+]", "", re.sub(r"\\n|\r?\n", "¶", template))
     compact = re.sub(r"message\.(role|content)", r"message[\1]", compact)
     for form in FORMATS:
         if all(mark in compact for mark in form.known_by) and not any(o in compact for o in OTHERS):

@@ -27,7 +27,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
@@ -66,6 +66,7 @@ class Added:
     id: int
     special: bool  # a control token: is text unless the caller wants specials
     normalized: bool  # looked for after the normaliser, not before it
+    rstrip: bool = False  # blanks behind it are part of it
 
 
 class Tokenizer(ABC):
@@ -94,11 +95,13 @@ class Tokenizer(ABC):
 
     def split(self, text: str, specials: bool, normalized: bool) -> list[str | int]:
         """Text and ids of added tokens in turn, text first and last."""
-        tokens = {
-            self.normalize(token) if normalized else token: added.id
-            for token, added in self.added.items()
-            if added.normalized == normalized and (specials or not added.special)
-        }
+        tokens = {}
+        for token, added in self.added.items():
+            if added.normalized == normalized and (specials or not added.special):
+                token = self.normalize(token) if normalized else token
+                tokens[token] = added.id
+                if added.rstrip:
+                    text = re.sub(rf"(?<={re.escape(token)})\s+", "", text)
         return [tokens[part] if n % 2 else part for n, part in enumerate(split_at(tokens, text))]
 
     def normalize(self, text: str) -> str:
@@ -139,7 +142,7 @@ class SentencePieceTokenizer(Tokenizer):
             if not re.fullmatch("[0-9]{1,9}", number):
                 raise listed[number].refused("under the id of the token")
             text, added = read_added(listed[number], int(number))
-            self.added[text] = Added(added.id, added.special, False)
+            self.added[text] = replace(added, normalized=False)
         n = model.vocab_size()
         self.more = {token.id: text for text, token in self.added.items() if token.id >= n}
         self.vocab_size = max([n, *(i + 1 for i in self.more)])
@@ -299,14 +302,16 @@ def read_pattern(file: Json) -> str:
 
 def read_added(token: Json, i: int) -> tuple[str, Added]:
     """Text and properties of an added token. Raises ValueError for those we do not have."""
-    for field in ("single_word", "lstrip", "rstrip"):
+    for field in ("single_word", "lstrip"):
         token[field].only(False, None)
+    token["rstrip"].only(False, True, None)
     text = token["content"].of(str)
     if not text or surrogate(text) is not None:
         raise token["content"].refused("text")
     if not 0 <= i < 2**31:
         raise token["id"].refused("a number from 0 to 2147483647")
-    return text, Added(i, token["special"].value is True, token["normalized"].value is True)
+    flags = (token[name].value is True for name in ("special", "normalized", "rstrip"))
+    return text, Added(i, *flags)
 
 
 def surrogate(text: str) -> int | None:

@@ -354,7 +354,7 @@ REFUSALS = [  # field, value, what the message says
      "id is '<x>', supported is only one of added_tokens"),
     ("added_tokens", {}, "added_tokens is {}"),
     ("added_tokens.0.lstrip", True, r"added_tokens\[0\].lstrip is True"),
-    ("added_tokens.0.rstrip", True, r"added_tokens\[0\].rstrip is True"),
+    ("added_tokens.0.rstrip", 1.5, r"added_tokens\[0\].rstrip is 1.5"),
     ("added_tokens.0.single_word", True, r"added_tokens\[0\].single_word is True"),
     ("added_tokens.0.content", "", r"added_tokens\[0\].content is ''"),
     ("added_tokens.0.content", "\ud800", r"added_tokens\[0\].content is '\\ud800'"),
