@@ -28,6 +28,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from config import (
     MODELS,
@@ -203,7 +204,7 @@ class Prediction:
         if not wins(max_length):
             return None
         full = {self.strategy.budget, *layer_windows(self.strategy.model or self.target)}
-        ends = sorted({1, max_length, *(n for n in full if 0 < n < max_length)}, reverse=True)
+        ends = sorted({1, max_length, *(int(n) for n in full if 0 < n < max_length)}, reverse=True)
         for high, low in itertools.pairwise(ends):
             if not wins(low):
                 while high - low > 1:
@@ -363,7 +364,7 @@ def best_line(ranked: list[Prediction]) -> str:
 class Parser(argparse.ArgumentParser):
     """Raises ValueError, in one line, where argparse prints a usage text and exits."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Called by argparse for a command line that it cannot read."""
         raise ValueError(f"{message} (see --help)")
 

@@ -68,7 +68,8 @@ class Drafter:
     """One strategy at work. The engine asks it to `refresh`, then to `propose`."""
 
     reads = "{policy} draft cache of {budget} tokens ({n_sink} sinks)"  # for people, see `label`
-    judges_itself = False  # has `look_back`: what it would have got right, without any rounds
+    judges_itself = False  # by `look_back`: what it would have got right, without any rounds
+    look_back: Callable[[int], tuple[list[int], list[int]]]
     n_selected = 0  # tokens of a row that `select` keeps by choice
     writes: Caches = ()  # what a verification writes besides the target's own cache
 

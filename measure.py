@@ -54,7 +54,7 @@ def warm_up(engine: Engine, auto: Auto | None, later_turns: bool = False) -> Non
     """Compile every shape that will run; the automatic choice is calibrated."""
     engine.warm_up(later_turns)
     if auto:
-        auto.prepare()
+        auto.calibrate()
 
 
 def decode(
@@ -107,9 +107,9 @@ def measure(
         main = decoding("decoding", auto.decode if auto else lambda: decode(engine))
     if auto:
         say(auto.explain())
-        auto.install(auto.chosen)
+        engine.switch(auto.first.candidate.drafter if auto.first.candidate else None)
     engine.rewind()
-    times = step_times(engine, gamma=auto.gamma if auto else None)
+    times = step_times(engine, gamma=auto.first.gamma if auto else None)
     return Measurement(
         setting(engine, auto), lengths, compile_seconds, prefill_seconds, draft_prefill_seconds,
         {name: statistics.median(values) for name, values in times.items()},
@@ -132,7 +132,7 @@ def setting(engine: Engine, auto: Auto | None) -> dict:
     if drafter and drafter.select_every:
         plan["select_every"] = drafter.select_every
     if auto:
-        plan |= auto.decision() | {"gamma": auto.gamma}
+        plan |= auto.decision() | {"gamma": auto.first.gamma}
     draft_model = drafter and drafter.own_model
     return {
         "environment": environment(engine),

@@ -15,8 +15,7 @@ sheet's peaks times efficiencies. A layer with a sliding window reads its window
 At long context the attention stage of T = 1 and of T = gamma + 1 read the same bytes. So checking
 gamma + 1 tokens takes hardly longer than decoding one, and speculation is possible.
 
-**The constants.** A preset has one set per type of GPU (`HARDWARE`). For another device, or one
-that is shared, `fit` finds them from a few timed forwards of a real model.
+Constants are presets, by type of GPU, or are fitted to a few timed forwards of a real model.
 """
 
 import itertools
@@ -111,6 +110,12 @@ class ForwardTime:
         reading = self.weights + self.kv + self.activations
         return reading + self.compute_beyond + self.all_reduce + self.fixed
 
+    def scaled(self, read: float, compute: float, fixed: float) -> "ForwardTime":
+        """On a device that takes these times as long for reading, for computing, per layer."""
+        linear, attention = self.linear_compute * compute, self.attention_compute * compute
+        weights, kv, new = self.weights * read, self.kv * read, self.activations * read
+        return ForwardTime(weights, linear, kv, attention, new, self.all_reduce, self.fixed * fixed)
+
 
 def activation_bytes(m: ModelConfig, itemsize: int = 2) -> int:
     """Bytes that pass through memory per new token, besides weights and cached K and V.
@@ -185,31 +190,31 @@ def fit(m: ModelConfig, hw: Hardware, timings: list[Timing]) -> tuple[Hardware, 
     The constants are the two efficiencies and the fixed time per layer. The squared logarithm of
     predicted / measured is minimised by stepping all of them up or down by a factor that shrinks.
     Leaving its old value costs a constant a little (DRIFT). So one that the timings do not show
-    stays, and two that explain the same do not run off in opposite directions.
-
-    Returned with it is the median of |predicted / measured - 1|. ValueError without timings.
+    stays, and two that explain the same do not run off in opposite directions. Returned with it is
+    the median of |predicted / measured - 1|. ValueError without timings.
     """
     if not timings:
         raise ValueError("there are no timings to fit to")
-    before, names = hw, ("bandwidth_efficiency", "flop_efficiency", "layer_seconds")
+    before = [forward_time(m, hw, t.workload, t.T, t.context) for t in timings]
 
-    def ratios(h: Hardware) -> list[float]:
-        return [forward_time(m, h, t.workload, t.T, t.context).total / t.seconds for t in timings]
+    def ratios(change: tuple[float, ...]) -> list[float]:
+        bandwidth, flops, layer = change
+        scaled = (t.scaled(1 / bandwidth, 1 / flops, layer) for t in before)
+        return [p.total / t.seconds for p, t in zip(scaled, timings, strict=True)]
 
-    def error(h: Hardware) -> float:
-        drift = (math.log(getattr(h, n) / getattr(before, n)) ** 2 for n in names)
-        return sum(math.log(r) ** 2 for r in ratios(h)) + DRIFT * sum(drift)
+    def error(change: tuple[float, ...]) -> float:
+        drift = DRIFT * sum(math.log(c) ** 2 for c in change)
+        return sum(math.log(r) ** 2 for r in ratios(change)) + drift
 
-    factor = 2.0
+    names = ("bandwidth_efficiency", "flop_efficiency", "layer_seconds")
+    best, factor = tuple(1.0 for _ in names), 2.0  # new / old
     while factor > 1.001:
-        moves = itertools.product((1 / factor, 1.0, factor), repeat=len(names))
-        tried = [
-            replace(hw, **{n: getattr(hw, n) * f for n, f in zip(names, move, strict=True)})
-            for move in moves
-        ]
-        best = min(tried, key=error)
-        if error(best) < error(hw):
-            hw = best
+        moves = itertools.product((1 / factor, 1.0, factor), repeat=3)
+        tried = [tuple(c * f for c, f in zip(best, move, strict=True)) for move in moves]
+        change = min(tried, key=error)
+        if error(change) < error(best):
+            best = change
         else:
             factor = factor**0.5
-    return hw, statistics.median(abs(r - 1) for r in ratios(hw))
+    constants = {n: getattr(hw, n) * c for n, c in zip(names, best, strict=True)}
+    return replace(hw, **constants), statistics.median(abs(r - 1) for r in ratios(best))

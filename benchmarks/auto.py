@@ -14,6 +14,7 @@ import argparse
 import statistics
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -33,14 +34,6 @@ from roofline import Workload, forward_time
 from sampling import Sampling
 from spec_decode import Engine
 from tokenizer import load_tokenizer
-
-
-def fixed_choices() -> dict[str, tuple[Strategy, int]]:
-    return {
-        f"{policy} {gamma}": (Strategy(policy, max(GAMMAS)), gamma)
-        for policy in AUTO_POLICIES
-        for gamma in GAMMAS
-    }
 
 
 def predicted_against_timed(engine: Engine, auto: Auto, repeats: int) -> list[dict]:
@@ -88,16 +81,14 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
         if engine.batch.outputs() != expected:
             raise RuntimeError(f"{name} at B = {B}, S = {S} changed the output")
 
-    engine.use(Strategy())
+    fixed = {policy: engine.add(Strategy(policy, max(GAMMAS))) for policy in AUTO_POLICIES}
     decode(engine, 0)
     for _ in range(repeats):
-        engine.use(Strategy())
         run("plain", lambda: decode(engine, 0))
-        for name, (strategy, gamma) in fixed_choices().items():
-            engine.use(strategy)
+        for (policy, drafter), gamma in product(fixed.items(), GAMMAS):
+            engine.switch(drafter)
             engine.verify(engine.draft(gamma).tokens)  # compile
-            run(name, lambda g=gamma: decode(engine, g))
-        engine.use(Strategy())
+            run(f"{policy} {gamma}", lambda g=gamma: decode(engine, g))
         run("auto", auto.decode)
     median = {name: statistics.median(values) for name, values in speeds.items()}
     plain, ours = median.pop("plain"), median.pop("auto")
@@ -108,7 +99,7 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
         "prefix_len": S,
         "prepare_seconds": compile_s,
         "tokens_per_s": speeds,
-        "auto_chose": auto.describe(auto.chosen, auto.gamma),
+        "auto_chose": str(auto.first),
         "auto_ended_with": auto.last,
         "auto_over_plain": ours / plain,
         "best_fixed": best if median[best] > plain else "none",

@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_main(tmp_path, monkeypatch):
     """Runs a benchmark's command in this process, which has torch imported; its JSON file."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch._dynamo, "reset", lambda: None)  # other tests' blocks stay compiled
 
     def run(name: str, *flags: str) -> Path:

@@ -29,11 +29,6 @@ PLAIN = ["--draft", "none"]
 FIXED = ["--draft", "streaming", "--gamma", "5"]  # where the choice must not follow the clock
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where calibrations are kept
-
-
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     """A tiny random model with the demo's tokenizer."""

@@ -37,7 +37,7 @@ ALGORITHM = {  # eight chapters, and what they stand on
 ECONOMICS = {
     "roofline": (220, "config"),
     "cost_model": (430, "config families roofline"),
-    "auto": (340, "batch cost_model device drafters policies roofline sampling spec_decode"),
+    "auto": (340, "batch cost_model device drafters model policies roofline sampling spec_decode"),
 }
 IN_AND_OUT = {
     "tokenizer": (445, "config"),
