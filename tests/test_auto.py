@@ -219,6 +219,89 @@ def test_what_was_seen_before_counts_for_a_few_rounds_at_most():
     assert alone.tokens(1) == 2 and alone.rounds == 5
 
 
+def trials(auto: Auto, monkeypatch, **accepted: list[int]) -> list[tuple[str, int, int]]:
+    """Who is probed, with which gamma, for how many rounds; they have these outcomes, by policy."""
+    runs = []
+
+    def run(c, gamma, n):
+        runs.append((c.strategy.policy, gamma, n))
+        counts = accepted[c.strategy.policy]
+        return counts, [0, 0, 0, sum(counts)]
+
+    monkeypatch.setattr(auto, "run", run)
+    auto.probe(auto.verify_seconds())
+    return runs
+
+
+@pytest.mark.parametrize("to_come, n", [(60, 1), (300, 3), (9999, 5)])
+def test_a_trial_is_short_where_little_is_to_come(monkeypatch, to_come, n):
+    """4% of the tokens to come, or 200 drafts for 4 rows, in quarters."""
+    auto = prefilled(candidates("streaming"), CHEAP, monkeypatch)
+    auto.engine.batch.limit.copy_(auto.engine.batch.seq_len + to_come)
+    assert trials(auto, monkeypatch, streaming=[0, 0, 0, 9]) == [("streaming", 3, n)] * 4
+
+
+def test_a_trial_ends_after_a_quarter_if_the_draft_cannot_win(monkeypatch):
+    auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch)
+    assert trials(auto, monkeypatch, streaming=[9, 0, 0, 0]) == [("streaming", 3, 1)]
+
+
+@pytest.mark.parametrize("to_come, tried", [(36, False), (38, True)])
+def test_a_trial_is_worth_it_if_what_it_costs_is_less_than_hoped(monkeypatch, to_come, tried):
+    """A round takes 1.9 plain steps. With 3.7 tokens it saves 49% of what is to come; 5% of it."""
+    verify = {0: 1.0, 3: 1.9}
+    auto = prefilled(candidates("streaming"), verify, monkeypatch)
+    auto.engine.batch.limit.copy_(auto.engine.batch.seq_len + to_come)
+    saved = to_come * (1 - 1.9 / omega(3, 0.95))
+    assert (0.05 * saved > 0.9) == tried
+    runs = trials(auto, monkeypatch, streaming=[0, 0, 0, 9])
+    assert bool(runs) == tried
+
+
+def test_nobody_is_tried_who_cannot_beat_the_best(monkeypatch):
+    """The cheapest goes first; what it reaches, or prompt lookup, is what others must hope for."""
+    cheap, dear = candidates("streaming", "snapkv")
+    cheap.t_draft, dear.t_draft = 0.01, 0.02
+    auto = prefilled([dear, cheap], CHEAP, monkeypatch, n=300)
+    runs = trials(auto, monkeypatch, streaming=[0, 0, 0, 9], snapkv=[0, 0, 0, 9])
+    assert {policy for policy, _, _ in runs} == {"streaming"}
+    cheap.record = dear.record = Record()
+    runs = trials(auto, monkeypatch, streaming=[9, 0, 0, 0], snapkv=[0, 0, 0, 9])
+    assert {policy for policy, _, _ in runs} == {"streaming", "snapkv"}
+    cheap.record, dear.record = Record(), saw([0, 0, 0, 9])  # known already, as by looking back
+    assert not trials(auto, monkeypatch)
+
+
+def test_every_text_is_judged_anew(monkeypatch):
+    """Before the probe and after it; the probe's own candidates by their rounds."""
+    auto = prefilled(candidates("ngram", "streaming"), CHEAP, monkeypatch)
+    lookup, streaming = auto.candidates
+    lookup.record = streaming.record = saw([9, 0, 0, 0])
+    outcomes, known = [[0, 0, 0, 4], [4, 0, 0, 4]], []
+    monkeypatch.setattr(lookup.drafter, "look_back", lambda g: (outcomes.pop(0), [0, 0, 0, 8]))
+
+    def probe(verify):
+        known.extend((lookup.record, streaming.record))
+        streaming.record = saw([7, 0, 0, 1])
+
+    monkeypatch.setattr(auto, "probe", probe)
+    monkeypatch.setattr(auto, "follow", lambda: None)
+    auto.decode()
+    assert known == [saw([0, 0, 0, 4]), Record()] and not outcomes
+    assert lookup.probed == lookup.record == saw([4, 0, 0, 4])
+    assert streaming.probed == saw([7, 0, 0, 1])
+    auto.look_back(drafting=lookup)  # would ask for a third outcome
+    assert auto.first.candidate is lookup
+
+
+def test_who_was_not_probed_is_not_chosen(monkeypatch):
+    auto = prefilled(candidates("streaming", "snapkv"), CHEAP, monkeypatch)
+    probes(auto, monkeypatch, snapkv=[50, 0, 0, 50])
+    auto.decode()
+    assert auto.first.candidate is auto.candidates[1]
+    assert "streaming 24: T_D 0.0 ms, not probed" in auto.explain()
+
+
 def test_the_first_choice_has_the_least_predicted_time_whoever_was_probed_last(monkeypatch):
     better, later = candidates("streaming", "snapkv")
     better.t_draft, later.t_draft = 0.10, 0.112
@@ -356,7 +439,7 @@ def test_calibration_finds_the_times_of_a_known_machine(monkeypatch, factor, wit
 
 def test_a_slow_moment_does_not_count(monkeypatch):
     """One sweep of each three takes ten times as long; the first of all, which compiles, too."""
-    engine = Engine(tiny_model(), 2, 200, Strategy(), Sampling())
+    engine = Engine(tiny_model(), 2, 200, Strategy("streaming", 3, 24, 3), Sampling())
     clock, accept = on_a_known_machine(engine, {}, monkeypatch), engine.accept
     calls = []
 
@@ -370,6 +453,7 @@ def test_a_slow_moment_does_not_count(monkeypatch):
     auto = Auto(engine, [], GAMMAS)
     auto.fit()
     assert calls == [0, 1, 3, 0, 1, 3] * (SWEEPS + 1)
+    assert engine.drafter is None  # the verifications wrote into the full cache alone
     for gamma, seconds in auto.verify_seconds(100).items():
         assert seconds == pytest.approx(gamma + 1, rel=0.05)
 
