@@ -70,17 +70,16 @@ def test_flex_attention_on_the_cpu_needs_avx2(monkeypatch, capability, runs):
 
 
 def test_a_compiler_that_is_missing_is_noticed_before_the_cache_hides_it(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
-    monkeypatch.setattr(torch, "compile", lambda f: f)  # as if all were in the cache
-    assert not compiler_runs(CPU)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "python"))
-    assert compiler_runs(CPU)
-
     def broken(f):
         raise RuntimeError("no such target")
 
-    monkeypatch.setattr(torch, "compile", broken)
-    assert not compiler_runs(CPU)
+    monkeypatch.setattr(torch, "compile", lambda f: f)  # as if all were in the cache
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
+        assert not compiler_runs(CPU)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "python")}):
+        assert compiler_runs(CPU)
+        monkeypatch.setattr(torch, "compile", broken)
+        assert not compiler_runs(CPU)
 
 
 def test_a_clock_returns_the_seconds_and_the_result():

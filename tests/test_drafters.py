@@ -103,7 +103,9 @@ def test_greedy_output_is_the_same_compiled(strategy, monkeypatch):
     assert generate(engine, PROMPTS, 45)[0] == greedy_of((4, 2), 45)
 
 
-@pytest.mark.parametrize(("strategy", "sampling"), zip(STRATEGIES, cycle(SAMPLINGS), strict=False))
+@pytest.mark.parametrize(
+    ("strategy", "sampling"), [*zip(STRATEGIES, cycle(SAMPLINGS), strict=False)]
+)
 def test_the_sampled_loop_has_the_targets_distribution(strategy, sampling):
     policy, settings, context = STRATEGIES[strategy]
     draft = draft_model(context, vocab_size=5) if context else None

@@ -326,7 +326,10 @@ SAMPLINGS = [Sampling(1.0), Sampling(0.8, top_k=3), Sampling(1.2, top_p=0.7)]
 
 @pytest.mark.parametrize(
     "sampling, strategy",
-    zip([*SAMPLINGS, SAMPLINGS[2]], map(streaming, (3, 1, 0, 3), [1] * 4, [0] * 4), strict=True),
+    [
+        (s, streaming(n, 1, 0))
+        for s, n in zip([*SAMPLINGS, SAMPLINGS[2]], (3, 1, 0, 3), strict=True)
+    ],
 )
 def test_the_sampled_loop_has_the_targets_distribution(sampling, strategy):
     assert chi_square_excess(five_tokens(), [1, 4, 2, 0, 3, 1, 1, 2], sampling, strategy) < 4
