@@ -36,7 +36,7 @@ So a draft that was trained on 512 tokens drafts for a text of 32,768.
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,7 @@ class Drafter:
     judges_itself = False  # by `look_back`: what it would have got right, without any rounds
     look_back: Callable[[int], tuple[list[int], list[int]]]
     n_selected = 0  # tokens of a row that `select` keeps by choice
+    caches: tuple[Any, ...]  # what `build` made
     writes: Caches = ()  # what a verification writes besides the target's own cache
 
     def __init__(
@@ -90,8 +91,11 @@ class Drafter:
         self.selected_at: int | None = None  # round before which it selected last
 
     @staticmethod
-    def check(strategy: Strategy, draft: ModelConfig | None, max_len: int) -> None:
-        """ValueError if the strategy does not go with the draft model or the longest text."""
+    def check(strategy: Strategy, draft: Any, max_len: int) -> None:
+        """ValueError if the strategy does not go with the longest text, or with its own model.
+
+        `draft` is the ModelConfig of that model, None if it has none.
+        """
 
     @staticmethod
     def build(

@@ -99,13 +99,15 @@ def select_snapkv(layer: Layer, n_selected: int) -> Tensor:
     come first; the observed window is left out. Row by row if need be: the scores of all rows are
     [B, H, W, S].
     """
-    W, H = layer.queries.shape[1:3]
-    rows = max(SCORE_BYTES // (4 * H * W * layer.k.shape[2]), 1)
-    parts = zip(*(t.split(rows) for t in (layer.k, layer.queries, layer.n_cached)), strict=True)
+    k, queries, n_cached = layer.k, layer.queries, layer.n_cached
+    assert queries is not None, "an entry that observes is given them"
+    W, H = queries.shape[1:3]
+    rows = max(SCORE_BYTES // (4 * H * W * k.shape[2]), 1)
+    parts = zip(k.split(rows), queries.split(rows), n_cached.split(rows), strict=True)
     scores = torch.cat([attention_received(*part) for part in parts])
     scores = F.avg_pool1d(scores, POOL, stride=1, padding=POOL // 2)
     slot = torch.arange(scores.shape[-1], device=scores.device)
-    start = observed(layer.n_cached, W)[:, None, :1]
+    start = observed(n_cached, W)[:, None, :1]
     scores = scores.masked_fill(slot < layer.n_sink, torch.inf).masked_fill(slot >= start, -1)
     score, pos = scores.topk(n_selected, dim=-1)
     return pos.masked_fill(score < 0, NEVER)
@@ -178,7 +180,7 @@ class Strategy:
 
     def describe(self) -> dict[str, str | int]:
         """What the JSON says of it."""
-        named = {"strategy": self.policy, "gamma": self.gamma}
+        named: dict[str, str | int] = {"strategy": self.policy, "gamma": self.gamma}
         return named | ({"draft_budget": self.budget} if self.policy in POLICIES else {})
 
     def __str__(self) -> str:

@@ -160,7 +160,7 @@ def accept(
     u: Tensor | None,  # [B, gamma + 1] uniforms in [0, 1); None when greedy
 ) -> tuple[Tensor, Tensor]:  # n_accepted [B], next_token [B]
     """How many drafts stay and what follows them, by the rule that the sampling asks for."""
-    if sampling.greedy:
+    if u is None:
         return accept_greedy(draft.tokens, logits.argmax(dim=-1))
     return accept_sampled(draft, logits_to_probs(logits, sampling), u[:, 1:], u[:, 0])
 
