@@ -63,6 +63,7 @@ TEXT_STATE = {  # of batch.Batch
     "tokens", "seq_len", "prompt_len", "limit", "finished", "eos", "accepted", "drafted", "n_rounds"
 }  # fmt: skip
 SHAPE = r"\[(\.{3}|\d+|[A-Z]\w*|n|dim|gamma|)([, +*-][^][]*)?\]"  # [B, T], [..., V], [2 * dim], []
+REGISTRY = "drafter_class"  # the function that looks a strategy's name up in DRAFTERS
 STRATEGIES = {"none", "full", "ngram", "model", "streaming", "snapkv"}
 
 
@@ -112,14 +113,24 @@ def parameters(function: ast.FunctionDef) -> list[ast.arg]:
     return [arg for arg in found if arg.arg not in ("self", "cls")]
 
 
-def attributes(target: ast.AST) -> set[str]:
-    """Names of attributes on the way to what is written: {"batch", "tokens"} of batch.tokens[0]."""
-    names = set()
-    while isinstance(target, ast.Attribute | ast.Subscript | ast.Starred):
+def own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
+    """What is in a function, or in a module, but not in the functions inside."""
+    todo = [*ast.iter_child_nodes(scope)]
+    while todo:
+        node = todo.pop()
+        yield node
+        if not isinstance(node, ast.FunctionDef):
+            todo += ast.iter_child_nodes(node)
+
+
+def path(target: ast.AST) -> list[str]:
+    """Names on the way to what is written: ["engine", "batch", "tokens"] of .tokens[0]."""
+    names: list[str] = []
+    while isinstance(target, ast.Attribute | ast.Subscript | ast.Starred | ast.Call):
         if isinstance(target, ast.Attribute):
-            names.add(target.attr)
-        target = target.value
-    return names | ({target.id} if isinstance(target, ast.Name) else set())
+            names.insert(0, target.attr)
+        target = target.func if isinstance(target, ast.Call) else target.value
+    return [target.id if isinstance(target, ast.Name) else "", *names]
 
 
 def written(node: ast.AST) -> list[ast.expr]:
@@ -214,7 +225,7 @@ def modules_keep_no_state(sources: list[Source]) -> Iterator[str]:
                 targets = written(node)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 targets += [node.func.value] * (node.func.attr in mutators.split())
-            for name in sorted(set().union(*map(attributes, targets)) & names.keys()):
+            for name in sorted(set().union(*map(path, targets)) & names.keys()):
                 yield f"{source.name}.py, line {node.lineno} writes to {names[name]}.{name}"
 
 
@@ -276,27 +287,32 @@ def nothing_stands_twice(sources: list[Source]) -> Iterator[str]:
 
 
 def only_the_batch_writes_its_text(sources: list[Source]) -> Iterator[str]:
-    """Neither attributes nor, in place, what they hold, also under the attribute's own name.
+    """Neither its attributes nor, in place, what they hold, also under a local name.
 
     A class may have attributes of these names: what it assigns to itself when it is made.
     """
     for source in sources:
         if source.name == "batch":
             continue
-        own = {
-            id(node)
-            for function in functions(source)
-            if function.name == "__init__"
-            for node in ast.walk(function)
-            if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)
-        }
-        for node in nodes(source, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Delete, ast.Call):
-            targets = [t for t in written(node) if not isinstance(t, ast.Name)]
-            if isinstance(node, ast.Call):
-                targets = written(node)
-            names = set().union(*map(attributes, targets)) & TEXT_STATE
-            if names and id(node) not in own:
-                yield f"{source.name}.py, line {node.lineno} writes {', '.join(sorted(names))}"
+        for scope in (source.tree, *functions(source)):
+            inside, local = [*own_nodes(scope)], {}
+            if isinstance(scope, ast.FunctionDef):
+                local = {arg.arg: arg.arg for arg in parameters(scope)}
+            for node in inside:
+                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
+                    names = [t.id for t in node.targets if isinstance(t, ast.Name)]
+                    local |= dict.fromkeys(names, node.value.attr)
+            for node in inside:
+                for target in written(node):
+                    root, *rest = path(target)
+                    if not isinstance(target, ast.Name) or isinstance(
+                        node, ast.AugAssign | ast.Call
+                    ):
+                        rest.append(local.get(root, ""))
+                    names = TEXT_STATE.intersection(rest)
+                    made = root == "self" and getattr(scope, "name", "") == "__init__"
+                    if names and (isinstance(node, ast.Call) or not made):
+                        yield f"{source.name}.py, line {node.lineno} writes {', '.join(names)}"
 
 
 def reports_know_no_drafters(sources: list[Source]) -> Iterator[str]:
@@ -312,10 +328,10 @@ def strategies_are_not_compared(sources: list[Source]) -> Iterator[str]:
     """A strategy's name is compared in the classes of strategies and in the command only."""
     for source in sources:
         for part in source.tree.body:
-            place = source.name, isinstance(part, ast.ClassDef) and part.name
-            if place[0] in ("options", "generate") or place == ("cost_model", "Strategy"):
+            place = source.name, getattr(part, "name", "")
+            if place[0] in ("options", "generate") or place[1] == "Strategy":
                 continue
-            if place[0] == "drafters" and place[1]:
+            if place[0] == "drafters" and (isinstance(part, ast.ClassDef) or place[1] == REGISTRY):
                 continue
             for node in ast.walk(part):
                 if isinstance(node, ast.Compare | ast.MatchValue):
@@ -391,6 +407,9 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
         "a.py, line 1 writes tokens": {"a": "engine.batch.tokens[0, :3].copy_(x)"},
         "a.py, line 1 writes limit": {"a": "a, batch.limit = 1, 2"},
         "a.py, line 2 writes finished": {"a": "def f(finished):\n    finished.logical_or_(1)"},
+        "a.py, line 3 writes prompt_len": {"a": "def f(b):\n    n = b.prompt_len\n    n[0] = 3"},
+        "a.py, line 3 writes n_rounds": {"a": "def f(b):\n    n = b.n_rounds\n    n += 3"},
+        "line 1 writes seq_len": {"a": "batch.seq_len.view(2, 2).zero_()"},
         "a.py, line 1 writes eos": {"a": "torch.add(a, b, out=batch.eos)"},
         "a.py, line 3 writes tokens": {"a": "class A:\n    def f(self):\n        self.tokens = 1"},
     }),
