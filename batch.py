@@ -156,19 +156,19 @@ class Batch:
             (ends & (i < n_new[:, None])).any(dim=1) | (self.seq_len >= self.limit)
         )
 
-    def snapshot(self) -> list[Tensor]:
+    def snapshot(self) -> list[Tensor]:  # [B], [B], [MAX_GAMMA + 1] twice, []
         """Copies of all that a round changes, but not of the tokens that it writes."""
         progress = (self.seq_len, self.finished, self.accepted, self.drafted, self.n_rounds)
         return [t.clone() for t in progress]
 
     def restore(self, snapshot: list[Tensor]) -> None:
-        """Back to a snapshot, in place."""
+        """Back to a snapshot ([B], [B], [MAX_GAMMA + 1] twice, []), in place."""
         progress = (self.seq_len, self.finished, self.accepted, self.drafted, self.n_rounds)
         for t, value in zip(progress, snapshot, strict=True):
             t.copy_(value)
 
     @contextmanager
-    def pretend(self, lengths: Tensor, max_new_tokens: int) -> Iterator[None]:
+    def pretend(self, lengths: Tensor, max_new_tokens: int) -> Iterator[None]:  # [B] int64
         """Inside, row b has lengths[b] decided tokens, at least 2, and may get so many new ones.
 
         What they are means nothing. ValueError if there is a text, which would be written over.

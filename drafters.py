@@ -184,7 +184,7 @@ class Drafter:
             sparse.fill(i, full, selected, n_cached)
 
 
-def within_vocabulary(model: Transformer, tokens: Tensor) -> Tensor:
+def within_vocabulary(model: Transformer, tokens: Tensor) -> Tensor:  # [B, T] int64, both
     """Tokens that the model has: the target may have more padding rows, which no text uses."""
     return tokens.clamp_max(model.config.vocab_size - 1)
 

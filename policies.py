@@ -62,7 +62,7 @@ def observed(n_cached: Tensor, obs_window: int) -> Tensor:  # [B] -> [B, W]
     return start[:, None] + torch.arange(obs_window, device=n_cached.device)
 
 
-def select_streaming(layer: Layer, n_selected: int) -> Tensor:
+def select_streaming(layer: Layer, n_selected: int) -> Tensor:  # [B, Hkv, n_selected]
     """StreamingLLM (arXiv 2309.17453): the first tokens of the text, the attention sinks."""
     first = torch.arange(n_selected, device=layer.k.device)
     return first.expand(*layer.k.shape[:2], n_selected)
@@ -91,7 +91,7 @@ def attention_received(
     return received.masked_fill(slot >= pos[:, None, :1], 0)
 
 
-def select_snapkv(layer: Layer, n_selected: int) -> Tensor:
+def select_snapkv(layer: Layer, n_selected: int) -> Tensor:  # [B, Hkv, n_selected]
     """SnapKV (arXiv 2404.14469): per KV head, what the newest queries attend to most.
 
     Scores are pooled over POOL neighbours, so that a token is kept with its surroundings: a draft

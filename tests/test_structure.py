@@ -229,6 +229,12 @@ def modules_keep_no_state(sources: list[Source]) -> Iterator[str]:
                 yield f"{source.name}.py, line {node.lineno} writes to {names[name]}.{name}"
 
 
+def ancestors(scope: ast.AST | None, classes: dict[str, ast.ClassDef]) -> list[str]:
+    """Names of the classes that one derives from, as far as they are among these."""
+    names = [ast.unparse(base) for base in getattr(scope, "bases", ())]
+    return names + [more for name in names for more in ancestors(classes.get(name), classes)]
+
+
 def tensors_have_shapes(sources: list[Source]) -> Iterator[str]:
     """In comments of the signature, in the docstring, or in the function that is overridden."""
     for source in sources:
@@ -240,7 +246,7 @@ def tensors_have_shapes(sources: list[Source]) -> Iterator[str]:
         classes = {n.name: n for n in source.tree.body if isinstance(n, ast.ClassDef)}
         known: set[tuple[str, str]] = set()  # (class, method), bases first
         for scope in (source.tree, *classes.values()):
-            bases = [ast.unparse(base) for base in getattr(scope, "bases", ())]
+            bases = ancestors(scope, classes)
             for node in scope.body:
                 if isinstance(node, ast.FunctionDef):
                     hints = [arg.annotation for arg in parameters(node)] + [node.returns]
