@@ -46,13 +46,13 @@ def demo_prompts(tokenizer: Tokenizer, n_rows: int, longest: int) -> list[list[i
     """Beginnings of standard modules, cut to the demo's lengths."""
     names = [DEMO_MODULES[row % len(DEMO_MODULES)] for row in range(n_rows)]
     lengths = demo_lengths(n_rows, longest)
-    n = 8 * longest + 99  # characters; no text of a program has so many in `longest` tokens
+    n = 8 * longest + 99  # characters; `longest` tokens of a program have fewer
     ids = {name: tokenizer.encode(module_source(name)[:n]) for name in dict.fromkeys(names)}
     return [ids[name][:length] for name, length in zip(names, lengths, strict=True)]
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without the mark that some editors put at its beginning."""
+    """The text of a UTF-8 file, without the mark that some editors put first. Else ValueError."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
