@@ -6,7 +6,6 @@ nothing left to do. `timed` is one such reading, `median_seconds` a repeated one
 
 import platform
 import resource
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -31,24 +30,6 @@ def find_device(name: str) -> torch.device:
             raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(device)  # streams and graphs are of the current device
     return device
-
-
-def flex_runs(device: torch.device) -> bool:
-    """Whether compiled flex_attention has a kernel for the device (CPU: x86 with AVX2)."""
-    # Not `in`: a CPU without it is said to have "NO AVX".
-    return device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX")
-
-
-def compiler_runs(device: torch.device) -> bool:
-    """Whether torch.compile works for the device on this machine: the CPU needs a C++ compiler."""
-    compilers = [name for name in torch._inductor.config.cpp.cxx if name]
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        return False  # asked first, because a warm cache would hide it from the probe below
-    try:
-        torch.compile(torch.neg)(torch.ones(3, device=device))
-    except Exception:  # whatever is missing or broken, the answer is to run eagerly
-        return False
-    return True
 
 
 def free_memory(device: torch.device) -> int | None:

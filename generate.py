@@ -41,10 +41,11 @@ from auto import Auto, Candidate, draft_lengths
 from batch import MAX_EOS
 from checkpoint import DTYPES, Checkpoint, open_checkpoint, write_file, write_json
 from config import kv_bytes_per_token
-from device import check_fits, compiler_runs, find_device, timed
+from device import check_fits, find_device, timed
 from drafters import check_strategy
+from kernels import compile_blocks, compiler_runs
 from measure import Progress, Request, decode, measure, warm_up
-from model import Transformer, compile_blocks
+from model import Transformer
 from options import Options, check_targets, parse_args
 from policies import Strategy
 from sampling import Sampling

@@ -59,12 +59,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-NEVER = 2**62  # position of a selected slot that holds nothing: later than any query
-Q_BLOCK = 128  # queries per flex_attention block
-# Programs of the split-KV kernel that a multiprocessor of Hopper runs at once, by tile of queries:
-# as many as its shared memory holds, and for 128 its registers (D = 128, 16 bits).
-PROGRAMS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1}
+from kernels import Q_BLOCK, kernel_options
 
+NEVER = 2**62  # position of a selected slot that holds nothing: later than any query
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
@@ -88,7 +85,7 @@ class CacheSpec:
     dtype: torch.dtype
     device: torch.device
     flex: bool  # mask the full cache for flex_attention; False: boolean masks
-    programs_per_sm: int | None = None  # of the split-KV kernel; None: PROGRAMS_PER_SM
+    programs_per_sm: int | None = None  # of the split-KV kernel; None: kernels.PROGRAMS_PER_SM
     allocated: bool = True  # False: caches without memory, to be asked how much they would take
 
     @classmethod
@@ -130,11 +127,6 @@ def fold_mask(visible: Tensor, n_group: int) -> Tensor:  # [..., T, S] -> [..., 
     """Repeat a boolean mask for the query heads folded into the query length."""
     *lead, T, S = visible.shape
     return visible.unsqueeze(-3).expand(*lead, n_group, T, S).flatten(-3, -2)
-
-
-def query_tile(n_query: int) -> int:
-    """Folded queries that the split-KV kernel computes at a time: a power of two, at least 16."""
-    return max(1 << (n_query - 1).bit_length(), 16)
 
 
 def once_each(function: Callable[[Key], Value], keys: Iterable[Key]) -> list[Value]:
@@ -218,40 +210,11 @@ class KVCache:
             size, window = layer
             assert pos.shape[1] <= size - (self.rings.get(size) or 0)
             if self.spec.flex:
-                options = self.kernel_options(len(pos), pos.shape[1], size)
+                options = kernel_options(self.spec, *pos.shape, contiguous=size not in self.rings)
                 return Access(self.block_mask(pos, *layer), options)
             return Access(self.dense_mask(pos, *layer))
 
         return once_each(read, self.layers)
-
-    def kernel_options(self, B: int, T: int, size: int | None = None) -> dict | None:
-        """Settings of the kernels of flex_attention on CUDA; None where its own are good.
-
-        A tile of queries that registers cannot hold is spilled to memory, hundreds of times per
-        tile of K. So warps grow with the tile, and float32, which multiplies without tensor
-        cores, has small tiles, and so have wide heads (`scripts/check_cuda_offline.py` counts).
-
-        Fewer than 128 folded queries take the split-KV kernel. By itself it has no pipeline on
-        Hopper, and too few programs for ragged rows. Here it has as many as run at once. The blocks
-        that it visits follow each other, but not in a ring (of `size` slots) that wraps.
-        """
-        spec, n_query = self.spec, self.spec.n_group * T
-        if spec.device.type != "cuda":
-            return None
-        tile, options = query_tile(n_query), {}
-        if spec.dtype == torch.float32:
-            tile = min(tile, 32)
-            options = {"BLOCK_M": tile, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-        if n_query >= Q_BLOCK:
-            return options or None
-        if spec.head_dim > 128 and not options:
-            tile = min(tile, 32)
-            options = {"BLOCK_M": tile, "num_warps": tile // 8, "num_stages": 2}
-        n_sm = torch.cuda.get_device_properties(spec.device).multi_processor_count
-        n_pieces = B * spec.n_kv_head * -(-n_query // tile)
-        split = max((spec.programs_per_sm or PROGRAMS_PER_SM[tile]) * n_sm // n_pieces, 1)
-        decoding = {"SPLIT_KV": split, "BLOCKS_ARE_CONTIGUOUS": size not in self.rings}
-        return {"num_warps": max(tile // 16, 2), "num_stages": 3} | decoding | options
 
     def dense_mask(self, pos: Tensor, size: int, window: int | None) -> Tensor:
         """[B, 1, G * T, size] bool: which slots of a layer queries at [B, T] positions see."""

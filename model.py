@@ -40,11 +40,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from config import ModelConfig
-from device import flex_runs
+from kernels import flex_runs
 from kv_cache import Access, KVCache, SparseKVCache, fold_mask, once_each, seen
 
 SHORT = 64  # tokens per forward, at least, where few of a text are new
-
 Caches = tuple[KVCache | SparseKVCache, ...]
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [B, T, 1, D/2] float32
 # K and V of a layer [B, Hkv, S, D], or None for those of the tokens themselves; and who sees what.
@@ -359,21 +358,3 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., V]
         """The output layer: of the token that follows each hidden state."""
         return capped(self.output(self.norm(x)), self.config.logit_cap)
-
-
-def compile_blocks(model: Transformer) -> None:
-    """Compile every block, in place, into one shared function per (T, cache geometry).
-
-    On CUDA nothing is autotuned. Inductor would time several versions of the kernel that writes
-    the cache, each on copies of all that it writes to: two whole buffers of the cache. That kernel
-    is elementwise, or, where keys are normalised, a reduction.
-    """
-    # One entry per T and cache: few, but more than the default of 8. It is for the whole process,
-    # because it counts where a new shape is run for the first time, in anybody's code.
-    torch._dynamo.config.recompile_limit = 64
-    device = model.norm.weight.device
-    one_version = {"triton.autotune_pointwise": False, "deterministic": True}
-    options = one_version if device.type == "cuda" else None
-    for layer in model.layers:
-        layer.compile(fullgraph=True, dynamic=False, options=options)
-    model.compiled = True

@@ -25,8 +25,8 @@ from auto import GAMMAS, Auto, Candidate
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
 from cost_model import Strategy as Planned
 from device import timed
+from kernels import compile_blocks
 from measure import decode, environment, step_times, warm_up
-from model import compile_blocks
 from options import AUTO_POLICIES
 from policies import Strategy
 from prompts import demo_prompts

@@ -24,8 +24,8 @@ from synthetic import SyntheticEngine, random_prompts
 
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
 from device import timed
+from kernels import compile_blocks
 from measure import decode, environment, step_bytes, step_times
-from model import compile_blocks
 from policies import Strategy
 from prompts import demo_lengths
 from sampling import Sampling

@@ -41,9 +41,10 @@ from config import ModelConfig, kv_bytes_per_token, layer_params, open_json
 from cost_model import omega
 from device import timed
 from generate import main as generate_main
+from kernels import compile_blocks
 from kv_cache import KVCache
 from measure import environment
-from model import Transformer, compile_blocks
+from model import Transformer
 from policies import Strategy
 from roofline import HARDWARE, Timing, Workload, fit, forward_time
 from sampling import Sampling

@@ -35,8 +35,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
 from device import timed
+from kernels import compile_blocks
 from measure import decode, environment, step_times
-from model import Transformer, compile_blocks
+from model import Transformer
 from policies import POLICIES, Strategy
 from prompts import DEMO_LONGEST, DEMO_MODULES, demo_prompts, module_source
 from sampling import Sampling

@@ -36,7 +36,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import load_model, save_model, write_json
 from config import ModelConfig
-from model import Transformer, compile_blocks, rope_frequencies
+from kernels import compile_blocks
+from model import Transformer, rope_frequencies
 from prompts import DEMO_MODULES, module_source
 
 SKIPPED = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import device
-from device import check_fits, compiler_runs, find_device, flex_runs, median_seconds, timed
+from device import check_fits, find_device, median_seconds, timed
 
 CPU = torch.device("cpu")
 
@@ -57,29 +57,6 @@ def test_the_pools_of_cuda_graphs_are_not_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     for name, free in (("cuda:1", 10**6 + 40 + 29), ("cuda", 10**6 + 69), ("cuda:0", 10**6 + 899)):
         assert device.free_memory(torch.device(name)) == free
-
-
-@pytest.mark.parametrize(
-    "capability, runs",
-    [("AVX2", True), ("AVX512", True), ("NO AVX", False), ("DEFAULT", False), ("SVE256", False)],
-)
-def test_flex_attention_on_the_cpu_needs_avx2(monkeypatch, capability, runs):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert flex_runs(CPU) == runs
-    assert flex_runs(torch.device("cuda"))
-
-
-def test_a_compiler_that_is_missing_is_noticed_before_the_cache_hides_it(monkeypatch):
-    def broken(f):
-        raise RuntimeError("no such target")
-
-    monkeypatch.setattr(torch, "compile", lambda f: f)  # as if all were in the cache
-    with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
-        assert not compiler_runs(CPU)
-    with torch._inductor.config.patch({"cpp.cxx": (None, "python")}):
-        assert compiler_runs(CPU)
-        monkeypatch.setattr(torch, "compile", broken)
-        assert not compiler_runs(CPU)
 
 
 def test_a_clock_returns_the_seconds_and_the_result():

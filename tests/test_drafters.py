@@ -10,8 +10,9 @@ import torch
 
 import policies
 from drafters import StreamingModelDrafter, lookup
+from kernels import compile_blocks
 from kv_cache import NEVER, CacheSpec
-from model import Transformer, compile_blocks
+from model import Transformer
 from policies import POLICIES, Strategy
 from sampling import Sampling
 from spec_decode import Engine, generate

@@ -1,14 +1,14 @@
 """The forward against a float64 loop, eager and compiled."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from config import RopeScaling
+from kernels import compile_blocks
 from kv_cache import Access, CacheSpec, KVCache
-from model import Transformer, attend, compile_blocks
+from model import Transformer, attend
 from tests.reference import (
     COMPILED_CHUNK,
     COMPILED_LEN,
@@ -62,21 +62,6 @@ def test_llama3_scaling_changes_something():
     plain, scaled = (tiny_model(rope_scaling=s) for s in (None, LLAMA3))
     difference = cached_logits(plain, rows, [90]) - cached_logits(scaled, rows, [90])
     assert difference.abs().max() > 0.1
-
-
-@pytest.mark.parametrize("device, options", [
-    ("cpu", None), ("cuda", {"triton.autotune_pointwise": False, "deterministic": True}),
-])  # fmt: skip
-def test_no_kernel_is_autotuned_on_cuda(device, options):
-    """Autotuning copies what a kernel writes to: whole buffers of the cache."""
-    compiled = []
-    block = SimpleNamespace(compile=lambda **settings: compiled.append(settings))
-    weight = SimpleNamespace(device=torch.device(device))
-    compile_blocks(SimpleNamespace(layers=[block] * 2, norm=SimpleNamespace(weight=weight)))
-    assert compiled == [{"fullgraph": True, "dynamic": False, "options": options}] * 2
-    for name, value in (options or {}).items():
-        with torch._inductor.config.patch({name: value}):  # an error if there is no such setting
-            pass
 
 
 def test_compiled_flex_equals_reference():

@@ -13,8 +13,9 @@ import torch
 import sampling as sampling_module
 from batch import MAX_GAMMA
 from config import work_bytes
+from kernels import compile_blocks
 from kv_cache import CacheSpec, SparseKVCache
-from model import Transformer, compile_blocks
+from model import Transformer
 from policies import Strategy
 from sampling import Sampling, Stats, accept_sampled, sample
 from spec_decode import Engine, generate

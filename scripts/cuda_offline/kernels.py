@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from config import ModelConfig
+from kernels import compile_blocks
 from kv_cache import CacheSpec, KVCache, SparseKVCache
-from model import compile_blocks
 from policies import Strategy
 from sampling import Sampling
 from scripts.cuda_offline import inductor, pretend

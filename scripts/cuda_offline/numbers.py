@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
+from kernels import compile_blocks
 from kv_cache import CacheSpec, KVCache
-from model import compile_blocks
 from scripts.cuda_offline import inductor, pretend
 from scripts.cuda_offline.report import ROOT, Report, scratch
 

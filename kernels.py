@@ -1,0 +1,93 @@
+"""What the compiler and the attention kernels are told.
+
+Blocks are compiled one by one, into one function that all layers share: a 32-layer model compiles
+as fast as a 2-layer one. Attention is flex_attention. It becomes C++ on a CPU with AVX2. On CUDA it
+becomes one of two Triton kernels: one for prefill, and for few queries a split-KV kernel, which
+divides the slots of each row among its programs. Left to themselves these kernels waste a Hopper
+GPU in ways that can be counted without one (`scripts/check_cuda_offline.py`): registers that are
+spilled, shared memory, programs that run at once. No time has been measured yet.
+"""
+
+import shutil
+
+import torch
+
+Q_BLOCK = 128  # queries per flex_attention block
+# Programs of the split-KV kernel that a multiprocessor of Hopper runs at once, by tile of queries:
+# as many as its shared memory holds, and for 128 its registers (D = 128, 16 bits).
+PROGRAMS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1}
+
+
+def flex_runs(device: torch.device) -> bool:
+    """Whether compiled flex_attention has a kernel for the device (CPU: x86 with AVX2)."""
+    # Not `in`: a CPU without it is said to have "NO AVX".
+    return device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def compiler_runs(device: torch.device) -> bool:
+    """Whether torch.compile works for the device on this machine: the CPU needs a C++ compiler."""
+    compilers = [name for name in torch._inductor.config.cpp.cxx if name]
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        return False  # asked first, because a warm cache would hide it from the probe below
+    try:
+        torch.compile(torch.neg)(torch.ones(3, device=device))
+    except Exception:  # whatever is missing or broken, the answer is to run eagerly
+        return False
+    return True
+
+
+def compile_blocks(model) -> None:  # a model.Transformer
+    """Compile every block, in place, into one shared function per (T, cache geometry).
+
+    On CUDA nothing is autotuned. Inductor would time several versions of the kernel that writes
+    the cache, each on copies of all that it writes to: two whole buffers of the cache. That kernel
+    is elementwise, or, where keys are normalised, a reduction.
+    """
+    # One entry per T and cache: few, but more than the default of 8. It is for the whole process,
+    # because it counts where a new shape is run for the first time, in anybody's code.
+    torch._dynamo.config.recompile_limit = 64
+    device = model.norm.weight.device
+    one_version = {"triton.autotune_pointwise": False, "deterministic": True}
+    options = one_version if device.type == "cuda" else None
+    for layer in model.layers:
+        layer.compile(fullgraph=True, dynamic=False, options=options)
+    model.compiled = True
+
+
+def query_tile(n_query: int) -> int:
+    """Folded queries that the split-KV kernel computes at a time: a power of two, at least 16."""
+    return max(1 << (n_query - 1).bit_length(), 16)
+
+
+def kernel_options(
+    spec,  # a kv_cache.CacheSpec: heads, dtype, device
+    B: int,
+    T: int,  # queries per row
+    contiguous: bool = True,  # the blocks that a row visits follow each other; not so in a ring
+) -> dict | None:
+    """Settings of the kernels of flex_attention on CUDA; None where its own are good.
+
+    A tile of queries that registers cannot hold is spilled to memory, hundreds of times per tile of
+    K. So warps grow with the tile, and float32, which multiplies without tensor cores, has small
+    tiles, and so have wide heads.
+
+    Fewer than 128 folded queries take the split-KV kernel. By itself it has no pipeline on Hopper,
+    and too few programs for ragged rows. Here it has as many as run at once.
+    """
+    n_query = spec.n_group * T
+    if spec.device.type != "cuda":
+        return None
+    tile, options = query_tile(n_query), {}
+    if spec.dtype == torch.float32:
+        tile = min(tile, 32)
+        options = {"BLOCK_M": tile, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    if n_query >= Q_BLOCK:
+        return options or None
+    if spec.head_dim > 128 and not options:
+        tile = min(tile, 32)
+        options = {"BLOCK_M": tile, "num_warps": tile // 8, "num_stages": 2}
+    n_sm = torch.cuda.get_device_properties(spec.device).multi_processor_count
+    n_pieces = B * spec.n_kv_head * -(-n_query // tile)
+    split = max((spec.programs_per_sm or PROGRAMS_PER_SM[tile]) * n_sm // n_pieces, 1)
+    decoding = {"SPLIT_KV": split, "BLOCKS_ARE_CONTIGUOUS": contiguous}
+    return {"num_warps": max(tile // 16, 2), "num_stages": 3} | decoding | options
