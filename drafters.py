@@ -45,11 +45,10 @@ from torch import Tensor
 from batch import Batch
 from config import ModelConfig
 from kv_cache import CacheSpec, KVCache, SparseKVCache
+from lookup import NGRAM, Histograms, look_back, lookup
 from model import Caches, Transformer
 from policies import POLICIES, Layer, Strategy, observed
 from sampling import Draft
-
-NGRAM = 3  # prompt lookup matches the newest 3 tokens, or as many as it can
 
 
 class Target(NamedTuple):
@@ -69,7 +68,7 @@ class Drafter:
 
     reads = "{policy} draft cache of {budget} tokens ({n_sink} sinks)"  # for people, see `label`
     judges_itself = False  # by `look_back`: what it would have got right, without any rounds
-    look_back: Callable[[int], tuple[list[int], list[int]]]
+    look_back: Callable[[int], Histograms]
     n_selected = 0  # tokens of a row that `select` keeps by choice
     caches: tuple[Any, ...]  # what `build` made
     writes: Caches = ()  # what a verification writes besides the target's own cache
@@ -319,25 +318,6 @@ class StreamingModelDrafter(SparseModelDrafter):
         self.load(self.sparse, self.own_model, self.full, n_cached - self.offset)
 
 
-def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B] -> [B, gamma]
-    """What followed the latest earlier occurrence of the newest tokens, the longest match first.
-
-    Where the occurrence is so near that the copy runs into the end of the text, it goes on
-    periodically. Without any occurrence the newest token is repeated.
-    """
-    newest = seq_len[:, None] - 1
-    end = torch.arange(tokens.shape[1], device=tokens.device)  # where an occurrence would end
-    same, matched = end < newest, torch.zeros_like(tokens)
-    for n in range(NGRAM):
-        key = tokens.gather(1, (newest - n).clamp_min(0))
-        same = same & (tokens.roll(n, dims=1) == key) & (end >= n) & (newest >= n)
-        matched += same
-    rank = torch.where(end < newest, matched * tokens.shape[1] + end, -1)
-    end = rank.argmax(dim=1, keepdim=True)
-    copied = torch.arange(gamma, device=tokens.device) % (newest - end)
-    return tokens.gather(1, end + 1 + copied)
-
-
 class LookupDrafter(Drafter):
     """Prompt lookup: copies from the row's own text. No model, no cache, no doubt."""
 
@@ -349,29 +329,9 @@ class LookupDrafter(Drafter):
     def label(self, model_name: str) -> str:
         return f"prompt lookup, matches of at most {NGRAM} tokens"
 
-    def look_back(self, gamma: int) -> tuple[list[int], list[int]]:
-        """How often it would have kept 0, 1, .. gamma drafts, and had so many, at index n.
-
-        Judged are the rounds that it would have taken for the last tokens of all rows that are not
-        finished. Copies to the host.
-        """
-        batch, n = self.batch, min(max(64 // self.batch.n_rows, 4), 12)  # tokens per row
-        back = torch.arange(gamma + n - 1, gamma - 1, -1, device=batch.tokens.device)
-        length = batch.seq_len[:, None] - back  # [B, n]
-        exists = length >= 2
-        length = length.clamp_min(2).reshape(-1, 1)  # [B * n, 1]
-        tokens = batch.tokens.repeat_interleave(n, dim=0)
-        actual = tokens.gather(1, length + torch.arange(gamma, device=length.device))
-        same = lookup(tokens, length[:, 0], gamma) == actual
-        kept = same.long().cumprod(dim=1).sum(dim=1).view(-1, n)
-        kept = kept.masked_fill(~exists, -1)[~batch.finished]
-        histogram = [0] * (gamma + 1)
-        for row in kept.tolist():
-            i = row.count(-1)
-            while i < n:
-                histogram[row[i]] += 1
-                i += row[i] + 1
-        return histogram, [0] * gamma + [sum(histogram)]
+    def look_back(self, gamma: int) -> Histograms:
+        """What `lookup.look_back` says of this batch. Copies to the host."""
+        return look_back(self.batch.tokens, self.batch.seq_len, self.batch.finished, gamma)
 
 
 ANY_POLICY = "a name in POLICIES"

@@ -1,7 +1,6 @@
 """Every drafting strategy: lossless, exact where it must be, and selecting what it says."""
 
 import math
-import random
 from itertools import cycle
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 import policies
-from drafters import StreamingModelDrafter, lookup
+from drafters import StreamingModelDrafter
 from kernels import compile_blocks
 from kv_cache import NEVER, CacheSpec
 from model import Transformer
@@ -19,7 +18,6 @@ from spec_decode import Engine, generate
 from tests.reference import (
     COMPILED_BUDGET,
     COMPILED_CHUNK,
-    latest_match,
     plain_greedy,
     reference_logits,
     sinks_and_window,
@@ -423,19 +421,6 @@ def test_a_draft_model_reads_only_what_is_new_too(policy, monkeypatch):
         decode(engine)
         assert engine.batch.outputs() == [plain_greedy(model, text, 21)]
         text = text + engine.batch.outputs()[0]
-
-
-def test_lookup_against_a_loop():
-    rng = random.Random(3)
-    for _ in range(200):
-        rows = [[rng.randrange(3) for _ in range(rng.randint(2, 25))] for _ in range(3)]
-        seq_len = torch.tensor([len(row) for row in rows])
-        tokens = torch.randint(3, (3, 32))  # what lies behind the text must not matter
-        for b, row in enumerate(rows):
-            tokens[b, : len(row)] = torch.tensor(row)
-        for gamma in (1, 4):
-            got = lookup(tokens, seq_len, gamma).tolist()
-            assert got == [latest_match(row, 3, gamma) for row in rows]
 
 
 @pytest.mark.parametrize(

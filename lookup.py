@@ -1,0 +1,67 @@
+"""Prompt lookup: what followed these tokens the last time. A draft without a model.
+
+Texts repeat themselves: code, tables, quotations, answers about a document. So the newest tokens
+are looked for in the row's own text. What followed their latest earlier occurrence is proposed::
+
+    ... def read ( path ) : ... ... def read (        the newest 3 tokens: "def read ("
+        ^^^^^^^^^^ followed by "path ) :"              proposed: path ) :
+
+It costs next to nothing, and has nothing to say about text that is new. And it can be judged in
+hindsight: what it would have proposed at any place of a text is known without a single forward.
+"""
+
+import torch
+from torch import Tensor
+
+NGRAM = 3  # prompt lookup matches the newest 3 tokens, or as many as it can
+
+# How often n drafts were kept, and how often n were made, at index n.
+Histograms = tuple[list[int], list[int]]
+
+
+def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B] -> [B, gamma]
+    """What followed the latest earlier occurrence of the newest tokens, the longest match first.
+
+    Where the occurrence is so near that the copy runs into the end of the text, it goes on
+    periodically. Without any occurrence the newest token is repeated.
+    """
+    newest = seq_len[:, None] - 1
+    end = torch.arange(tokens.shape[1], device=tokens.device)  # where an occurrence would end
+    same, matched = end < newest, torch.zeros_like(tokens)
+    for n in range(NGRAM):
+        key = tokens.gather(1, (newest - n).clamp_min(0))
+        same = same & (tokens.roll(n, dims=1) == key) & (end >= n) & (newest >= n)
+        matched += same
+    rank = torch.where(end < newest, matched * tokens.shape[1] + end, -1)
+    end = rank.argmax(dim=1, keepdim=True)
+    copied = torch.arange(gamma, device=tokens.device) % (newest - end)
+    return tokens.gather(1, end + 1 + copied)
+
+
+def look_back(
+    tokens: Tensor,  # [B, S]
+    seq_len: Tensor,  # [B], decided tokens of each row
+    finished: Tensor,  # [B] bool, rows that are not judged by
+    gamma: int,
+) -> Histograms:
+    """How often it would have kept 0, 1, .. gamma drafts in the rounds for the last tokens of rows.
+
+    Copies to the host.
+    """
+    B, device = len(seq_len), tokens.device
+    n = min(max(64 // B, 4), 12)  # tokens per row
+    length = seq_len[:, None] - torch.arange(gamma + n - 1, gamma - 1, -1, device=device)  # [B, n]
+    exists = length >= 2
+    length = length.clamp_min(2).reshape(-1, 1)  # [B * n, 1]
+    tokens = tokens.repeat_interleave(n, dim=0)
+    actual = tokens.gather(1, length + torch.arange(gamma, device=device))
+    same = lookup(tokens, length[:, 0], gamma) == actual
+    kept = same.long().cumprod(dim=1).sum(dim=1).view(-1, n)
+    kept = kept.masked_fill(~exists, -1)[~finished]
+    histogram = [0] * (gamma + 1)
+    for row in kept.tolist():
+        i = row.count(-1)
+        while i < n:
+            histogram[row[i]] += 1
+            i += row[i] + 1
+    return histogram, [0] * gamma + [sum(histogram)]
