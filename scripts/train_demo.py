@@ -34,11 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import load_model, save_model, write_json
+from checkpoint import load_model, write_json
 from config import ModelConfig
 from kernels import compile_blocks
 from model import Transformer, rope_frequencies
 from prompts import DEMO_MODULES, module_source
+from scripts.save_model import save_model
 
 SKIPPED = {
     "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__",

@@ -18,12 +18,12 @@ from checkpoint import (
     eos_token_ids,
     load_model,
     open_checkpoint,
-    save_model,
     write_json,
 )
 from config import MODELS, ModelConfig
 from families import load_config
 from model import Block, Transformer
+from scripts.save_model import save_model
 from tests.reference import tiny_model
 from tokenizer import NumberTokenizer, load_tokenizer
 

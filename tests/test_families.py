@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoint import load_model, save_model
+from checkpoint import load_model
 from config import RopeScaling
 from families import load_config, read_config
 from kv_cache import CacheSpec, KVCache
@@ -22,6 +22,7 @@ from model import Transformer, rope_frequencies
 from policies import Strategy
 from sampling import Sampling
 from scripts.make_model_fixtures import FAMILIES, LENGTHS, NEW_TOKENS, SHARDED, make
+from scripts.save_model import save_model
 from spec_decode import Engine, generate
 from tests.reference import tiny_model
 

@@ -17,9 +17,10 @@ import checkpoint as checkpoint_module
 import config
 import generate
 from chat import load_chat
-from checkpoint import DEMO_CHECKPOINT, load_model, save_model
+from checkpoint import DEMO_CHECKPOINT, load_model
 from generate import main
 from prompts import demo_prompts
+from scripts.save_model import save_model
 from spec_decode import Engine
 from tests.reference import plain_greedy, tiny_model
 from tokenizer import continuation, load_tokenizer
