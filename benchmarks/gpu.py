@@ -77,7 +77,7 @@ FULL = Settings(
     (256, 512, 1024, 2048), (1, 2, 3, 4, 5, 6, 7, 8), (3, 5), (1, 2, 3, 4), 20,
 )  # fmt: skip
 SMOKE = Settings(None, "float32", ((2, 300), (1, 100)), (16, 32), (1, 2), (2,), (1, 2), 2)
-TOY = ModelConfig(64, 2, 4, 2, 32, 96, 500, max_seq_len=2048)
+TOY = ModelConfig(64, 1, 4, 2, 32, 96, 500, max_seq_len=2048)
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -579,12 +580,18 @@ def test_memory_that_runs_out_on_the_cpu_is_one_line(monkeypatch, capsys):
 
 
 def test_an_interruption_of_the_imports_is_one_too(tmp_path):
-    """A torch in front of the real one interrupts while it is imported."""
+    """A torch in front of the real one interrupts while it is imported.
+
+    A shell's background jobs ignore interruptions, and so would what they start.
+    """
     wait = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
     (tmp_path / "torch.py").write_text(wait)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, ROOT / "generate.py"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (130, "\ngenerate.py: interrupted\n")
 
 
