@@ -146,8 +146,7 @@ class SentencePieceTokenizer(Tokenizer):
         n = model.vocab_size()
         self.more = {token.id: text for text, token in self.added.items() if token.id >= n}
         self.vocab_size = max([n, *(i + 1 for i in self.more)])
-        special = [text for text, token in self.added.items() if token.special]
-        self.hidden = [text for text in special if self.added[text].id in model.encode(text)]
+        self.hidden = [t for t, a in self.added.items() if a.special and a.id in model.encode(t)]
 
     def encode_text(self, text: str) -> list[int]:
         """Special tokens that sentencepiece finds by itself are spelled out: text is text."""
@@ -249,10 +248,9 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank of a tiktoken file. Raises ValueError if it is none."""
     pairs = (line.split() for line in path.read_bytes().split(b"\n") if line.strip())
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    if any(bytes([i]) not in ranks for i in range(256)):
-        raise ValueError(f"{path} does not hold every single byte")
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{path} does not number its tokens 0, 1, 2 and so on")
+    numbered = sorted(ranks.values()) == list(range(len(ranks)))
+    if not numbered or any(bytes([i]) not in ranks for i in range(256)):
+        raise ValueError(f"{path} does not number every byte and more tokens, from 0 on")
     return ranks
 
 
@@ -310,8 +308,7 @@ def read_added(token: Json, i: int) -> tuple[str, Added]:
         raise token["content"].refused("text")
     if not 0 <= i < 2**31:
         raise token["id"].refused("a number from 0 to 2147483647")
-    flags = (token[name].value is True for name in ("special", "normalized", "rstrip"))
-    return text, Added(i, *flags)
+    return text, Added(i, *(token[k].value is True for k in ("special", "normalized", "rstrip")))
 
 
 def surrogate(text: str) -> int | None:
@@ -402,15 +399,13 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
         return read_tiktoken(paths[0])
     with suppress(RuntimeError):
         return SentencePieceTokenizer(paths[0], config)
-    neither = f"{paths[0]} is neither a sentencepiece model nor a tiktoken vocabulary"
-    raise ValueError(f"{neither}; {KINDS}")
+    raise ValueError(f"{paths[0]} is neither a sentencepiece model nor a tiktoken file; {KINDS}")
 
 
 class TextStream:
     """Turns tokens that keep coming into text, never giving out half a character.
 
-    The text of a token may depend on its neighbours, so the newest ones are decoded together. The
-    ones before are forgotten once their text is out.
+    A token's text may depend on its neighbours. So the newest are decoded together.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
