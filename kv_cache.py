@@ -207,10 +207,10 @@ class KVCache:
         """How queries at these positions read each layer."""
 
         def read(layer: tuple[int, int | None]) -> Access:
-            size, window = layer
-            assert pos.shape[1] <= size - (self.rings.get(size) or 0)
+            (B, T), (size, _) = pos.shape, layer
+            assert size - (self.rings.get(size) or 0) >= T
             if self.spec.flex:
-                options = kernel_options(self.spec, *pos.shape, contiguous=size not in self.rings)
+                options = kernel_options(self.spec, B, T, contiguous=size not in self.rings)
                 return Access(self.block_mask(pos, *layer), options)
             return Access(self.dense_mask(pos, *layer))
 
