@@ -347,7 +347,7 @@ def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
     auto = prefilled([bad, *candidates("ngram")], CHEAP, monkeypatch, n=120)
     engine, (_, lookup) = auto.engine, auto.candidates
     probes(auto, monkeypatch, streaming=[10, 0, 0, 90])
-    rounds = iter([[9, 0, 0, 1]] * 2)  # before the probe and after it
+    rounds = iter([[9, 0, 0, 0]] * 2)  # before the probe and after it
 
     def look_back(gamma):
         assert gamma == 3
@@ -360,20 +360,47 @@ def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
     assert engine.batch.outputs() == [plain_greedy(tiny_model(), p, 120) for p in PROMPTS]
 
 
-def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_longer(monkeypatch):
-    """Its first rounds were good. When it is tried again, the latest rounds alone count."""
-    auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=250)
-    (c,) = auto.candidates
+@pytest.mark.parametrize("others", [(), ("ngram",)])
+def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_longer(
+    monkeypatch, others
+):
+    """Its first rounds were good. When it is tried again, the latest rounds alone count.
+
+    If there is prompt lookup, which never pays here, it is looked at in between.
+    """
+    found = candidates("streaming", *others)
+    auto = prefilled(found, {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=250)
+    c, *lookups = auto.candidates
+    for lookup in lookups:
+        useless = [9, 0, 0, 0], [0, 0, 0, 9]
+        monkeypatch.setattr(lookup.drafter, "look_back", lambda gamma, counts=useless: counts)
     probes(auto, monkeypatch, streaming=[10, 0, 0, 90])
     monkeypatch.setattr(auto.engine, "accept", reject)
     runs, run = [], auto.run
     monkeypatch.setattr(auto, "run", lambda *what: runs.append(what) or run(*what))
     stats = auto.decode()
     assert auto.first.candidate is c and auto.first.speedup > 1.5
-    tried, rests = (c, 3, FOLLOW), [(None, 0, n) for n in (32, 64, 128, 256)]
-    assert runs == [tried, tried, rests[0], tried, rests[1], tried, rests[2], tried, rests[3]]
+    tried = (c, 3, FOLLOW)
+    rests = [[(None, 0, FOLLOW if others else n)] * (n // FOLLOW if others else 1)
+             for n in (32, 64, 128, 256)]  # fmt: skip
+    until_the_end = [tried, tried, *rests[0], tried, *rests[1], tried, *rests[2], tried, *rests[3]]
+    assert runs == until_the_end[: len(runs)] and len(runs) > len(until_the_end) - len(rests[3])
     assert stats.drafted_histogram[0] == stats.row_rounds - stats.drafts > 4 * 200
     assert auto.engine.batch.outputs() == [plain_greedy(tiny_model(), p, 250) for p in PROMPTS]
+
+
+def test_it_follows_by_the_times_at_the_length_that_the_text_has_reached(monkeypatch):
+    """And then stays with whom it has, unless another one is clearly better."""
+    auto = prefilled(candidates("streaming"), CHEAP, monkeypatch)
+    (c,) = auto.candidates
+    probes(auto, monkeypatch, streaming=[0, 0, 0, 9])
+    times, choose, asked = iter([CHEAP, DEAR]), auto.choose, []
+    monkeypatch.setattr(auto, "verify_seconds", lambda: next(times, DEAR))
+    monkeypatch.setattr(auto.engine, "accept", reject)
+    monkeypatch.setattr(auto, "choose", lambda *how: asked.append(how) or choose(*how))
+    auto.decode()
+    assert asked[:3] == [(CHEAP, None, 1.0), (DEAR, c, STAY), (DEAR, None, STAY)]
+    assert auto.verify == CHEAP
 
 
 def test_a_draft_that_did_not_pay_is_not_tried_for_what_one_acceptance_would_say(monkeypatch):
