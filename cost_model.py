@@ -160,24 +160,16 @@ class Prediction:
     alpha: float
 
     @property
-    def t_target(self) -> float:
-        """T_T, seconds."""
-        return forward_time(self.target, self.hw, self.w).total
-
-    @property
-    def t_draft(self) -> float:
-        """T_D, seconds."""
-        return self.strategy.draft_seconds(self.target, self.hw, self.w)
-
-    @property
-    def t_verify(self) -> float:
-        """T_V(gamma), seconds."""
-        return forward_time(self.target, self.hw, self.w, self.strategy.gamma + 1).total
+    def seconds(self) -> tuple[float, float, float]:
+        """T_T, T_D and T_V(gamma)."""
+        plain, verify = (forward_time(self.target, self.hw, self.w, T).total
+                         for T in (1, self.strategy.gamma + 1))  # fmt: skip
+        return plain, self.strategy.draft_seconds(self.target, self.hw, self.w), verify
 
     @property
     def round_cost(self) -> float:
         """Plain steps that a round takes."""
-        return round_cost(self.strategy.gamma, self.t_target, self.t_draft, self.t_verify)
+        return round_cost(self.strategy.gamma, *self.seconds)
 
     @property
     def speedup(self) -> float:
@@ -354,7 +346,7 @@ def best_line(ranked: list[Prediction]) -> str:
         best = drafting[0]
         even = best.break_even if best is p else None
         wins = best.wins_from(p.w.prefix_len) if best is p else best.wins_from()
-    ms = (f"{1e3 * t:.2f}" for t in (p.t_target, p.t_draft, p.t_verify))
+    ms = (f"{1e3 * t:.2f}" for t in p.seconds)
     return LINE.format(
         p.w.prefix_len, p.w.batch_size, *ms, str(p.strategy), p.strategy.gamma, f"{p.alpha:.2f}",
         "" if even is None else f"{even:.2f}", f"{p.speedup:.2f}", wins or "never",

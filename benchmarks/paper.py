@@ -51,10 +51,11 @@ class Measured:
     def pairs(self) -> dict[str, tuple[float, float]]:
         """Predicted and measured: three times in ms, and the speedup."""
         p = self.prediction
+        t_target, t_draft, t_verify = (1e3 * t for t in p.seconds)
         return {
-            "T_T": (1e3 * p.t_target, 1e3 * self.t_target),
-            "gamma T_D": (1e3 * p.strategy.gamma * p.t_draft, 1e3 * self.t_drafts),
-            "T_V": (1e3 * p.t_verify, 1e3 * self.t_verify),
+            "T_T": (t_target, 1e3 * self.t_target),
+            "gamma T_D": (p.strategy.gamma * t_draft, 1e3 * self.t_drafts),
+            "T_V": (t_verify, 1e3 * self.t_verify),
             "speedup": (p.speedup, self.speedup),
         }
 
