@@ -138,6 +138,8 @@ def attend(
 
 
 class Attention(nn.Module):
+    """Grouped-query attention over the cache that is read."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -183,25 +185,31 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Gated: down(activation(gate x) * up x)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
         self.w_gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
         self.w_down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, dim] -> [B, T, dim]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
         gate, up = self.w_gate_up(x).chunk(2, dim=-1)
         gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
         return self.w_down(gate * up)
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * w, or with `norm_plus_one` x / rms(x) * (1 + w) in float32."""
+
     def __init__(self, dim: int, config: ModelConfig) -> None:
         super().__init__()
         self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
         self.weight = nn.Parameter(torch.full((dim,), 0.0 if self.plus_one else 1.0))
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., dim]
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
         if self.plus_one:
@@ -232,6 +240,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """All layers; see the module docstring."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

@@ -34,22 +34,23 @@ class Sampling:
     top_p: float | None = None  # then the smallest set with at least this much probability
 
     def __post_init__(self) -> None:
-        least = torch.finfo(torch.float32).tiny  # less would divide, or cut, by zero
+        tiny = torch.finfo(torch.float32).tiny  # less would divide, or cut, by zero
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature} must be a number >= 0 (0 is greedy)")
-        if 0 < self.temperature < least:
+        if 0 < self.temperature < tiny:
             raise ValueError(
-                f"temperature {self.temperature} must be at least {least}, or 0: greedy"
+                f"temperature {self.temperature} must be at least {tiny}, or 0: greedy"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k {self.top_k} must be at least 1")
-        if self.top_p is not None and not least <= self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must be in (0, 1], and at least {least}")
+        if self.top_p is not None and not tiny <= self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be in (0, 1], and at least {tiny}")
         if self.greedy and (self.top_k is not None or self.top_p is not None):
             raise ValueError("top_k and top_p need a temperature above 0; 0 is greedy decoding")
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is taken, and no random number."""
         return self.temperature == 0
 
 
@@ -65,8 +66,8 @@ def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:  # [..., V] -
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        cut = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < cut, -torch.inf)
     probs = logits.softmax(dim=-1)
     if sampling.top_p is not None and sampling.top_p < 1:
         probs = nucleus(probs, sampling.top_p)

@@ -233,6 +233,7 @@ class NumberTokenizer(Tokenizer):
         raise ValueError("random weights have no tokenizer; give --prompt N for N random tokens")
 
     def decode(self, ids: list[int]) -> str:
+        """The numbers themselves."""
         return "".join(f" {i}" for i in ids)
 
 
