@@ -7,6 +7,7 @@ import shutil
 import stat
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,12 @@ def test_random_weights_of_a_presets_geometry(monkeypatch):
     assert model.output.weight is model.tok_embeddings.weight
     logits = model(torch.tensor([[3, 4]]), torch.tensor([[0, 1]]))
     assert logits.isfinite().all() and logits.std() > 0
+    gemma = replace(config, norm_plus_one=True, qk_norm=True)
+    for traits, expected in ((config, 1), (gemma, 0)):  # all norms begin as nothing but a norm
+        monkeypatch.setitem(MODELS, "tiny", traits)
+        model = load_model(Path("random:tiny"), torch.device("cpu"), torch.float32)
+        norms = [p for name, p in model.named_parameters() if "norm" in name]
+        assert all((p == expected).all() for p in norms)
     with pytest.raises(ValueError, match="model 'tinny' is unknown; known: llama-2-7b"):
         load_config(Path("random:tinny"))
     for name in ("llama-3.1-8b", "qwen2.5-7b"):

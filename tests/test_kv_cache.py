@@ -120,26 +120,32 @@ def test_ring_positions_follow_from_the_newest_one():
         assert {held[slot] for slot in range(len(visible)) if visible[slot]} == window
 
 
+@pytest.mark.parametrize("longest", [1, 40])
 @pytest.mark.parametrize("window", [None, 1, 4, 6, 8, 20])
-def test_no_token_is_seen_twice_nor_outside_the_models_window(window):
-    """Layer 0 has a window, shorter than the budget, as long, or longer; layer 1 has none."""
-    spec = CacheSpec.for_model(tiny_model(sliding_window=window, full_every=2), 1)
-    cache = SparseKVCache(spec, n_selected=4, n_recent=6, gamma=2)
-    full = KVCache.empty(spec, 40)
-    for k in full.k:
-        k[:] = torch.arange(k.shape[2])[:, None]  # each slot says which token it holds
+def test_no_token_is_seen_twice_nor_outside_the_models_window(window, longest, monkeypatch):
+    """Layer 0 has a window, shorter than the budget, as long, or longer; layer 1 has none.
+
+    What the draft's cache is filled from is a ring if forwards are short.
+    """
+    full = small_ring(window, monkeypatch, longest)
+    cache = SparseKVCache(full.spec, n_selected=4, n_recent=6, gamma=2)
+
+    def write(to: KVCache | SparseKVCache, p: int) -> None:  # each slot says which token it holds
+        for k, slot in zip(to.k, to.slots(torch.tensor([[p]])), strict=True):
+            k[0, :, slot[0]] = float(p)
+
     for n_cached in range(1, 30):
+        write(full, n_cached - 1)
         fill_streaming(cache, full, torch.tensor([n_cached]))
-        pos = torch.tensor([[n_cached]])
-        for k, slot in zip(cache.k, cache.slots(pos), strict=True):
-            k[0, :, slot[0]] = float(n_cached)
+        write(cache, n_cached)
         newest = set(range(max(n_cached - 5, 0), n_cached + 1))
-        for i, access in enumerate(cache.access(pos)):
+        for i, access in enumerate(cache.access(torch.tensor([[n_cached]]))):
             expected = newest | set(range(min(4, n_cached)))
             if window is not None and i == 0:
                 expected = set(range(max(n_cached - min(window, 10) + 1, 0), n_cached + 1))
             visible = access.mask.expand(1, 2, 2, -1)[0, 1, 0]
             assert sorted(cache.k[i][0, 1, visible, 0].tolist()) == sorted(expected)
+    assert bool(full.rings) == (window is not None and longest == 1)
 
 
 def window_is_whole(cache: SparseKVCache, gamma: int, n_fed: int, accepted: list[int]) -> bool:
@@ -196,7 +202,7 @@ def test_positions_not_cached_yet_are_never_seen():
     ]
 
 
-def small_ring(window: int, monkeypatch, longest: int = 6) -> KVCache:
+def small_ring(window: int | None, monkeypatch, longest: int = 6) -> KVCache:
     """One row of 40 tokens in a layer with a window, in blocks of 4, and one without."""
     monkeypatch.setattr(CacheSpec, "kv_block", 4)
     spec = CacheSpec.for_model(tiny_model(sliding_window=window, full_every=2), 1)
@@ -230,6 +236,14 @@ def test_a_ring_shows_what_a_full_layer_shows(window, monkeypatch):
         wrapped += n + T > cache.k[0].shape[2]
         clock, n = clock + T, n + T - rng.randint(0, min(T, 4) - 1 if T > 1 else 0)
     assert wrapped > 100
+
+
+def test_a_forward_that_a_ring_cannot_hold_is_a_mistake(monkeypatch):
+    cache = small_ring(5, monkeypatch, longest=6)
+    n = cache.k[0].shape[2] - 5
+    cache.access(torch.arange(n)[None])
+    with pytest.raises(AssertionError):
+        cache.access(torch.arange(n + 1)[None])
 
 
 @pytest.mark.parametrize("window", [1, 4, 7])
@@ -385,25 +399,26 @@ def test_the_blocks_of_a_ring_are_not_contiguous(monkeypatch):
     assert told == [window is None for _, window in cache.layers] == [False, True]
 
 
-@pytest.mark.parametrize("window", [None, 1, 50, 300])
+@pytest.mark.parametrize("window", [None, 1, 50, 256, 300])
 @pytest.mark.parametrize(
-    "n_group, n_tokens", [(1, 1), (7, 5), (7, 33), (1, 256), (2, 128), (3, 384)]
+    "n_group, n_tokens", [(1, 1), (7, 5), (7, 33), (1, 256), (2, 128), (3, 384), (1, 511)]
 )
 def test_the_block_mask_is_the_dense_mask(n_group, n_tokens, window):
     """The rule inside the blocks; and those that are not visited hold nothing that is seen."""
-    spec = CacheSpec.for_model(tiny_model(n_group, 1, sliding_window=window), 3)
+    spec = CacheSpec.for_model(tiny_model(n_group, 1, sliding_window=window), 4)
     cache = KVCache.empty(replace(spec, flex=True), 1200)
-    pos = torch.tensor([[0], [250], [870]]) + torch.arange(n_tokens)  # 870: a ring wraps
+    pos = torch.tensor([[0], [250], [711], [767]]) + torch.arange(n_tokens)  # rings of 768 wrap
     layer = cache.layers[0]
     mask, dense = cache.block_mask(pos, *layer), cache.dense_mask(pos, *layer)[:, 0]
     assert mask.seq_lengths == dense.shape[1:]
     b, q, slot = (torch.arange(n) for n in dense.shape)
     assert torch.equal(mask.mask_mod(b[:, None, None], 0, q[:, None], slot), dense)
-    for b in range(3):
+    for b in range(4):
         for i, part in enumerate(dense[b].split(128)):
             needed = part.any(dim=0).view(-1, spec.kv_block).any(dim=1).nonzero()[:, 0].tolist()
-            visited = mask.kv_indices[b, 0, i, : mask.kv_num_blocks[b, 0, i]].tolist()
-            assert len(visited) == len(set(visited)) and set(needed) <= set(visited)
+            n_visited = mask.kv_num_blocks[b, 0, i]
+            visited = mask.kv_indices[b, 0, i, :n_visited].tolist()
+            assert n_visited == len(visited) == len(set(visited)) and set(needed) <= set(visited)
             if n_tokens % 128 == 0 or len(dense[b]) <= 128:
                 assert needed == sorted(visited)
 

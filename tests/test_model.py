@@ -171,3 +171,52 @@ def test_rows_at_different_lengths_equal_the_rows_alone(compiled, n_tokens):
             k[b, :, n + n_tokens :] = 1e6
             v[b, :, n + n_tokens :] = -1e30
     assert torch.equal(model(tokens, pos, cache), together)
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 40**0.5), (torch.bfloat16, 6.3125)])
+def test_the_scale_of_embeddings_is_rounded_as_the_weights_are(dtype, scale):
+    """Then the product is: sqrt(40) = 6.3246 is 6.3125 in bfloat16."""
+    model, tokens = tiny_model(scaled_embedding=True).to(dtype), torch.arange(97)[None]
+    assert torch.equal(model.embed(tokens), model.tok_embeddings(tokens) * scale)
+
+
+def test_what_a_ring_has_lost_is_read_again(monkeypatch):
+    """Wherever a text of 200 tokens is taken up again; the last forward goes back four tokens."""
+    monkeypatch.setattr("model.SHORT", 5)
+    monkeypatch.setattr(CacheSpec, "kv_block", 8)
+    monkeypatch.setattr(CacheSpec, "prefill_chunk", 29)
+    model, tokens = tiny_model(sliding_window=13), torch.tensor(random_rows(1, 200))
+    spec, n_read = CacheSpec.for_model(model, 1), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args: n_read.append(1) or hidden(*args))
+    for n in range(150, 175):
+        cache, fresh = KVCache.empty(spec, 200), KVCache.empty(spec, 200)
+        model.prefill(tokens, 200, 29, cache)
+        n_read.clear()
+        got = model.prefill(tokens, n + 1, 29, cache, n)
+        assert (len(n_read) == 1) == (n > 167)  # 199 is written over 151, and 167 - 4 sees it
+        expected = model.prefill(tokens, n + 1, 29, fresh)
+        assert (got - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_windowed_layers_have_a_rotation_of_their_own():
+    """With their own base they are not stretched, and YaRN's factor is not theirs either."""
+    yarn = RopeScaling("yarn", 4.0, 64, attention_factor=1.5)
+    windows, pos = {"sliding_window": 5, "full_every": 2}, torch.arange(90)[None]
+    alone = tiny_model(rope_theta=100.0).ropes(pos)[0]
+    stretched = tiny_model(rope_scaling=yarn).ropes(pos)[0]
+    for local, expected in ((100.0, alone), (None, stretched)):
+        ropes = tiny_model(rope_scaling=yarn, local_rope_theta=local, **windows).ropes(pos)
+        for got, both in zip(ropes, (expected, stretched), strict=True):
+            assert all(torch.equal(*pair) for pair in zip(got, both, strict=True))
+    assert tiny_model(local_rope_theta=100.0).ropes(pos)[0][0].equal(tiny_model().ropes(pos)[0][0])
+
+
+def test_norms_that_add_one_do_so_in_float32():
+    """1 + w in bfloat16 would round w to a multiple of 1/128."""
+    model = tiny_model(norm_plus_one=True).to(torch.bfloat16)
+    x, norm = torch.randn(5, 40, generator=torch.Generator().manual_seed(3)), model.norm
+    y = x.bfloat16().double()
+    y = y / (y.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * (1 + norm.weight.double())
+    assert (norm(x.bfloat16()).double() - y).abs().max() <= (y.abs() / 256).max()
+    assert torch.equal(norm(x.bfloat16()), y.bfloat16())
