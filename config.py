@@ -282,6 +282,11 @@ def visible_tokens(m: ModelConfig, n_tokens: int, margin: int = 0) -> int:
     return sum(n_tokens if w is None else min(n_tokens, w + margin) for w in m.windows)
 
 
+def kv_bytes(m: ModelConfig, n_tokens: int, itemsize: int) -> int:
+    """Bytes of K and V that the query behind n_tokens reads, in all layers and heads."""
+    return visible_tokens(m, n_tokens) * kv_bytes_per_token(m, itemsize) // m.n_layer
+
+
 def kv_bytes_per_token(m: ModelConfig, itemsize: int = 2) -> int:
     """Bytes of K and V of one token in all layers and heads."""
     return 2 * m.n_layer * m.n_kv_head * m.head_dim * itemsize

@@ -40,7 +40,7 @@ import report
 from auto import Auto, Candidate, draft_lengths
 from batch import MAX_EOS
 from checkpoint import DTYPES, Checkpoint, open_checkpoint, write_file, write_json
-from config import kv_bytes_per_token
+from config import kv_bytes
 from device import check_fits, find_device, timed
 from drafters import check_strategy
 from kernels import compile_blocks, compiler_runs
@@ -65,7 +65,7 @@ def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Request]:
     longest = min(config.max_seq_len, o.max_context or config.max_seq_len)
 
     def check_size(n_rows: int, n_tokens: int) -> None:  # the engine asks again, for all it needs
-        n_bytes = n_rows * n_tokens * kv_bytes_per_token(config, dtype.itemsize)
+        n_bytes = n_rows * kv_bytes(config, n_tokens, dtype.itemsize)
         remedy = "a smaller --batch_size or --max_context"
         check_fits(n_bytes, device, "the KV caches", lambda share: remedy)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from auto import Auto
-from config import kv_bytes_per_token, visible_tokens
+from config import kv_bytes
 from device import machine, peak_memory_bytes, timed
 from kv_cache import KVCache
 from report import Measurement, Run
@@ -181,12 +181,11 @@ def step_bytes(engine: Engine, lengths: list[int]) -> int:
     row per token; tied to the output layer it is read whole, and counts once.
     """
     config, table = engine.model.config, engine.model.tok_embeddings.weight
-    n_seen = sum(visible_tokens(config, n) for n in lengths)  # in all layers
-    kv_bytes = n_seen * kv_bytes_per_token(config, table.itemsize) // config.n_layer
+    read = sum(kv_bytes(config, n, table.itemsize) for n in lengths)
     weight_bytes = sum(p.nbytes for p in engine.model.parameters())
     if not config.tie_embeddings:
         weight_bytes -= table.nbytes - len(lengths) * table[0].nbytes
-    return kv_bytes + weight_bytes
+    return read + weight_bytes
 
 
 def differences(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from config import MODELS, ModelConfig, total_params, visible_tokens
+from config import MODELS, ModelConfig, kv_bytes, total_params, visible_tokens
 from model import Transformer
 from tests.reference import tiny_model
 
@@ -27,6 +27,8 @@ def test_which_layers_have_a_window(window, every, windows):
     for n, margin in ((1, 0), (7, 0), (8, 0), (100, 0), (8, 5), (100, 5)):
         seen = sum(n if w is None else min(n, w + margin) for w in windows)
         assert visible_tokens(config, n, margin) == seen
+        if not margin:
+            assert kv_bytes(config, n, 4) == seen * 2 * 1 * 2 * 4  # K and V, heads, head_dim
 
 
 def test_scales():
