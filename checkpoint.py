@@ -227,7 +227,8 @@ def randomize(model: Transformer) -> None:
 def weight_files(checkpoint_dir: Path) -> list[Path]:
     """The safetensors files of a directory, all of which exist.
 
-    As in transformers, model.safetensors goes before an index, which may be left over.
+    As in transformers, model.safetensors goes before an index, which may be left over. Raises
+    FileNotFoundError, or ValueError if the index is malformed.
     """
     index = checkpoint_dir / "model.safetensors.index.json"
     names = ["model.safetensors"]
@@ -321,7 +322,7 @@ def some(names: list[str], n: int) -> str:
 
 
 def eos_token_ids(checkpoint_dir: Path) -> tuple[int, ...]:
-    """End-of-text tokens: `generation_config.json` if it names them, else `config.json`."""
+    """End-of-text tokens of generation_config.json, else of config.json. ValueError: no ids."""
     for name in ("generation_config.json", "config.json"):
         path = checkpoint_dir / name
         ids = open_json(path)["eos_token_id"].value if path.exists() else None

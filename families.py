@@ -197,6 +197,7 @@ def rope_fields(hf: dict, layers: str = "full_attention") -> dict:
     """RoPE settings from any spelling: transformers 4 keeps theta outside, 5 nests all of them.
 
     Where layers are of two kinds, 5 has settings for each; 4 scales those without a window.
+    ValueError if they are no object.
     """
     nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if isinstance(nested, dict) and ("full_attention" in nested or layers != "full_attention"):

@@ -28,7 +28,7 @@ def flag(default: object, meaning: str | None = None, *names: str, **how: Any) -
 
 
 def int_or_auto(text: str) -> int | str:
-    """A number of drafts, or the word."""
+    """A number of drafts, or the word. ArgumentTypeError for all else."""
     try:
         return text if text == "auto" else int(text)
     except ValueError:

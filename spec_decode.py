@@ -148,7 +148,7 @@ class Engine:
             self.drafter = None
 
     def switch(self, drafter: Drafter | None) -> None:
-        """Draft with this one from here on, between any two rounds; None: plain decoding."""
+        """Draft with this one from here on (None: not at all). ValueError if it was not added."""
         if drafter is not None and drafter not in self.drafters:
             raise ValueError(f"{drafter.strategy} is not one of this engine's drafters")
         self.drafter = drafter

@@ -42,7 +42,7 @@ ECONOMICS = {
     "auto": (340, "cost_model device drafters model policies roofline sampling spec_decode"),
 }
 IN_AND_OUT = {
-    "tokenizer": (445, "config"),
+    "tokenizer": (446, "config"),
     "chat": (250, "config tokenizer"),
     "prompts": (140, "tokenizer"),
     "checkpoint": (330, "chat config device families model tokenizer"),
@@ -267,6 +267,34 @@ def tensors_have_shapes(sources: list[Source]) -> Iterator[str]:
                     yield f"{source.name}.py, line {node.lineno}: {name} names no shape"
 
 
+def public_things_say_what_they_do(sources: list[Source]) -> Iterator[str]:
+    """A docstring, their own or of what they override; it names the errors that are raised."""
+    classes = {n.name: n for source in sources for n in nodes(source, ast.ClassDef)}
+    words: dict[tuple[str, str], str] = {}  # of (class, method)
+    for source in sources:
+        for scope in (source.tree, *nodes(source, ast.ClassDef)):
+            kind = getattr(scope, "name", "")
+            if kind and not ast.get_docstring(scope):
+                yield f"{source.name}.py, line {scope.lineno}: {kind} has no docstring"
+            for node in scope.body:
+                if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                    continue
+                own = ast.get_docstring(node) or ""
+                bases = ancestors(scope, classes) if kind else []
+                above = [words[base, node.name] for base in bases if (base, node.name) in words]
+                words[kind, node.name] = told = " ".join([own, *above])
+                raised = {
+                    ast.unparse(n.exc)
+                    for n in own_nodes(node)
+                    if isinstance(n, ast.Raise) and n.exc
+                }
+                errors = [e for e in raised if re.match(r"(?!NotImplemented)[\w.]*Error", e)]
+                if not told:
+                    yield f"{source.name}.py, line {node.lineno}: {node.name} has no docstring"
+                elif errors and "Error" not in told + (ast.get_docstring(scope) or "") * bool(kind):
+                    yield f"{source.name}.py, line {node.lineno}: {node.name} raises unsaid"
+
+
 def namespaces_stay_in_commands(sources: list[Source]) -> Iterator[str]:
     for source in sources:
         if source.name in ("generate", "cost_model"):
@@ -399,6 +427,12 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
         "model.py, line 2: f names": {"model": "class A:\n    def f(self) -> 'Tensor | None':\n"
                                                "        '''All of x[i].'''"},
         "batch.py, line 2:": {"batch": "class A:\n    seq_len: Tensor  # lengths"},
+    }),
+    public_things_say_what_they_do: (HOUSE, {
+        "a.py, line 1: A has no docstring": {"a": "class A:\n    x = 1"},
+        "a.py, line 1: f has no docstring": {"a": "def f(): pass"},
+        "a.py, line 3: f has no docstring": {"a": "class A:\n    'B.'\n    def f(): pass"},
+        "a.py, line 1: f raises unsaid": {"a": "def f():\n    'A.'\n    raise ValueError('no')"},
     }),
     namespaces_stay_in_commands: (HOUSE, {
         "a.py, line 1": {"a": "def f(args: argparse.Namespace): pass"},
