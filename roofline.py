@@ -23,7 +23,7 @@ import math
 import statistics
 from dataclasses import dataclass, replace
 
-from config import ModelConfig, kv_bytes_per_token, matrix_params
+from config import ModelConfig, kv_bytes_per_token, matrix_params, visible_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +135,6 @@ def layer_windows(m: ModelConfig) -> list[float]:
     return [math.inf if window is None else window for window in m.windows]
 
 
-def tokens_seen(m: ModelConfig, length: int) -> float:
-    """Tokens of a text of that length that a query sees: the mean over the layers."""
-    return sum(min(length, window) for window in layer_windows(m)) / m.n_layer
-
-
 def kv_bytes_on_gpu(m: ModelConfig, w: Workload) -> float:
     """Bytes of K and V of one token in all layers, on each GPU. A KV head is not divided."""
     return kv_bytes_per_token(m, w.itemsize) / min(w.num_gpus, m.n_kv_head)
@@ -150,7 +145,7 @@ def forward_time(
 ) -> ForwardTime:
     """Seconds of a forward of T new tokens per row that see `context` tokens; None: the prefix."""
     rows = w.batch_size * T
-    S = tokens_seen(m, w.prefix_len if context is None else context)
+    S = visible_tokens(m, w.prefix_len if context is None else context) / m.n_layer
     attention_flops = 4 * m.n_layer * m.n_head * m.head_dim * S * rows / w.num_gpus
     all_reduce = 0.0
     if w.num_gpus > 1:  # a ring moves 2 (n - 1) / n of the bytes through each link

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import pytest
 
-import cost_model
 import drafters
-import roofline
 from config import (
     MODELS,
     PREFILL_CHUNK,
@@ -144,18 +142,16 @@ def test_the_length_from_which_speculation_wins():
     assert Prediction(LLAMA, A100, w, STREAMING, 0.0).wins_from() is None
 
 
-def test_the_winning_length_against_trying_all(monkeypatch):
+def test_the_winning_length_against_trying_all():
     """Also where a draft wins at short contexts, loses past a budget or window, and wins again."""
     rng, seen, most = random.Random(0), Counter(), 150
-    windows: dict[int, list[float]] = {}  # by number of layers
-    for module in (roofline, cost_model):
-        monkeypatch.setattr(module, "layer_windows", lambda m: windows[m.n_layer])
-    target = replace(SMALL, max_seq_len=9999, dim=8, n_layer=4)
-    small = replace(target, dim=1, n_layer=3)
     for _ in range(300):
-        for n in (3, 4):
-            every = [rng.choice([math.inf, math.inf, 20, 60])] * n
-            windows[n] = rng.choice([every, [20, 60, math.inf, 20][:n]])
+        target, small = (
+            replace(SMALL, max_seq_len=9999, dim=dim, n_layer=n_layer, full_every=full_every,
+                    sliding_window=rng.choice([None, None, 20, 60]))
+            for dim, n_layer, full_every in [(8, 4, rng.choice([None, 2])),
+                                             (1, 3, rng.choice([None, 3]))]
+        )  # fmt: skip
         policy = rng.choice(["streaming", "streaming", "snapkv", "full"])
         model = small if policy == "full" else rng.choice([None, small])
         draft = Strategy(policy, rng.choice([1, 3]), rng.choice([5, 40]), model, "", 8, 3)
@@ -496,11 +492,9 @@ def test_a_sliding_window_bounds_what_drafting_reads():
     assert sizes[0] - sizes[1] == sizes[1] - sizes[2] > 0
 
 
-def test_the_critical_length_of_layers_with_different_windows(monkeypatch):
+def test_the_critical_length_of_layers_with_different_windows():
     """There, and not a token earlier, reading takes longer than computing."""
-    for module in (roofline, cost_model):
-        monkeypatch.setattr(module, "layer_windows", lambda m: [30, 20, math.inf, 20])
-    model = replace(SMALL, n_layer=4, n_head=1)
+    model = replace(SMALL, n_layer=4, n_head=1, sliding_window=20, full_every=2)
     lengths = []
     for speed, B in itertools.product((0.06, 0.2), (2, 3, 4, 5, 90)):
         hw, w = replace(ROUND, peak_flops=speed * ROUND.peak_flops), Workload(B, 1)
@@ -513,4 +507,4 @@ def test_the_critical_length_of_layers_with_different_windows(monkeypatch):
 
         assert bound_by_memory(length * 1.0001)
         assert length == 0 or not bound_by_memory(length * 0.9999)
-    assert 0 in lengths and len({sum(n > end for end in (0, 20, 30)) for n in lengths}) == 4
+    assert 0 in lengths and len({sum(n > end for end in (0, 20)) for n in lengths}) == 3

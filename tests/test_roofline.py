@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-import roofline
 from config import MODELS, ModelConfig, kv_bytes_per_token, matrix_params, total_params
-from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time, tokens_seen
+from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time, layer_windows
 
 LLAMA, A100 = MODELS["llama-3.1-8b"], HARDWARE["a100"]
 # A device and a model whose numbers can be worked out by hand.
@@ -106,16 +105,16 @@ def test_a_sliding_window_bounds_what_a_step_reads():
         assert forward_time(windowed, A100, within, T) == forward_time(model, A100, within, T)
 
 
-def test_every_layer_reads_its_own_window(monkeypatch):
+def test_every_layer_reads_its_own_window():
     """Layer by layer, as models of one layer: what is read and computed is their sum."""
-    windows = [30, math.inf, 8, 30]
-    four, one = replace(SMALL, n_layer=4), replace(SMALL, n_layer=1)
-    monkeypatch.setattr(roofline, "layer_windows", lambda m: windows if m is four else [math.inf])
-    for length in (1, 8, 9, 30, 31, 70):
+    one = replace(SMALL, n_layer=1)
+    four = replace(SMALL, n_layer=4, sliding_window=8, full_every=3)
+    windows = layer_windows(four)
+    assert windows == [8, 8, math.inf, 8]
+    for length in (1, 8, 9, 70):
         t = forward_time(four, ROUND, Workload(3, length), T=2)
         seen = [min(length, window) for window in windows]
         layers = [forward_time(one, ROUND, Workload(3, n), T=2) for n in seen]
-        assert tokens_seen(four, length) == sum(seen) / 4
         assert t.kv == pytest.approx(sum(layer.kv for layer in layers))
         attention = sum(layer.attention_compute for layer in layers)
         assert t.attention_compute == pytest.approx(attention)
