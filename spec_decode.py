@@ -160,8 +160,8 @@ class Engine:
         """
         held = sum(drafter.n_bytes for drafter in self.drafters)
         self.check(self.full, strategy, draft_model, -held)
-        for drafter in [*self.drafters]:
-            self.remove(drafter)
+        while self.drafters:  # nothing here refers to them: their memory is free for the next
+            self.remove(self.drafters[-1])
         self.switch(self.make(strategy, draft_model) if strategy.enabled else None)
 
     @torch.inference_mode()

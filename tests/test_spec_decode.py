@@ -164,6 +164,22 @@ def test_an_engine_that_is_dropped_frees_its_caches_at_once(strategy):
     assert cache() is None
 
 
+def test_a_drafter_that_is_replaced_makes_room_for_the_next(monkeypatch):
+    """What was checked is that one of them fits, not both."""
+    engine = Engine(tiny_model(), 2, 50, streaming(2), GREEDY)
+    engine.add(streaming(3))
+    caches = [weakref.ref(drafter.sparse) for drafter in engine.drafters]
+    make, alive = engine.make, []
+
+    def note(*args):
+        alive.extend(cache() for cache in caches)
+        return make(*args)
+
+    monkeypatch.setattr(engine, "make", note)
+    engine.use(streaming(4))
+    assert alive == [None, None]
+
+
 def test_an_engine_without_a_text_says_what_is_missing():
     engine = Engine(tiny_model(), 1, 50, streaming(3), GREEDY)
     for work in (engine.rewind, lambda: engine.round(0), lambda: decode(engine)):
