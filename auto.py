@@ -150,6 +150,7 @@ class Auto:
                 self.measure(c)
                 if not (self.named or c.best(verify).gamma):
                     engine.remove(c.drafter)
+                    del c.drafter  # its memory is free for the next candidate
                     raise ValueError(f"T_D {1e3 * c.t_draft:.1f} ms, could not win")
                 kept.append(c)
             except ValueError as e:
@@ -228,8 +229,7 @@ class Auto:
         """Let those that judge themselves do so, by the text that is there now."""
         for c in self.candidates:
             if c is not drafting and c.drafter.judges_itself:
-                counts = c.drafter.look_back(c.strategy.gamma)
-                c.record = c.record.after(*counts, memory=0)
+                c.record = c.record.after(*c.drafter.look_back(c.strategy.gamma), memory=0)
 
     def run(self, c: Candidate | None, gamma: int, n: int) -> tuple[list[int], list[int]]:
         """Up to n rounds with it; how often a row kept 0, 1, .. gamma drafts in them, and had."""

@@ -1,5 +1,6 @@
 """--draft auto: lossless whatever it decides, and it decides by the numbers it was given."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from auto import (
 )
 from cost_model import omega
 from kv_cache import SparseKVCache
-from policies import Strategy
+from policies import POLICIES, Strategy
 from roofline import HARDWARE, Workload, forward_time
 from sampling import Sampling
 from spec_decode import Engine, generate
@@ -158,6 +159,22 @@ def test_what_the_engine_refuses_or_cannot_win_is_dropped_for_the_others(monkeyp
     assert snapkv == "snapkv 24: the KV caches need 9 GiB"
     assert full.startswith("full: draft policy full needs a draft model")
     assert streaming == "streaming 24: T_D 9000.0 ms, could not win"
+
+
+def test_who_cannot_win_makes_room_for_the_next(monkeypatch):
+    """Before the next one is made, though the candidates are still listed."""
+    engine = Engine(tiny_model(), 2, 300, Strategy(), Sampling())
+    auto, add, made = Auto(engine, candidates("snapkv", "streaming"), GAMMAS), engine.add, []
+
+    def note(*args):
+        assert all(drafter() is None for drafter in made)
+        made.append(weakref.ref(drafter := add(*args)))
+        return drafter
+
+    monkeypatch.setattr(engine, "add", note)
+    monkeypatch.setattr(auto, "verify_seconds", lambda length: {0: 1.0, 1: 30.0, 3: 90.0})
+    auto.calibrate()
+    assert len(made) == len(auto.dropped) == 2
 
 
 def test_a_good_draft_is_chosen_and_kept(monkeypatch):
@@ -458,7 +475,7 @@ def test_calibration_finds_the_times_of_a_known_machine(monkeypatch, factor, wit
         assert auto.verify_seconds(length) == pytest.approx(true, rel=within)
     draft = forward_time(config, MACHINE, Workload(4, 800, itemsize=4), 1, 24).total
     for c in measured:
-        assert c.t_draft == pytest.approx(0 if c.drafter.judges_itself else draft)
+        assert c.t_draft == pytest.approx(draft if c.strategy.policy in POLICIES else 0)
         assert c.t_select == pytest.approx(T_SELECT if c.drafter.select_every else 0)
     outputs, _ = generate(engine, PROMPTS, 20)  # what it wrote into the caches does no harm
     assert outputs == [plain_greedy(tiny_model(), p, 20) for p in PROMPTS]
