@@ -476,7 +476,7 @@ def test_calibration_finds_the_times_of_a_known_machine(monkeypatch, factor, wit
     draft = forward_time(config, MACHINE, Workload(4, 800, itemsize=4), 1, 24).total
     for c in measured:
         assert c.t_draft == pytest.approx(draft if c.strategy.policy in POLICIES else 0)
-        assert c.t_select == pytest.approx(T_SELECT if c.drafter.select_every else 0)
+        assert c.t_select == pytest.approx(T_SELECT if c.strategy.select_every else 0)
     outputs, _ = generate(engine, PROMPTS, 20)  # what it wrote into the caches does no harm
     assert outputs == [plain_greedy(tiny_model(), p, 20) for p in PROMPTS]
 
