@@ -67,7 +67,7 @@ def test_llama3_scaling_changes_something():
 def test_compiled_flex_equals_reference():
     """One chunk that is a multiple of the query block, row by row, then four tokens and one.
 
-    Other numbers of heads: tests/test_spec_decode.py.
+    Other numbers of heads: the next test.
     """
     model = tiny_model()
     compile_blocks(model)
@@ -91,14 +91,15 @@ def test_windows_and_all_traits_are_the_same_compiled(dtype, longest):
     """Eager, they are held against transformers (tests/test_families.py).
 
     Layer 0 has a window, and with forwards of at most 128 tokens a ring. Both read one cache.
+    Seven heads of 33 tokens fold into one and a half query blocks.
     """
     traits = {"sliding_window": 50, "full_every": 2, "attention_cap": 2.0, "logit_cap": 3.0,
               "post_norms": True, "norm_plus_one": True, "activation": "gelu_tanh",
               "scaled_embedding": True, "qk_norm": True, "local_rope_theta": 100.0,
               "query_pre_attn_scalar": 3.0}  # fmt: skip
-    eager, compiled = (tiny_model(**traits).to(dtype) for _ in range(2))
+    eager, compiled = (tiny_model(7, 1, **traits).to(dtype) for _ in range(2))
     compile_blocks(compiled)
-    tokens, pos = torch.tensor(random_rows(4, 644)), torch.arange(644).expand(4, 644)
+    tokens, pos = torch.tensor(random_rows(4, 673)), torch.arange(673).expand(4, 673)
     cache = KVCache.empty(CacheSpec.for_model(eager, 4), COMPILED_LEN, longest=longest)
     assert bool(cache.rings) == (longest == 128)
     for at in range(0, 640, longest):
@@ -106,7 +107,7 @@ def test_windows_and_all_traits_are_the_same_compiled(dtype, longest):
     expected = eager(tokens[:, 640:], pos[:, 640:], cache).float()
     flex = replace(cache, spec=replace(cache.spec, flex=True))
     got = compiled(tokens[:, 640:], pos[:, 640:], flex).float()
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
     assert (got - expected).abs().max() < tolerance * expected.std()
 
 
