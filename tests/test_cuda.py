@@ -71,7 +71,7 @@ def test_replays_equal_eager_rounds(strategy):
     """State by state, for 200 rounds; no row ends."""
     model = on_gpu(tiny_model())
     graphs, eager = (engine_for(model, strategy, n=900, rows=4) for _ in range(2))
-    eager.graphs = False
+    eager.graphs = None
     gamma = graphs.gamma
     for engine in (graphs, eager):
         engine.prefill(PROMPTS, [900] * 4)
@@ -80,9 +80,9 @@ def test_replays_equal_eager_rounds(strategy):
             engine.run(gamma, 1)
         if n % 20 == 0 or n == 199:
             for name in ("seq_len", "finished", "accepted", "drafted", "n_rounds"):
-                assert torch.equal(getattr(graphs, name), getattr(eager, name)), name
-            assert graphs.outputs() == eager.outputs()
-    assert int(graphs.n_rounds) > 50
+                assert torch.equal(getattr(graphs.batch, name), getattr(eager.batch, name)), name
+            assert graphs.batch.outputs() == eager.batch.outputs()
+    assert int(graphs.batch.n_rounds) > 50
 
 
 def test_the_host_is_at_most_a_few_rounds_late():
@@ -98,15 +98,15 @@ def test_two_engines_and_changing_drafts_in_one_process():
     one, two = engine_for(model, "streaming", 3), engine_for(model, "snapkv", 2)
     for engine in (one, two):
         engine.prefill(PROMPTS, [45] * 4)
-    while not (one.finished.all() and two.finished.all()):
+    while not (one.batch.finished.all() and two.batch.finished.all()):
         for engine in (one, two):
             engine.run(engine.gamma, 2)
-    assert one.outputs() == two.outputs() == expected
+    assert one.batch.outputs() == two.batch.outputs() == expected
     for strategy in (Strategy("ngram", 4), Strategy(), Strategy("streaming", 2, 20)):
         one.use(strategy)
         one.rewind()
         decode(one)
-        assert one.outputs() == expected
+        assert one.batch.outputs() == expected
 
 
 def test_sampling_from_a_graph_is_new_every_round_and_fixed_by_the_seed():
