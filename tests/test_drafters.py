@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import policies
-from drafters import StreamingModelDrafter
+from drafters import ANY_POLICY, DRAFTERS, StreamingModelDrafter
 from kernels import compile_blocks
 from kv_cache import NEVER, CacheSpec
 from model import Transformer
@@ -48,20 +48,23 @@ RESELECTING = [name for name, policy in POLICIES.items() if policy.reselect_ever
 
 
 def settings_of(policy: str, **more) -> dict:
-    """Of Drafting: a budget that leaves out much of the text."""
+    """Of a Strategy: a budget that leaves out much of the text."""
     own = {"budget": 24, "obs_window": 7} if POLICIES[policy].observes else {"budget": 12}
     return own | more
 
 
-# name -> policy, other settings of Drafting, and the draft model's context or None
+# name -> policy, other settings of Strategy, and the draft model's context or None
 STRATEGIES = {
     **{
         p: (p, settings_of(p, reselect_every=2 if p in RESELECTING else None), None)
         for p in POLICIES
     },
     **{f"{p} once": (p, settings_of(p, reselect_every=0), None) for p in RESELECTING},
-    "ngram": ("ngram", {}, None),
-    "draft model, full": ("full", {}, 4096),
+    **{
+        f"draft model, {name}" if own_model else name: (name, {}, 4096 if own_model else None)
+        for name, own_model in DRAFTERS
+        if name not in (ANY_POLICY, *POLICIES)
+    },
     **{
         f"draft model, {p}": (p, settings_of(p), 30 if p == "streaming" else 4096) for p in POLICIES
     },

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from checkpoint import load_model
 from config import RopeScaling
-from families import load_config, read_config
+from families import ARCHITECTURES, load_config, read_config
 from kv_cache import CacheSpec, KVCache
 from model import Transformer, rope_frequencies
 from policies import Strategy
@@ -80,6 +80,8 @@ def check_text(directory: Path, strategy: Strategy, draft: Path | None = None) -
 
 def test_a_directory_for_every_family():
     assert {path.name for path in FIXTURES.iterdir()} == set(FAMILIES)
+    configs = [json.loads((FIXTURES / name / "config.json").read_text()) for name in FAMILIES]
+    assert {name for config in configs for name in config["architectures"]} == set(ARCHITECTURES)
     for name in FAMILIES:
         weights = list((FIXTURES / name).glob("model*.safetensors"))
         assert (len(weights) > 1) == (name in SHARDED)
