@@ -180,7 +180,9 @@ class Auto:
         """
         engine, config, gammas = self.engine, self.engine.model.config, (0, *self.gammas)
         engine.switch(None)  # verifies with the full cache alone
-        drafts = {g: Draft(engine.batch.tokens[:, :g], None) for g in gammas}
+        B, V, sampled = engine.batch.n_rows, config.vocab_size, not engine.sampling.greedy
+        probs = {g: torch.full((B, g, V), 1 / V, device=engine.device) for g in gammas if sampled}
+        drafts = {g: Draft(engine.batch.tokens[:, :g], probs.get(g)) for g in gammas}
         work = {g: engine.capture(lambda d=draft: engine.decide(d)) for g, draft in drafts.items()}
         lengths = (max(engine.max_len // 8, 2), engine.max_len)
         times: dict[tuple[int, int], list[float]] = {(n, g): [] for n in lengths for g in gammas}
@@ -196,8 +198,8 @@ class Auto:
         ]
         preset = HARDWARE["h200" if engine.device.type == "cuda" else "cpu"]
         self.hardware, self.fit_error = fit(config, preset, timings)
-        predicted = [forward_time(config, self.hardware, t.workload, t.T).total for t in timings]
-        ratios = [t.seconds / p for t, p in zip(timings, predicted, strict=True)]
+        expected = (forward_time(config, self.hardware, t.workload, t.T).total for t in timings)
+        ratios = [t.seconds / seconds for t, seconds in zip(timings, expected, strict=True)]
         self.residual = {g: statistics.mean(ratios[i :: len(gammas)]) for i, g in enumerate(gammas)}
 
     def workload(self, length: int) -> Workload:
@@ -238,8 +240,7 @@ class Auto:
         before = torch.stack((batch.accepted, batch.drafted))
         self.engine.run(gamma, n, self.on_round)
         counts = torch.stack((batch.accepted, batch.drafted)) - before
-        accepted, drafted = counts[:, : gamma + 1].tolist()
-        return accepted, drafted
+        return tuple(counts[:, : gamma + 1].tolist())
 
     def probe(self, verify: dict[int, float]) -> None:
         """A few rounds with each candidate that could still be the best one.
@@ -299,9 +300,8 @@ class Auto:
         candidates = []
         for c in self.candidates:
             entry = {"draft": str(c), "t_draft": c.t_draft, "t_select": c.t_select}
-            if c.probed.places:
-                gamma, kept = c.foreseen, c.probed.tokens(c.foreseen) - 1
-                entry |= {"gamma": gamma, "acceptance": kept / gamma}
+            if (gamma := c.foreseen) and c.probed.places:
+                entry |= {"gamma": gamma, "acceptance": (c.probed.tokens(gamma) - 1) / gamma}
             candidates.append(entry)
         return {
             "predicted_speedup": self.first.speedup,

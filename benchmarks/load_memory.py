@@ -61,7 +61,7 @@ def measure(name: str, n_shards: int, stored: str, dtype: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="llama-3.2-1b", help="a preset of cost_model.py")
+    parser.add_argument("--model", default="llama-3.2-1b", help="a preset of config.py")
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--stored", choices=DTYPES, default="bfloat16", help="dtype of the files")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype to load as")
