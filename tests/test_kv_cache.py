@@ -339,7 +339,7 @@ def test_garbage_in_unseen_slots_of_the_sparse_cache_changes_nothing():
     assert torch.equal(model(token, pos, sparse), clean)
 
 
-def test_the_copy_detector_detects():
+def test_the_detector_of_compiled_copies_detects():
     """The same check on a write that torch.compile is known to turn into a copy."""
     cache = KVCache.empty(CacheSpec.for_model(tiny_model(), 2), 200)
     index = torch.zeros(2, 2, 1, 16, dtype=torch.int64)
@@ -353,7 +353,7 @@ def test_the_copy_detector_detects():
     assert cache_sized_buffers("".join(code), cache)
 
 
-def test_a_finished_row_visits_no_block_and_changes_no_other_row():
+def test_compiled_a_finished_row_visits_no_block_and_changes_no_other_row():
     model = tiny_model()
     compile_blocks(model)
     cache = KVCache.empty(CacheSpec.for_model(model, COMPILED_ROWS), COMPILED_LEN)

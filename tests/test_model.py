@@ -150,7 +150,7 @@ def test_attention_with_a_mask_in_every_dtype(dtype):
 
 
 @pytest.mark.parametrize("n_tokens", [1, 4])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_rows_at_different_lengths_equal_the_rows_alone(compiled, n_tokens):
     """A batch step where every row stands somewhere else; also with garbage in unseen slots."""
     model = tiny_model()

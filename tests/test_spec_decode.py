@@ -133,7 +133,11 @@ def test_gamma_0_never_touches_the_draft_cache(monkeypatch):
     assert stats.rounds == 8 and stats.mean_acceptance_length == 1.0
 
 
-@pytest.mark.parametrize("compiled, gammas", [(False, (0, 3, 3, 1)), (True, (0, 3, 3, 0))])
+@pytest.mark.parametrize(
+    "compiled, gammas",
+    [(False, (0, 3, 3, 1)), (True, (0, 3, 3, 0))],
+    ids=["eager", "compiled"],
+)
 def test_an_engine_can_be_rewound_and_used_again(compiled, gammas):
     """Also after rounds in which some rows were finished: compiled, these read no KV any more."""
     eager, model = tiny_model(), tiny_model()
