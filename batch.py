@@ -52,6 +52,7 @@ class Batch:
         self.accepted = torch.zeros(MAX_GAMMA + 1, **integers)  # histograms, see Stats
         self.drafted = torch.zeros(MAX_GAMMA + 1, **integers)
         self.n_rounds = torch.zeros((), **integers)  # in which a row was not finished yet
+        self.progress = self.seq_len, self.finished, self.accepted, self.drafted, self.n_rounds
         self.n_texts = 0  # batches of prompts that were begun; 0: there is no text
         self.shortest = 1  # tokens of the shortest prompt
 
@@ -158,13 +159,11 @@ class Batch:
 
     def snapshot(self) -> list[Tensor]:  # [B], [B], [MAX_GAMMA + 1] twice, []
         """Copies of all that a round changes, but not of the tokens that it writes."""
-        progress = (self.seq_len, self.finished, self.accepted, self.drafted, self.n_rounds)
-        return [t.clone() for t in progress]
+        return [t.clone() for t in self.progress]
 
     def restore(self, snapshot: list[Tensor]) -> None:
         """Back to a snapshot ([B], [B], [MAX_GAMMA + 1] twice, []), in place."""
-        progress = (self.seq_len, self.finished, self.accepted, self.drafted, self.n_rounds)
-        for t, value in zip(progress, snapshot, strict=True):
+        for t, value in zip(self.progress, snapshot, strict=True):
             t.copy_(value)
 
     @contextmanager

@@ -277,7 +277,7 @@ def visible_tokens(m: ModelConfig, n_tokens: int, margin: int = 0) -> int:
     """Tokens that the query behind n_tokens sees, summed over the layers.
 
     What attention reads and computes is proportional to it. With PREFILL_CHUNK as margin of every
-    window it is what the caches hold of so long a text (see kv_cache.CacheSpec.n_slots).
+    window it is what the caches hold of so long a text (see kv_cache.KVCache.empty).
     """
     return sum(n_tokens if w is None else min(n_tokens, w + margin) for w in m.windows)
 

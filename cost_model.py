@@ -25,7 +25,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -397,8 +397,7 @@ def report(args: argparse.Namespace) -> None:
     print(f"{args.checkpoint_path or args.model} on {args.num_gpus} x {hw.name}, 16 bit\n{HEAD}")
     for S, B in itertools.product(args.prefix_len, args.batch_size):
         w = Workload(B, S, args.num_gpus)
-        rows = largest_batch(target, hw, w)
-        if rows < B:
+        if (rows := largest_batch(target, hw, w)) < B:
             print(f"{S:8}{B:6}   does not fit into {args.num_gpus} x {hw.memory / 1e9:.0f} GB; "
                   f"the largest batch is {rows}")  # fmt: skip
             continue
@@ -412,14 +411,19 @@ def report(args: argparse.Namespace) -> None:
         raise ValueError("nothing of this fits; take more GPUs, fewer rows or a shorter context")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 for input that cannot be used."""
+def exit_status(command: str, work: Callable[[], object]) -> int:
+    """0 after the work; 2, and a line on standard error, for input that it cannot use."""
     try:
-        report(parse_args(argv))
+        work()
         return 0
     except (ValueError, OSError) as e:
-        print("cost_model.py:", " ".join(str(e).split()), file=sys.stderr)
+        print(f"{command}:", " ".join(str(e).split()), file=sys.stderr)
         return 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return exit_status("cost_model.py", lambda: report(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -80,14 +80,19 @@ class Drafter:
         self.strategy, self.target, self.batch = strategy, target, target.batch
         self.own_model = draft_model
         self.select_every = strategy.select_every  # rounds after which `select` is due; 0: never
-        spec = target.full.spec
-        if draft_model is not None:
-            spec = CacheSpec.for_model(draft_model, spec.batch_size)
-        self.caches = self.build(strategy, spec, target.full.capacity, self.batch.finished)
+        self.caches = self.own_caches(strategy, target.full, draft_model)
         self.n_bytes = sum(cache.n_bytes for cache in self.caches)
         self.n_read = torch.zeros_like(self.batch.seq_len)  # [B], tokens that it has read,
         self.away = True  # while rounds go on without it
         self.selected_at: int | None = None  # round before which it selected last
+
+    @classmethod
+    def own_caches(
+        cls, strategy: Strategy, full: KVCache, draft_model: Transformer | None, allocated=True
+    ) -> Caches:
+        """What `build` makes beside the target's full cache; see CacheSpec for `allocated`."""
+        spec = CacheSpec.for_model(draft_model, full.spec.batch_size) if draft_model else full.spec
+        return cls.build(strategy, replace(spec, allocated=allocated), full.capacity, full.finished)
 
     @staticmethod
     def check(strategy: Strategy, draft: Any, max_len: int) -> None:
@@ -262,6 +267,8 @@ class ModelDrafter(Drafter):
 class SparseModelDrafter(ModelDrafter):
     """A draft model with a full cache of its own, of which a policy selects what it reads."""
 
+    reads = Drafter.reads
+
     def __init__(self, strategy: Strategy, target: Target, draft_model: Transformer) -> None:
         super().__init__(strategy, target, draft_model)
         self.sparse = self.read = self.caches[1]
@@ -272,8 +279,6 @@ class SparseModelDrafter(ModelDrafter):
     def build(strategy, spec, capacity, finished=None) -> Caches:
         full = KVCache.empty(spec, capacity, finished)
         return full, strategy.sparse_cache(spec, full.capacity)
-
-    reads = Drafter.reads
 
     def select(self) -> None:
         self.load(self.sparse, self.own_model, self.full, self.batch.seq_len - 2)
@@ -380,7 +385,6 @@ def draft_cache_bytes(
     """What the drafter's own caches will take."""
     if not strategy.enabled:
         return 0
-    spec = CacheSpec.for_model(draft_model, full.spec.batch_size) if draft_model else full.spec
     kind = drafter_class(strategy, draft_model is not None)
-    caches = kind.build(strategy, replace(spec, allocated=False), full.capacity)
+    caches = kind.own_caches(strategy, full, draft_model, allocated=False)
     return sum(cache.n_bytes for cache in caches)

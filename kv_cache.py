@@ -53,6 +53,7 @@ folded into the query length (index g * T + t), as `model.attend` wants them.
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -167,12 +168,12 @@ class KVCache:
         """Bytes of K and V in all buffers."""
         return sum(t.nbytes for t in self.k + self.v)
 
-    @property
+    @cached_property
     def layers(self) -> list[tuple[int, int | None]]:
         """Of each layer: slots, and newest tokens that it sees (None: all)."""
         return [(k.shape[2], w) for k, w in zip(self.k, self.spec.windows, strict=True)]
 
-    @property
+    @cached_property
     def rings(self) -> dict[int, int]:
         """The window by the size of the ring, for each size that there is."""
         return {size: window for size, window in self.layers if window and size < self.capacity}

@@ -299,7 +299,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, dim]
         """What enters the first layer. The scale is rounded as the weights are."""
         x, scale = self.tok_embeddings(tokens), self.config.embedding_scale
-        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype).item()
+        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)
 
     def memory(
         self,

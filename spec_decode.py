@@ -27,6 +27,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -182,8 +183,9 @@ class Engine:
         batch = self.batch
         batch.check(prompts, max_new_tokens, eos_ids, self.model.config.vocab_size)
         reused = [batch.n_reused(b, p) if reuse else 0 for b, p in enumerate(prompts)]
+        n_kept = torch.tensor(reused, device=self.device)
         for drafter in self.drafters:
-            drafter.forget(torch.tensor(reused, device=self.device))
+            drafter.forget(n_kept)
         batch.begin(min(map(len, prompts)), eos_ids)
         last = []
         for b, (prompt, n) in enumerate(zip(prompts, max_new_tokens, strict=True)):
@@ -328,18 +330,17 @@ class Engine:
                 drafter.leave()
         if gamma:
             self.refresh()
-        if self.graphs:
-            self.capture_round(gamma)
-            self.rounds[self.drafter if gamma else None, gamma]()
-        else:
-            self.eager_round(gamma)
+        self.capture_round(gamma)()
         self.host_rounds += 1
 
-    def capture_round(self, gamma: int) -> None:
-        """Capture it now, where rounds are captured, and not when it is first needed."""
+    def capture_round(self, gamma: int) -> Callable[[], object]:
+        """The round that `round` runs: captured once, where rounds are, and then kept."""
+        if not self.graphs:
+            return partial(self.eager_round, gamma)
         key = self.drafter if gamma else None, gamma
-        if self.graphs and key not in self.rounds:
-            self.rounds[key] = self.capture(lambda: self.eager_round(gamma))
+        if key not in self.rounds:
+            self.rounds[key] = self.capture(partial(self.eager_round, gamma))
+        return self.rounds[key]
 
     @torch.inference_mode()
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from config import MODELS, lookup_name
-from cost_model import Parser, Prediction, Strategy, alpha_of
+from cost_model import Parser, Prediction, Strategy, alpha_of, exit_status
 from roofline import HARDWARE, Workload, forward_time
 
 FILES = tuple(ROOT / "benchmarks" / "data" / name for name in (
@@ -177,23 +177,23 @@ def plot(rows: list[Measured], path: Path) -> None:
     figure.savefig(path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 for input that cannot be used."""
+def report(argv: list[str] | None) -> None:
+    """The tables, and the figure where one is asked for. ValueError or OSError if it cannot be."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("files", type=Path, nargs="*", default=FILES, metavar="CSV")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="of Llama-3.1-8B on A100s")
-    try:
-        args: argparse.Namespace = parser.parse_args(argv)
-        tables = [read_measured(path) for path in args.files]
-        for path, rows in zip(args.files, tables, strict=True):
-            print(f"{path.name}\n{compare(rows)}\n")
-        if args.plot:
-            plot([row for rows in tables for row in rows], args.plot)
-            print(f"wrote {args.plot}")
-        return 0
-    except (ValueError, OSError) as e:
-        print("paper.py:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
+    args: argparse.Namespace = parser.parse_args(argv)
+    tables = [read_measured(path) for path in args.files]
+    for path, rows in zip(args.files, tables, strict=True):
+        print(f"{path.name}\n{compare(rows)}\n")
+    if args.plot:
+        plot([row for rows in tables for row in rows], args.plot)
+        print(f"wrote {args.plot}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 for input that cannot be used."""
+    return exit_status("paper.py", lambda: report(argv))
 
 
 if __name__ == "__main__":

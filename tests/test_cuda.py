@@ -8,6 +8,7 @@ from generate import main
 from graphs import LAG
 from kernels import compile_blocks, kernel_options
 from kv_cache import CacheSpec, KVCache
+from measure import decode
 from model import Transformer
 from policies import Strategy
 from sampling import Sampling
@@ -16,7 +17,7 @@ from spec_decode import Engine, generate
 from tests.reference import plain_greedy, tiny_model
 from tests.test_drafters import STRATEGIES, draft_model
 from tests.test_families import FIXTURES, load
-from tests.test_spec_decode import PROMPTS, decode, exact_distribution
+from tests.test_spec_decode import PROMPTS, exact_distribution
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GREEDY = Sampling()

@@ -11,6 +11,7 @@ import policies
 from drafters import ANY_POLICY, DRAFTERS, StreamingModelDrafter
 from kernels import compile_blocks
 from kv_cache import NEVER, CacheSpec
+from measure import decode
 from model import Transformer
 from policies import POLICIES, Strategy
 from sampling import Sampling
@@ -28,7 +29,6 @@ from tests.test_spec_decode import (
     SAMPLINGS,
     chi_square_excess,
     compiled_engine,
-    decode,
     equal_prompts_are_read_once,
     five_tokens,
     greedy_of,

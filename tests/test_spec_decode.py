@@ -15,9 +15,10 @@ from batch import MAX_GAMMA
 from config import work_bytes
 from kernels import compile_blocks
 from kv_cache import CacheSpec, SparseKVCache
+from measure import decode
 from model import Transformer
 from policies import Strategy
-from sampling import Sampling, Stats, accept_sampled, sample
+from sampling import Sampling, accept_sampled, sample
 from spec_decode import Engine, generate
 from tests.reference import (
     COMPILED_BUDGET,
@@ -31,12 +32,6 @@ from tests.reference import (
 )
 
 GREEDY = Sampling()
-
-
-def decode(engine: Engine, gamma: int | None = None) -> Stats:
-    """Run rounds until every row is finished."""
-    engine.run(gamma)
-    return engine.batch.stats()
 
 
 def streaming(gamma: int, budget: int = 20, n_sink: int = 3) -> Strategy:
