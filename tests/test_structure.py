@@ -28,7 +28,7 @@ ALGORITHM = {  # ten chapters, and what they stand on
     "kernels": (120, ""),
     "kv_cache": (330, "kernels"),
     "model": (375, "config kernels kv_cache"),
-    "sampling": (220, ""),
+    "sampling": (255, ""),
     "batch": (210, "sampling"),
     "policies": (190, "batch kv_cache"),
     "lookup": (70, ""),
