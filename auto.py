@@ -11,13 +11,14 @@
                 look at the acceptance of the latest ones, and change either, down to none
 
 The engine keeps a drafter for every candidate, so a change costs nothing. A draft that the user
-named is used in any case: only its gamma is chosen. The choice follows the clock, so with sampling
-a seed fixes the output only together with a fixed `--draft` and `--speculate_k`.
+named is used in any case: only its gamma is chosen. The choice follows the clock, but no text
+depends on it. Rows that begin while others run change nothing either: what is followed is the
+acceptance of whatever runs.
 """
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
@@ -30,7 +31,6 @@ from drafters import Drafter
 from model import Transformer
 from policies import Strategy
 from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time
-from sampling import Draft, Stats
 from spec_decode import Engine
 
 GAMMAS = (2, 5)  # compiled draft lengths on the CPU
@@ -44,6 +44,9 @@ STAY = 1.05  # what another candidate must gain over the one in use
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 SHORT, MAX_SWEEPS = 0.3, 20  # seconds: while all sweeps took less, there are more
 MEMORY = 16  # rounds of a row: what all earlier ones count for, at most, when new ones come
+
+
+Run = Generator[None, None, tuple[list[int], list[int]]]  # yields after each round
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +140,19 @@ class Auto:
     verify: dict[int, float] = field(default_factory=dict)  # `verify_seconds` of the first choice
     first: Choice = Choice()  # after the probe
     last: str = ""  # what was used when the last row finished
-    on_round: Callable[[], None] = lambda: None  # called after every round
 
-    def calibrate(self) -> None:
-        """Time and fit, before there is a text. ValueError if a draft that was named cannot be."""
+    def calibrate(self, refills: bool = False) -> None:
+        """Time and fit, before there is a text. ValueError if a draft that was named cannot be.
+
+        With refills, compile also what rows need that begin while others run.
+        """
         engine = self.engine
         self.fit()
         verify, kept = self.verify_seconds(engine.max_len), []
         for c in self.candidates:
             try:
                 c.drafter = engine.add(c.strategy, c.draft_model)
-                self.measure(c)
+                self.measure(c, refills)
                 if not (self.named or c.best(verify).gamma):
                     engine.remove(c.drafter)
                     del c.drafter  # its memory is free for the next candidate
@@ -160,11 +165,11 @@ class Auto:
         self.candidates = kept
         engine.switch(kept[0].drafter if len(kept) == 1 else None)
 
-    def measure(self, c: Candidate) -> None:
+    def measure(self, c: Candidate, refills: bool) -> None:
         """Time its draft step and its selection; compile and capture its rounds."""
         engine, gamma = self.engine, max(self.gammas)
         engine.switch(c.drafter)
-        engine.warm_up_rounds()
+        engine.warm_up_rounds(refills)
         with engine.pretend(engine.max_len):
             c.t_select = median_seconds(engine.device, c.drafter.select, 1)
             for shorter in self.gammas:
@@ -180,9 +185,7 @@ class Auto:
         """
         engine, config, gammas = self.engine, self.engine.model.config, (0, *self.gammas)
         engine.switch(None)  # verifies with the full cache alone
-        B, V, sampled = engine.batch.n_rows, config.vocab_size, not engine.sampling.greedy
-        probs = {g: torch.full((B, g, V), 1 / V, device=engine.device) for g in gammas if sampled}
-        drafts = {g: Draft(engine.batch.tokens[:, :g], probs.get(g)) for g in gammas}
+        drafts = {g: engine.batch.tokens[:, :g] for g in gammas}
         work = {g: engine.capture(lambda d=draft: engine.decide(d)) for g, draft in drafts.items()}
         lengths = (max(engine.max_len // 8, 2), engine.max_len)
         times: dict[tuple[int, int], list[float]] = {(n, g): [] for n in lengths for g in gammas}
@@ -213,19 +216,21 @@ class Auto:
         config, hw = self.engine.model.config, self.hardware
         return {g: forward_time(config, hw, w, g + 1).total * r for g, r in self.residual.items()}
 
-    def decode(self, on_round: Callable[[], None] = lambda: None) -> Stats:
-        """Rounds until every row is finished: probe, choose, follow. ValueError without a text."""
-        self.on_round, self.verify = on_round, self.verify_seconds()
+    def rounds(self) -> Iterator[None]:
+        """Rounds until every row is finished: probe, choose, follow. ValueError without a text.
+
+        After each, the caller may start other rows.
+        """
+        self.verify = self.verify_seconds()
         for c in self.candidates:
             c.record = Record()
         self.look_back()
-        self.probe(self.verify)
+        yield from self.probe(self.verify)
         self.look_back()  # now there is some new text to judge by
         for c in self.candidates:
             c.probed, c.foreseen = c.record, c.best(self.verify, threshold=0.0).gamma
         self.first = self.choose(self.verify, None, 1.0)
-        self.follow()
-        return self.engine.batch.stats()
+        yield from self.follow()
 
     def look_back(self, drafting: Candidate | None = None) -> None:
         """Let those that judge themselves do so, by the text that is there now."""
@@ -233,16 +238,16 @@ class Auto:
             if c is not drafting and c.drafter.judges_itself:
                 c.record = c.record.after(*c.drafter.look_back(c.strategy.gamma), memory=0)
 
-    def run(self, c: Candidate | None, gamma: int, n: int) -> tuple[list[int], list[int]]:
-        """Up to n rounds with it; how often a row kept 0, 1, .. gamma drafts in them, and had."""
+    def run(self, c: Candidate | None, gamma: int, n: int) -> Run:
+        """Up to n rounds with it. Returns how often a row kept 0, 1, .. gamma drafts, and had."""
         batch = self.engine.batch
         self.engine.switch(c.drafter if c else None)
-        before = torch.stack((batch.accepted, batch.drafted))
-        self.engine.run(gamma, n, self.on_round)
-        counts = torch.stack((batch.accepted, batch.drafted)) - before
+        before = torch.stack((batch.accepted, batch.drafted)).sum(dim=1)
+        yield from self.engine.rounds(gamma, n)
+        counts = torch.stack((batch.accepted, batch.drafted)).sum(dim=1) - before
         return tuple(counts[:, : gamma + 1].tolist())
 
-    def probe(self, verify: dict[int, float]) -> None:
+    def probe(self, verify: dict[int, float]) -> Iterator[None]:
         """A few rounds with each candidate that could still be the best one.
 
         A trial is short: at most PROBE_SHARE of the tokens to come. It is skipped if its cost
@@ -260,7 +265,7 @@ class Auto:
             if c.drafter.judges_itself or (hopeless and not self.named):
                 continue
             for _ in range(4):
-                c.record = c.record.after(*self.run(c, gamma, n))
+                c.record = c.record.after(*(yield from self.run(c, gamma, n)))
                 if not c.best(verify, 0.9 * best).gamma:
                     break
             best = max(best, c.best(verify).speedup)
@@ -272,7 +277,7 @@ class Auto:
         options += [c.best(verify, threshold) for c in known]
         return max(options, key=lambda o: o.speedup * (stay if o.candidate is now else 1.0))
 
-    def follow(self) -> None:
+    def follow(self) -> Iterator[None]:
         """Rounds to the end, with what the latest acceptance asks for.
 
         A draft that was given up is tried again after a pause, longer every time.
@@ -282,8 +287,8 @@ class Auto:
         while True:
             self.last, (c, gamma, _) = str(choice), choice
             n = FOLLOW if gamma or watching else pause
-            rounds = self.run(c, gamma, n)
-            if self.engine.batch.finished.all():
+            rounds = yield from self.run(c, gamma, n)
+            if all(self.engine.watch.rows):
                 return
             idle = 0 if gamma else idle + n
             if c:

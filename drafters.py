@@ -15,6 +15,7 @@ A `Strategy` says how to draft, `DRAFTERS` which class does it. The engine (`spe
 
 **Keeping up.** A round without this drafter is text that it has not read. `leave` notes how much it
 has read of each row, `refresh` reads the rest, and lets the policy select again when that is due.
+A row with a new prompt is told twice: `forget` when its reading begins, `start` when it runs.
 
 **A draft model lags by one token.** In a round it is fed the newest decided token and all drafts
 but the last. If all are accepted, the last draft has become text that the draft's cache does not
@@ -48,7 +49,6 @@ from kv_cache import CacheSpec, KVCache, SparseKVCache
 from lookup import NGRAM, Histograms, look_back, lookup
 from model import Caches, Transformer
 from policies import POLICIES, Layer, Strategy, observed
-from sampling import Draft
 
 
 class Target(NamedTuple):
@@ -59,8 +59,7 @@ class Target(NamedTuple):
     batch: Batch
 
 
-# Logits [B, V] of the i-th draft -> its tokens [B], and what they were drawn from, [B, V] or None.
-Pick = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+Pick = Callable[[Tensor, int], Tensor]  # logits [B, V] of the i-th draft -> its tokens [B]
 
 
 class Drafter:
@@ -84,7 +83,8 @@ class Drafter:
         self.n_bytes = sum(cache.n_bytes for cache in self.caches)
         self.n_read = torch.zeros_like(self.batch.seq_len)  # [B], tokens that it has read,
         self.away = True  # while rounds go on without it
-        self.selected_at: int | None = None  # round before which it selected last
+        self.waiting: set[int] = set()  # rows that do not run yet
+        self.selected_at: int | None = None  # round before which it selected last, in all rows
 
     @classmethod
     def own_caches(
@@ -115,18 +115,12 @@ class Drafter:
         """After the i-th token of this round: the newest decided one, or a draft."""
         raise NotImplementedError
 
-    def propose(self, gamma: int, pick: Pick) -> Draft:
+    def propose(self, gamma: int, pick: Pick) -> Tensor:  # [B, gamma]
         """The next gamma tokens of every row. Decides nothing: it may be called again."""
-        token, _ = self.batch.newest()
-        B, V, device = len(token), self.target.model.config.vocab_size, token.device
-        tokens, probs = torch.empty(B, gamma, dtype=torch.int64, device=device), None
+        tokens = [self.batch.newest()[0]]
         for i in range(gamma):
-            picked, p = pick(self.logits(i, token), i)
-            tokens[:, i], token = picked, picked[:, None]
-            if p is not None:
-                probs = torch.empty(B, gamma, V, device=device) if probs is None else probs
-                probs[:, i] = p
-        return Draft(tokens, probs)
+            tokens.append(pick(self.logits(i, tokens[-1]), i)[:, None])
+        return torch.cat(tokens[1:], dim=1)
 
     def label(self, model_name: str) -> str:
         """For people: who drafts, and from what. `model_name` is that of its own model."""
@@ -134,11 +128,11 @@ class Drafter:
         again = f", selected again every {self.select_every} rounds" if self.select_every else ""
         return f"{who}, {self.reads.format(**asdict(self.strategy))}{again}"
 
-    def catch_up(self, n_read: Tensor) -> None:  # [B]
-        """Read the decided text behind the first n_read tokens of every row."""
+    def catch_up(self, n_read: Tensor, b: int | None = None) -> None:  # [B]
+        """Read the decided text behind the first n_read tokens of every row, or of row b."""
 
-    def select(self) -> None:
-        """Load, from all of the decided text, what drafting reads."""
+    def select(self, b: int | None = None) -> None:
+        """Load, from all of the decided text, what drafting reads, in every row or in row b."""
 
     def read_missed(self) -> None:
         """Read the prompts, or the text of rounds that went on without it."""
@@ -146,42 +140,75 @@ class Drafter:
             self.catch_up(self.n_read)
             self.away, self.selected_at = False, None
 
-    def refresh(self, now: int) -> None:
+    def refresh(self, now: int, begun: list[tuple[int, int]]) -> None:
         """Bring it up to date before round `now`: what it missed, and a selection if one is due.
 
         One is due once there is text, again every `select_every` rounds, and once more when rows
-        that were shorter than the selection have as many tokens as it can hold.
+        that were shorter than the selection have as many tokens as it can hold. `begun` has of
+        each row the round before which it began, and the tokens of its prompt.
         """
         self.read_missed()
-        last, every = self.selected_at, self.select_every
-        grown = self.n_selected - self.batch.shortest  # a round adds at least one token
-        if last is None or (every and now - last >= every) or last <= grown < now:
+        last, every, short = self.selected_at, self.select_every, self.n_selected
+        if (
+            last is None
+            or (every and now - last >= every)
+            or any(n < short and last <= begin + short - n < now for begin, n in begun)
+        ):  # a round adds at least one token
             self.select()
             self.selected_at = now
 
     def leave(self) -> None:
         """A round begins without it."""
         if not self.away:
-            self.n_read, self.away = self.batch.seq_len - 2, True
+            self.n_read, self.away = self.read_of_rows(), True
 
-    def forget(self, n_kept: Tensor) -> None:  # [B]
-        """Another text begins; of what it may have read, the first n_kept tokens stay."""
-        self.leave()
-        self.n_read = self.n_read.minimum(n_kept).clamp_min(0)
+    def read_of_rows(self) -> Tensor:  # [B]
+        """How many tokens it has read, at least."""
+        if self.away:
+            return self.n_read
+        waiting = torch.zeros_like(self.batch.finished)
+        waiting[[*self.waiting]] = True
+        return torch.where(waiting, self.n_read, self.batch.seq_len - 2)
+
+    def forget(self, rows: slice, n_kept: int) -> None:
+        """Another text is going to begin in these rows; the first n_kept tokens are the same.
+
+        Until it does, rounds may write over the last of them.
+        """
+        self.n_read[rows] = self.read_of_rows()[rows].clamp(0, max(n_kept - 1, 0))
+        self.waiting.update(range(self.batch.n_rows)[rows])
+
+    def start(self, b: int) -> None:
+        """Row b begins to run with its new text."""
+        self.waiting.discard(b)
+        if not self.away:
+            self.catch_up(self.n_read, b)
+            self.select(b)
 
     def rewind(self) -> None:
         """The text ends behind the prompts again."""
         self.n_read, self.selected_at = self.n_read.minimum(self.batch.prompt_len), None
 
-    def load(self, sparse: SparseKVCache, model: Transformer, full: KVCache, n_cached: Tensor):
-        """Let the policy choose, layer by layer, what `sparse` keeps of n_cached [B] tokens."""
-        policy, n_sink = self.strategy.entry, self.strategy.n_sink
+    def load(
+        self,
+        sparse: SparseKVCache,
+        full: KVCache,
+        n_cached: Tensor,  # [B]
+        b: int | None,
+    ) -> None:
+        """Let the policy choose, layer by layer, what `sparse` keeps of row b's n_cached tokens.
+
+        None: of all rows.
+        """
+        tokens, policy, n_sink = self.batch.tokens, self.strategy.entry, self.strategy.n_sink
+        if b is not None:
+            sparse, full = sparse.row(b), full.row(b)
+            tokens, n_cached = tokens[b : b + 1], n_cached[b : b + 1]
         queries: Iterator[Tensor | None] = repeat(None)
-        windows = full.spec.windows
+        windows, model = full.spec.windows, self.own_model or self.target.model
         if policy.observes and None in windows:
             pos = observed(n_cached, self.strategy.n_observed)
-            tokens = within_vocabulary(model, self.batch.tokens.gather(1, pos))
-            queries = model.queries(tokens, pos, full)
+            queries = model.queries(within_vocabulary(model, tokens.gather(1, pos)), pos, full)
         for i, (window, q) in enumerate(zip(windows, queries, strict=False)):
             layer = Layer(full.k[i], full.v[i], n_cached, n_sink, q)
             selected = policy.select(layer, sparse.n_selected) if window is None else None
@@ -205,9 +232,8 @@ class SelfDrafter(Drafter):
     def build(strategy, spec, capacity, finished=None) -> Caches:
         return (strategy.sparse_cache(spec, capacity),)
 
-    def select(self) -> None:
-        model, full, batch = self.target
-        self.load(self.sparse, model, full, batch.seq_len - 1)
+    def select(self, b: int | None = None) -> None:
+        self.load(self.sparse, self.target.full, self.batch.seq_len - 1, b)
 
     def logits(self, i: int, token: Tensor) -> Tensor:
         return self.target.model(token, self.batch.seq_len[:, None] - 1 + i, self.sparse)[:, -1]
@@ -238,15 +264,16 @@ class ModelDrafter(Drafter):
     def build(strategy, spec, capacity, finished=None) -> Caches:
         return (KVCache.empty(spec, capacity, finished),)
 
-    def catch_up(self, n_read: Tensor) -> None:
+    def catch_up(self, n_read: Tensor, b: int | None = None) -> None:
         """All but the newest token. Copies lengths to the host."""
         n_read = n_read.masked_fill(~self.full.holds(n_read), 0)
         chunk = min(self.full.spec.prefill_chunk, self.full.capacity)
-        lengths = zip(n_read.tolist(), self.batch.seq_len.tolist(), strict=True)
-        for b, (n_cached, length) in enumerate(lengths):
-            tokens = within_vocabulary(self.own_model, self.batch.tokens[b : b + 1])
+        lengths = [*zip(n_read.tolist(), self.batch.seq_len.tolist(), strict=True)]
+        for row in range(len(lengths)) if b is None else (b,):
+            n_cached, length = lengths[row]
+            tokens = within_vocabulary(self.own_model, self.batch.tokens[row : row + 1])
             if n_cached < length - 1:
-                self.own_model.prefill(tokens, length - 1, chunk, self.full.row(b), n_cached)
+                self.own_model.prefill(tokens, length - 1, chunk, self.full.row(row), n_cached)
 
     def rewind(self) -> None:
         super().rewind()
@@ -280,8 +307,8 @@ class SparseModelDrafter(ModelDrafter):
         full = KVCache.empty(spec, capacity, finished)
         return full, strategy.sparse_cache(spec, full.capacity)
 
-    def select(self) -> None:
-        self.load(self.sparse, self.own_model, self.full, self.batch.seq_len - 2)
+    def select(self, b: int | None = None) -> None:
+        self.load(self.sparse, self.full, self.batch.seq_len - 2, b)
 
 
 class StreamingModelDrafter(SparseModelDrafter):
@@ -308,19 +335,22 @@ class StreamingModelDrafter(SparseModelDrafter):
         K = strategy.budget
         return KVCache.empty(spec, K, longest=K), strategy.sparse_cache(spec, K)
 
-    def catch_up(self, n_read: Tensor) -> None:
+    def catch_up(self, n_read: Tensor, b: int | None = None) -> None:
         """Nothing to do: it never reads the whole text."""
 
-    def select(self) -> None:
+    def select(self, b: int | None = None) -> None:
         """Re-anchor: read sinks and newest tokens again, from position 0."""
         K, n_sink, n_cached = self.strategy.budget, self.strategy.n_sink, self.batch.seq_len - 2
-        self.offset.copy_((n_cached - K).clamp_min(0))
-        pos = torch.arange(K, device=n_cached.device)
-        pos = pos + self.offset[:, None] * (pos >= n_sink)
-        tokens = self.batch.tokens.gather(1, pos.clamp_max(self.batch.tokens.shape[1] - 1))
-        own_pos = torch.arange(K, device=n_cached.device).expand_as(tokens)
-        self.own_model.hidden(within_vocabulary(self.own_model, tokens), own_pos, self.full)
-        self.load(self.sparse, self.own_model, self.full, n_cached - self.offset)
+        rows, full = slice(None), self.full
+        if b is not None:
+            rows, full = slice(b, b + 1), self.full.row(b)
+        self.offset[rows] = (n_cached - K).clamp_min(0)[rows]
+        own_pos = torch.arange(K, device=n_cached.device)
+        pos = own_pos + self.offset[rows, None] * (own_pos >= n_sink)
+        tokens = self.batch.tokens[rows].gather(1, pos.clamp_max(self.batch.tokens.shape[1] - 1))
+        tokens = within_vocabulary(self.own_model, tokens)
+        self.own_model.hidden(tokens, own_pos.expand_as(tokens), full)
+        self.load(self.sparse, self.full, n_cached - self.offset, b)
 
 
 class LookupDrafter(Drafter):
@@ -328,8 +358,8 @@ class LookupDrafter(Drafter):
 
     judges_itself = True
 
-    def propose(self, gamma: int, pick: Pick) -> Draft:
-        return Draft(lookup(self.batch.tokens, self.batch.seq_len, gamma), None)
+    def propose(self, gamma: int, pick: Pick) -> Tensor:
+        return lookup(self.batch.tokens, self.batch.seq_len, gamma)
 
     def label(self, model_name: str) -> str:
         return f"prompt lookup, matches of at most {NGRAM} tokens"

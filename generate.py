@@ -202,7 +202,7 @@ def converse(
     only what is new is read. Otherwise every prompt stands for itself.
     """
     rows, longest = len(request.prompts), engine.max_len - o.max_new_tokens
-    warm_up(engine, auto, later_turns=o.chat)
+    warm_up(engine, auto, refills=o.chat)
     so_far: list[int] = []  # the conversation
     while True:
         try:
@@ -235,7 +235,7 @@ def say_answer(
     For what it prints it waits for every round.
     """
     prompt, limits = turn.prompts[0], [turn.max_new_tokens] * len(turn.prompts)
-    n_reused = engine.batch.n_reused(0, prompt) if reuse else 0
+    n_reused = engine.batch.in_common(prompt)[0] if reuse else 0
     engine.prefill(turn.prompts, limits, turn.end_ids, reuse=reuse)
     stream, done = TextStream(tokenizer, prompt), len(prompt)
 
@@ -247,7 +247,7 @@ def say_answer(
         done = end
 
     show()
-    work = partial(auto.decode, show) if auto else partial(decode, engine, on_round=show)
+    work = partial(decode, engine, auto=auto, on_round=show)
     seconds, stats = timed(engine.device, work)
     print(stream.close())
     print(

@@ -2,15 +2,12 @@
 
 Launching the hundreds of kernels of a round from Python takes longer than running them. A CUDA
 graph launches them all at once. A round can be one graph because it reads and writes static tensors
-only and never looks at a value: lengths, masks, ragged acceptance and ends are arithmetic on the
-device. Plain decoding is captured in the same way, so no speedup comes from that.
+only and never looks at a value: lengths, masks, ragged acceptance, ends, random numbers are
+arithmetic on the device. Plain decoding is captured in the same way, so no speedup comes from that.
+All graphs of an engine share one pool of memory, which lives as long as one of them.
 
-Two things tie a graph to its surroundings. Random numbers: the generator is registered with the
-graph, so that every replay draws new ones from where the last one stopped. Memory: all graphs of an
-engine share one pool, which lives as long as one of them.
-
-Only the host's question "are all rows finished?" would make the device wait. `LaggingFlag` asks it
-of two rounds ago.
+Only the host's question "which rows are finished?" would make the device wait. `Watch` asks it of
+two rounds ago.
 """
 
 from collections.abc import Callable
@@ -27,8 +24,8 @@ WARM_UP = 3  # times that work runs before it is captured: compiling, autotuning
 class Graphs:
     """Captures work on one batch, as CUDA graphs that share a memory pool."""
 
-    def __init__(self, batch: Batch, generator: torch.Generator) -> None:
-        self.batch, self.generator = batch, generator
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
         self.pool = torch.cuda.graph_pool_handle()
         self.newest: object = None  # one of the graphs that share the pool keeps it alive
         self.stream = torch.cuda.Stream()
@@ -39,7 +36,7 @@ class Graphs:
         The work must read and write static tensors only. Before it is captured it runs a few times
         from the same state, which is put back: nothing can be compiled during a capture.
         """
-        before, random_state = self.batch.snapshot(), self.generator.get_state()
+        before = self.batch.snapshot()
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
@@ -47,9 +44,7 @@ class Graphs:
                 work()
                 self.batch.restore(before)
         here.wait_stream(self.stream)
-        self.generator.set_state(random_state)
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
         with (
             torch.compiler.set_stance("fail_on_recompile"),
             torch.cuda.graph(graph, pool=self.pool, stream=self.stream),
@@ -57,7 +52,6 @@ class Graphs:
             result = work()
         self.newest = graph
 
-        @torch.inference_mode()  # as in the capture: the generator's state is of that mode
         def replay() -> object:
             graph.replay()
             return result
@@ -65,26 +59,41 @@ class Graphs:
         return replay
 
 
-class LaggingFlag:
-    """Asks "all finished?" without waiting, and answers as of LAG calls ago.
+class Watch:
+    """Which rows are finished, as the host knows it: as of now, or on a GPU as of `lag` looks ago.
 
-    Each call starts a copy to pinned memory, behind the work that the device has to do, and reads
-    the copy of LAG calls ago. The host waits for that one only, while later work is queued.
+    There each look starts a copy to pinned memory, behind the work that the device has to do, and
+    reads the copy of that time. The host waits for that one only, while later work is queued.
+    A row that runs again meanwhile is not finished, whatever was seen of it before.
     """
 
-    def __init__(self, flags: Tensor) -> None:  # [B] bool
-        self.flags = flags
-        self.copies = torch.zeros(LAG + 1, dtype=torch.bool, pin_memory=True)
-        self.events = [torch.cuda.Event() for _ in range(LAG + 1)]
-        self.calls = 0
+    def __init__(self, finished: Tensor, lag: int) -> None:  # [B] bool, looks
+        self.finished, self.lag = finished, lag
+        self.rows = [False] * len(finished)  # by row, what is known
+        self.valid = [0] * len(finished)  # by row, the first look that counts
+        self.looks = 0
+        if self.lag:
+            shape = self.lag + 1, len(finished)
+            self.copies = torch.zeros(shape, dtype=torch.bool, pin_memory=True)
+            self.events = [torch.cuda.Event() for _ in range(self.lag + 1)]
 
-    def __call__(self) -> bool:
-        i = self.calls % (LAG + 1)
-        self.copies[i].copy_(self.flags.all(), non_blocking=True)
-        self.events[i].record()
-        self.calls += 1
-        oldest = self.calls % (LAG + 1)
-        if self.calls <= LAG:
-            return False
-        self.events[oldest].synchronize()
-        return bool(self.copies[oldest])
+    def look(self) -> None:
+        """Learn what the device has done."""
+        last, self.looks = self.looks, self.looks + 1
+        values = self.finished
+        if self.lag:
+            i, oldest = last % len(self.copies), self.looks % len(self.copies)
+            self.copies[i].copy_(self.finished, non_blocking=True)
+            self.events[i].record()
+            if last < self.lag:
+                return
+            self.events[oldest].synchronize()
+            values = self.copies[oldest]
+        seen = enumerate(values.tolist())
+        self.rows = [value and self.valid[b] <= last - self.lag for b, value in seen]
+
+    def restart(self, b: int) -> None:
+        """Row b runs, or where the device need not be waited for, it may have ended already."""
+        self.rows[b], self.valid[b] = False, self.looks
+        if not self.lag:
+            self.look()

@@ -52,6 +52,7 @@ folded into the query length (index g * T + t), as `model.attend` wants them.
 """
 
 from collections.abc import Callable, Hashable, Iterable
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, TypeVar
@@ -184,6 +185,13 @@ class KVCache:
         k, v, newest = [k[rows] for k in self.k], [v[rows] for v in self.v], self.newest[rows]
         return KVCache(replace(self.spec, batch_size=1), k, v, self.capacity, newest)
 
+    def copy_row(self, source: int, b: int, n_tokens: int) -> None:
+        """Let row b begin with the first n_tokens of row `source`, which holds them. In place."""
+        for buffer in self.k + self.v:
+            n = buffer.shape[2] if buffer.shape[2] in self.rings else n_tokens  # rings: all of it
+            buffer[b, :, :n] = buffer[source, :, :n]
+        self.newest[b] = self.newest[source]
+
     def holds(self, n_tokens: Tensor | int, back: int = 0) -> Tensor:  # [B], or one for all
         """Whether a row can be continued behind its first n_tokens, [B] bool.
 
@@ -284,6 +292,14 @@ class SparseKVCache:
     def n_bytes(self) -> int:
         """Bytes of K and V in all buffers."""
         return sum(t.nbytes for t in self.k + self.v)
+
+    def row(self, b: int) -> "SparseKVCache":
+        """Row b alone, a view that shares its memory."""
+        rows, part = slice(b, b + 1), copy(self)
+        part.spec = replace(self.spec, batch_size=1)
+        part.k, part.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
+        part.selected_pos = self.selected_pos[:, rows]
+        return part
 
     def slots(self, pos: Tensor) -> list[Tensor]:  # [B, T] -> per layer [B, T]
         """Where tokens at these positions are written."""

@@ -50,20 +50,22 @@ class Progress:
             self.say(f"{25 * self.quarters}%", end=" ")
 
 
-def warm_up(engine: Engine, auto: Auto | None, later_turns: bool = False) -> None:
+def warm_up(engine: Engine, auto: Auto | None, refills: bool = False) -> None:
     """Compile every shape that will run; the automatic choice is calibrated."""
-    engine.warm_up(later_turns)
+    engine.warm_up(refills)
     if auto:
-        auto.calibrate()
+        auto.calibrate(refills)
 
 
 def decode(
     engine: Engine,
     gamma: int | None = None,  # draft tokens per round; None: the engine's own
+    auto: Auto | None = None,  # decides, if given
     on_round: Callable[[], None] = lambda: None,
 ) -> Stats:
     """Rounds to the end of the prefilled batch, and what they did."""
-    engine.run(gamma, on_round=on_round)
+    for _ in auto.rounds() if auto else engine.rounds(gamma):
+        on_round()
     return engine.batch.stats()
 
 
@@ -104,7 +106,7 @@ def measure(
         draft_prefill_seconds, _ = phase("prefilling the draft model", engine.catch_up)
     baseline = decoding("decoding plainly", lambda: decode(engine, 0)) if request.compare else None
     with tracer or nullcontext():
-        main = decoding("decoding", auto.decode if auto else lambda: decode(engine))
+        main = decoding("decoding", lambda: decode(engine, auto=auto))
     if auto:
         say(auto.explain())
         engine.switch(auto.first.candidate.drafter if auto.first.candidate else None)
@@ -161,7 +163,7 @@ def step_times(
     if gamma:
         engine.refresh()
         draft = engine.draft(gamma)
-        logits = engine.verify(draft.tokens)
+        logits = engine.verify(draft)
         work["draft_step_ms"] = lambda: engine.draft(gamma)
         work["verify_ms"] = lambda: engine.decide(draft)
         work["accept_ms"] = lambda: engine.accept(draft, logits)
@@ -193,10 +195,10 @@ def differences(
 ) -> list[dict] | None:
     """Where rows part from the baseline, and how close the two likeliest logits were there.
 
-    None where they need not be the same: without a baseline, and when sampling. Where no memory is
-    left to read the row again, the margin is missing: a finished run is not lost for it.
+    None without a baseline. The margin is missing when sampling, and where no memory is left to
+    read the row again: a finished run is not lost for it.
     """
-    if baseline is None or not engine.sampling.greedy:
+    if baseline is None:
         return None
     differing: list[dict] = []
     rows = zip(prompts, main.outputs, baseline.outputs, strict=True)
@@ -206,7 +208,8 @@ def differences(
             at = [*same, False].index(False)
             differing.append({"row": row, "new_token": at})
             with suppress(MemoryError, torch.OutOfMemoryError):
-                differing[-1]["top2_logit_margin"] = top2_margin(engine, prompt + theirs[:at])
+                if engine.sampling.greedy:
+                    differing[-1]["top2_logit_margin"] = top2_margin(engine, prompt + theirs[:at])
     return differing
 
 

@@ -337,15 +337,15 @@ class Transformer(nn.Module):
         own = c.local_rope_theta is not None
         return once_each(rope, [own and window is not None for window in c.windows])
 
-    def prefill(
+    def read(
         self,
         tokens: Tensor,  # [1, S] int64
         length: int,  # how many of them to read
         chunk: int,  # tokens per forward
         cache: KVCache,
         n_cached: int = 0,  # fewer than `length`, the first ones, which the cache holds already
-    ) -> Tensor:
-        """Read a text into the cache; the hidden state [dim] of its last token.
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Read a text into the cache. After each forward: tokens that are read, the last's [dim].
 
         Two static shapes: chunks, and where something was cached, short ones for what is less than
         a chunk. The last forward is moved back to end with the text: what it computes twice, it
@@ -362,8 +362,20 @@ class Transformer(nn.Module):
             at = max(min(start, length - T), 0)
             pos = torch.arange(at, at + T, device=tokens.device)[None]
             x = self.hidden(tokens[:, at : at + T], pos, cache)
-            start = at + T
-        return x[0, length - 1 - at]
+            start = min(at + T, length)
+            yield start, x[0, start - 1 - at]
+
+    def prefill(
+        self,
+        tokens: Tensor,  # [1, S] int64
+        length: int,
+        chunk: int,
+        cache: KVCache,
+        n_cached: int = 0,
+    ) -> Tensor:
+        """The same at once; the hidden state [dim] of the text's last token."""
+        *_, (_, x) = self.read(tokens, length, chunk, cache, n_cached)
+        return x
 
     def logits(self, x: Tensor) -> Tensor:  # [..., dim] -> [..., V]
         """The output layer: of the token that follows each hidden state."""

@@ -92,8 +92,6 @@ class Options:
             (self.draft_checkpoint_path and not self.drafts, f"--draft_checkpoint_path {drafts}"),
             (self.interactive and (self.compares or self.json or self.profile),
              "--interactive has no --compare, --check_lossless, --json or --profile"),
-            (self.check_lossless and self.temperature > 0,
-             "--check_lossless compares greedy outputs: no --temperature"),
             (self.check_lossless and not self.compares,
              "--check_lossless needs the plain run that --no-compare leaves out"),
             (not 0 <= self.seed < 2**63, f"--seed {self.seed} must be in 0..2**63 - 1"),

@@ -106,10 +106,27 @@ class RowSampling(NamedTuple):
     top_p: Tensor  # [B] float32; 1: off
     seed: Tensor  # [B] int64, at least 0
 
+    @classmethod
+    def greedy(cls, n_rows: int, device: torch.device) -> "RowSampling":
+        """Of B greedy rows."""
+        integers = torch.zeros(2, n_rows, dtype=torch.int64, device=device)
+        floats = torch.zeros(2, n_rows, device=device)
+        return cls(floats[0], integers[0], floats[1] + 1, integers[1])
 
-def row_seed(seed: int, index: int) -> int:
-    """A seed in [0, 2^63) for request `index` of a run; those of all runs are unrelated."""
-    return random.Random(f"request {index} of seed {seed}").getrandbits(63)
+    def set_row(self, b: int, sampling: Sampling, seed: int) -> None:
+        """Let row b ask for this. In place."""
+        values = sampling.temperature, sampling.top_k or 0, sampling.top_p or 1.0, seed
+        for setting, value in zip(self, values, strict=True):
+            setting[b] = value
+
+    def row(self, b: int) -> "RowSampling":
+        """Row b alone, a view."""
+        return RowSampling(*(setting[b : b + 1] for setting in self))
+
+
+def row_seed(seed: int, index: int, turn: int = 0) -> int:
+    """A seed in [0, 2^63) for request `index` of a turn; those of all turns are unrelated."""
+    return random.Random(f"request {index} of turn {turn} of seed {seed}").getrandbits(63)
 
 
 def mix(words: Tensor, key: Tensor | int = 0) -> Tensor:  # [...] int64 in [0, 2^32), each

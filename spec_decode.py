@@ -19,12 +19,15 @@ alone and commits the target's next token. The baseline is the same code with ze
 Nothing is decided before `commit`: `draft` and `verify` can be repeated at will, which is how
 they are warmed up and timed. Timing itself is the caller's business; the batch counts.
 
+Rows begin one by one (`start`), all before the first round, or between two rounds, in the place of
+a row that has ended (`refill.py`). To read a prompt takes a few forwards, and rounds of the other
+rows may come between them. What a prompt has in common with a text that some row holds is copied.
+
 On a GPU a round is one CUDA graph (`graphs.py`), and so is a plain one.
 """
 
 import math
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,25 +36,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batch import MAX_GAMMA, Batch
+from batch import MAX_GAMMA, Batch, Request
 from config import work_bytes
 from device import check_fits
 from drafters import Drafter, Target, check_strategy, draft_cache_bytes, drafter_class
-from graphs import Graphs, LaggingFlag
+from graphs import LAG, Graphs, Watch
 from kv_cache import CacheSpec, KVCache
 from model import Transformer
 from policies import Strategy
-from sampling import Draft, Sampling, Stats, accept, pick
+from sampling import RowSampling, Sampling, Stats, accept, pick, row_seed
+
+SHARED = 256  # tokens that a prompt must have in common with another row's text to copy their KV
+
+
+def judge(
+    logits: Tensor,  # [B, gamma + 1, V], the target's
+    draft: Tensor,  # [B, gamma]
+    seq_len: Tensor,  # [B]
+    rows: RowSampling,
+    widest: Sampling,
+) -> tuple[Tensor, Tensor]:  # n_accepted [B], next_token [B]
+    """How many drafts are what the target itself says at their places, and what it says then."""
+    pos = seq_len[:, None] + torch.arange(logits.shape[1], device=logits.device)
+    return accept(draft, pick(logits, pos, rows, widest))
 
 
 class Around(NamedTuple):
     """What a round does beside the models' forwards. On a GPU it is compiled: a kernel or two each.
 
-    On a CPU that pays where top-p is asked for.
+    On a CPU that pays where random numbers are drawn.
     """
 
     pick: Callable = pick
-    accept: Callable = accept
+    judge: Callable = judge
     commit: Callable = Batch.commit
 
     def compiled(self) -> "Around":
@@ -60,7 +77,7 @@ class Around(NamedTuple):
 
 
 class Engine:
-    """One static batch: model, caches, text; `prefill`, then `round` until all rows are finished.
+    """A batch of rows: model, caches, text. `prefill` or `start` begin texts, `round` decides more.
 
     It drafts with one drafter at a time, or with none, and keeps as many as are added: to switch
     between two rounds costs nothing. A drafter that was away reads what it missed when it is back.
@@ -72,7 +89,7 @@ class Engine:
         batch_size: int,  # B, at least 1
         max_len: int,  # tokens of the longest row, prompt and continuation together
         strategy: Strategy,
-        sampling: Sampling,
+        sampling: Sampling,  # that rows have, or the widest of what they may have
         seed: int = 0,
         draft_model: Transformer | None = None,  # None: the strategy needs none
     ) -> None:
@@ -88,15 +105,16 @@ class Engine:
         self.check(unallocated, strategy, draft_model, unallocated.n_bytes)
         self.batch = Batch(batch_size, max_len, unallocated.capacity, spec.device)
         self.full = KVCache.empty(spec, n_slots, self.batch.finished)
-        self.generator = torch.Generator(spec.device)
         self.host_rounds = 0  # since the last rewind, as the host counts them
+        self.begun = [(0, 1)] * batch_size  # by row: round before which it began, prompt's tokens
         self.drafters: list[Drafter] = []
         self.drafter: Drafter | None = None  # who drafts; None: plain decoding
         on_gpu = spec.device.type == "cuda"
-        self.graphs = Graphs(self.batch, self.generator) if model.compiled and on_gpu else None
-        self.rounds: dict[tuple[Drafter | None, int], Callable[[], object]] = {}  # captured
+        self.graphs = Graphs(self.batch) if model.compiled and on_gpu else None
+        self.watch = Watch(self.batch.finished, LAG if self.graphs else 0)
+        self.captured: dict[tuple[Drafter | None, int], Callable[[], object]] = {}  # captured
         self.around = Around()
-        if model.compiled and (on_gpu or sampling.top_p is not None):
+        if model.compiled and (on_gpu or not sampling.greedy):
             self.around = self.around.compiled()
         self.use(strategy, draft_model)
 
@@ -144,7 +162,7 @@ class Engine:
     def remove(self, drafter: Drafter) -> None:
         """Forget a drafter; its memory is free when the caller forgets it too."""
         self.drafters.remove(drafter)
-        self.rounds = {key: work for key, work in self.rounds.items() if key[0] is not drafter}
+        self.captured = {key: work for key, work in self.captured.items() if key[0] is not drafter}
         if self.drafter is drafter:
             self.drafter = None
 
@@ -165,6 +183,63 @@ class Engine:
             self.remove(self.drafters[-1])
         self.switch(self.make(strategy, draft_model) if strategy.enabled else None)
 
+    def check_request(self, request: Request) -> None:
+        """ValueError for a request that no row of this engine can serve."""
+        self.batch.check(request, self.model.config.vocab_size)
+        if not self.sampling.covers(request.sampling):
+            raise ValueError(f"an engine made for {self.sampling} cannot do {request.sampling}")
+
+    def begin(self, eos_ids: tuple[int, ...] = (), keep: bool = False) -> None:
+        """Make room for new texts in all rows, to be given by `start`; these tokens end one.
+
+        What rows hold is forgotten, unless it is to be kept for texts that begin in the same way.
+        """
+        for drafter in self.drafters:
+            drafter.leave()
+        self.batch.begin(eos_ids, keep)
+        self.host_rounds = 0
+
+    @torch.inference_mode()
+    def start(
+        self,
+        b: int,
+        request: Request,
+        share: float = SHARED,  # tokens that must be there already to be used; inf: read all
+    ) -> Generator[None, None, int]:
+        """Read a prompt into row b and decide its first token. Yields between two forwards.
+
+        There may be rounds of the other rows then; when it is exhausted, row b runs too. Returns how many of the prompt's tokens needed no reading. ValueError, before anything
+        is read, for a request that the engine cannot serve.
+        """
+        self.check_request(request)
+        batch, length, row = self.batch, len(request.prompt), self.full.row(b)
+        common = batch.in_common(request.prompt)
+        source = max(range(len(common)), key=lambda r: (common[r], r == b))
+        n = common[source] if common[source] >= share else 0
+        for drafter in self.drafters:
+            drafter.forget(slice(b, b + 1), n if source == b else 0)
+        batch.start_row(b, request, n)
+        if source != b and n:
+            self.full.copy_row(source, b, n)
+        tokens = batch.tokens[b : b + 1]
+        for n_read, x in self.model.read(tokens, length, self.prefill_chunk, row, n):
+            batch.note_read(b, n_read)
+            if n_read < length:
+                yield
+        pos = batch.prompt_len[b : b + 1, None]
+        logits = self.model.logits(x[None, None])
+        batch.decide_first(b, pick(logits, pos, batch.sampling.row(b), self.sampling)[0])
+        self.begun[b] = self.host_rounds, length
+        self.watch.restart(b)
+        for drafter in self.drafters:
+            drafter.start(b)
+        return n
+
+    def end(self, b: int) -> None:
+        """Row b takes part in no more rounds."""
+        self.batch.stop_row(b)
+        self.watch.rows[b] = True
+
     @torch.inference_mode()
     def prefill(
         self,
@@ -174,28 +249,31 @@ class Engine:
         on_row: Callable[[int], None] = lambda b: None,  # told of each row that is done
         reuse: bool = False,
     ) -> None:
-        """Read the prompts into the caches, row by row in chunks, and decide each first token.
+        """Start all rows, with the engine's own sampling and a seed for each.
 
         With reuse, what a prompt has in common with the beginning of its row's text, prompt and
         continuation of before, is not read again: the next turn of a conversation. ValueError,
         before anything is read, for prompts and limits that do not fit the engine.
         """
-        batch = self.batch
-        batch.check(prompts, max_new_tokens, eos_ids, self.model.config.vocab_size)
-        reused = [batch.n_reused(b, p) if reuse else 0 for b, p in enumerate(prompts)]
-        n_kept = torch.tensor(reused, device=self.device)
-        for drafter in self.drafters:
-            drafter.forget(n_kept)
-        batch.begin(min(map(len, prompts)), eos_ids)
-        last = []
-        for b, (prompt, n) in enumerate(zip(prompts, max_new_tokens, strict=True)):
-            batch.start_row(b, prompt, n)
-            last.append(self.prefill_row(b, len(prompt), reused[b]))
+        B = self.batch.n_rows
+        if len(prompts) != B or len(max_new_tokens) != B:
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(max_new_tokens)} limits for an engine of {B} rows"
+            )
+        requests = [
+            Request(prompt, n, self.sampling, row_seed(self.seed, b, self.batch.n_texts))
+            for b, (prompt, n) in enumerate(zip(prompts, max_new_tokens, strict=True))
+        ]
+        for b, request in enumerate(requests):
+            try:
+                self.check_request(request)
+            except ValueError as e:
+                raise ValueError(f"row {b}: {e}") from None
+        self.begin(eos_ids, keep=reuse)
+        for b, request in enumerate(requests):
+            for _ in self.start(b, request, share=1 if reuse else SHARED):
+                pass
             on_row(b)
-        self.reseed("prefill")
-        u = None if self.sampling.greedy else self.uniforms(1)[:, 0]
-        first, _ = pick(self.model.logits(torch.stack(last)), self.sampling, u)
-        batch.decide_first(first)
         self.rewind()
 
     @torch.inference_mode()
@@ -206,16 +284,17 @@ class Engine:
 
     @torch.inference_mode()
     def rewind(self) -> None:
-        """Back to the end of the prefill: decode (again) from the same first tokens and seed.
+        """Back to the end of the prefill: decode (again) from the same first tokens.
 
         ValueError before the first prefill.
         """
         self.batch.rewind()
-        lengths = self.batch.prompt_len
-        for b in (~self.full.holds(lengths)).nonzero()[:, 0].tolist():
-            self.prefill_row(b, int(lengths[b]))  # decoding has overwritten what its end sees
-        self.reseed("decode")
-        self.host_rounds = 0
+        lengths = self.batch.prompt_len.tolist()
+        for b in (~self.full.holds(self.batch.prompt_len)).nonzero()[:, 0].tolist():
+            self.prefill_row(b, lengths[b])  # decoding has overwritten what its end sees
+        self.host_rounds, self.begun = 0, [(0, n) for n in lengths]
+        for b in range(self.batch.n_rows):
+            self.watch.restart(b)
         for drafter in self.drafters:
             drafter.rewind()
 
@@ -231,40 +310,33 @@ class Engine:
                 yield
             finally:
                 for drafter in self.drafters:
-                    drafter.forget(torch.zeros_like(lengths))
+                    drafter.leave()
+                    drafter.forget(slice(None), 0)
 
-    def warm_up(self, later_turns: bool = False) -> None:
-        """Compile, twice run and capture what the first turn, or also later ones, will need.
+    def warm_up(self, refills: bool = False) -> None:
+        """Compile, twice run and capture what the first texts will need, or also later ones.
 
         ValueError once there is a text, which this would write over.
         """
         with self.pretend(3):
             for _ in range(2):
-                for n_cached in (0, 1) if later_turns else (0,):
+                for n_cached in (0, 1) if refills else (0,):
                     self.prefill_row(0, 2, n_cached)
-        self.warm_up_rounds()
+        self.warm_up_rounds(refills)
 
-    def warm_up_rounds(self) -> None:
+    def warm_up_rounds(self, refills: bool = False) -> None:
         """The same for rounds and the drafter alone."""
         with self.pretend(3):
             for _ in range(2):
                 if self.drafter:
                     for n_read in (0, 1):  # it may have missed a prompt, or some rounds
                         self.drafter.catch_up(torch.full_like(self.batch.seq_len, n_read))
-                    self.drafter.select()
+                    for b in (None, 0) if refills else (None,):
+                        self.drafter.select(b)
                 for gamma in {0, self.gamma}:
                     self.decide(self.draft(gamma))
             for gamma in {0, self.gamma}:
                 self.capture_round(gamma)
-
-    def reseed(self, what: str) -> None:
-        """Begin the stream of random numbers of this name, prefill and seed; all are unrelated."""
-        name = f"{what} {self.batch.n_texts} of seed {self.seed}"
-        self.generator.manual_seed(random.Random(name).getrandbits(63))
-
-    def uniforms(self, n: int) -> Tensor:  # [B, n] float32 in [0, 1)
-        """The next random numbers of the stream."""
-        return torch.rand(self.batch.n_rows, n, device=self.device, generator=self.generator)
 
     @torch.inference_mode()
     def catch_up(self) -> None:
@@ -276,45 +348,45 @@ class Engine:
     def refresh(self) -> None:
         """The same, and let it select if that is due."""
         if self.drafter:
-            self.drafter.refresh(self.host_rounds)
+            self.drafter.refresh(self.host_rounds, self.begun)
 
     @torch.inference_mode()
-    def draft(self, gamma: int) -> Draft:
-        """gamma tokens per row from the drafter."""
+    def draft(self, gamma: int) -> Tensor:  # [B, gamma]
+        """The next gamma tokens of every row, as the drafter guesses them."""
         if not gamma or self.drafter is None:
-            return Draft(self.batch.tokens[:, :0], None)
-        u = None if self.sampling.greedy else self.uniforms(gamma)
+            return self.batch.tokens[:, :0]
 
-        def pick_draft(logits: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
-            return self.around.pick(logits, self.sampling, None if u is None else u[:, i])
+        def pick_draft(logits: Tensor, i: int) -> Tensor:
+            pos = self.batch.seq_len[:, None] + i
+            return self.around.pick(logits[:, None], pos, self.batch.sampling, self.sampling)[:, 0]
 
         return self.drafter.propose(gamma, pick_draft)
 
     @torch.inference_mode()
-    def verify(self, draft_tokens: Tensor) -> Tensor:  # [B, gamma] -> logits [B, gamma + 1, V]
+    def verify(self, draft: Tensor) -> Tensor:  # [B, gamma] -> logits [B, gamma + 1, V]
         """The target's logits after the newest token and after each draft, in one pass."""
         token, pos = self.batch.newest()
-        gamma = draft_tokens.shape[1]
+        gamma = draft.shape[1]
         pos = pos + torch.arange(gamma + 1, device=pos.device)
         write = (self.full, *self.drafter.writes) if gamma and self.drafter else None
-        return self.model(torch.cat((token, draft_tokens), dim=1), pos, self.full, write)
+        return self.model(torch.cat((token, draft), dim=1), pos, self.full, write)
 
     @torch.inference_mode()
-    def accept(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """n_accepted [B], next_token [B], from the target's logits [B, gamma + 1, V]."""
-        u = None if self.sampling.greedy else self.uniforms(draft.tokens.shape[1] + 1)
-        return self.around.accept(draft, logits, self.sampling, u)
+    def accept(self, draft: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """n_accepted [B], next_token [B], from [B, gamma] and the target's [B, gamma + 1, V]."""
+        batch = self.batch
+        return self.around.judge(logits, draft, batch.seq_len, batch.sampling, self.sampling)
 
-    def decide(self, draft: Draft) -> tuple[Tensor, Tensor]:
+    def decide(self, draft: Tensor) -> tuple[Tensor, Tensor]:  # [B, gamma]
         """Verify and accept: n_accepted [B], next_token [B]. What T_V and, undrafted, T_T are."""
-        return self.accept(draft, self.verify(draft.tokens))
+        return self.accept(draft, self.verify(draft))
 
     @torch.inference_mode()
     def eager_round(self, gamma: int) -> None:
         """Draft, verify, accept, commit."""
         draft = self.draft(gamma)
         n_accepted, next_token = self.decide(draft)
-        self.around.commit(self.batch, draft.tokens, n_accepted, next_token)
+        self.around.commit(self.batch, draft, n_accepted, next_token)
 
     @torch.inference_mode()
     def round(self, gamma: int) -> None:
@@ -332,49 +404,39 @@ class Engine:
             self.refresh()
         self.capture_round(gamma)()
         self.host_rounds += 1
+        self.watch.look()
 
     def capture_round(self, gamma: int) -> Callable[[], object]:
         """The round that `round` runs: captured once, where rounds are, and then kept."""
         if not self.graphs:
             return partial(self.eager_round, gamma)
         key = self.drafter if gamma else None, gamma
-        if key not in self.rounds:
-            self.rounds[key] = self.capture(partial(self.eager_round, gamma))
-        return self.rounds[key]
+        if key not in self.captured:
+            self.captured[key] = self.capture(partial(self.eager_round, gamma))
+        return self.captured[key]
 
     @torch.inference_mode()
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
         """The work as one CUDA graph; the work itself on a CPU, or where nothing is compiled."""
         return self.graphs.capture(work) if self.graphs else work
 
-    @torch.inference_mode()
-    def run(
+    def rounds(
         self,
         gamma: int | None = None,  # draft tokens per round, 0..self.gamma; None: self.gamma
         max_rounds: float = math.inf,
-        on_round: Callable[[], None] = lambda: None,  # called after every round
-    ) -> None:
-        """Rounds until every row is finished. ValueError without a prefill."""
+    ) -> Iterator[None]:
+        """Rounds until every row is finished; after each, the caller may start others.
+
+        ValueError without a prefill.
+        """
         self.batch.need_text()
         gamma = self.gamma if gamma is None else gamma
-        finished = self.batch.finished
-        done = LaggingFlag(finished) if self.graphs else finished.all
-        while max_rounds > 0 and not done():
+        while max_rounds > 0 and not all(self.watch.rows):
             self.round(gamma)
-            on_round()
             max_rounds -= 1
+            yield
 
-
-def generate(
-    engine: Engine,
-    prompts: list[list[int]],  # one per row of the engine
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...] = (),
-) -> tuple[list[list[int]], Stats]:
-    """Continue the prompts with the engine's own drafter: new tokens per row, and the counts.
-
-    ValueError for prompts and limits that do not fit the engine.
-    """
-    engine.prefill(prompts, [max_new_tokens] * len(prompts), eos_ids)
-    engine.run()
-    return engine.batch.outputs(), engine.batch.stats()
+    def run(self, gamma: int | None = None, max_rounds: float = math.inf) -> None:
+        """The same, all of them. ValueError without a prefill."""
+        for _ in self.rounds(gamma, max_rounds):
+            pass

@@ -20,7 +20,8 @@ from checkpoint import DEMO_CHECKPOINT, load_model
 from policies import Strategy
 from prompts import demo_prompts
 from sampling import Sampling
-from spec_decode import Engine, generate
+from refill import generate
+from spec_decode import Engine
 from tokenizer import load_tokenizer
 
 

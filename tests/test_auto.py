@@ -23,10 +23,12 @@ from auto import (
 )
 from cost_model import omega
 from kv_cache import SparseKVCache
+from measure import decode
 from policies import POLICIES, Strategy
 from roofline import HARDWARE, Workload, forward_time
 from sampling import Sampling
-from spec_decode import Engine, generate
+from refill import generate
+from spec_decode import Engine
 from tests.reference import plain_greedy, tiny_model
 from tests.test_spec_decode import PROMPTS
 
@@ -92,7 +94,7 @@ def test_whatever_it_decides_the_output_is_the_models_own(monkeypatch, verify):
     expected = [plain_greedy(model, p, 60) for p in PROMPTS]
     for _ in range(2):
         auto.engine.rewind()
-        stats = auto.decode()
+        stats = decode(auto.engine, auto=auto)
         assert auto.engine.batch.outputs() == expected
         assert stats.decoded_tokens == 4 * 59
         assert sum(stats.drafted_histogram) == stats.row_rounds > 0
@@ -105,7 +107,7 @@ def reject(draft, logits):
 
 def test_where_nothing_can_win_no_round_is_spent_on_it(monkeypatch):
     auto = prefilled(candidates("ngram", "streaming"), {0: 1.0, 1: 3.0, 3: 9.0}, monkeypatch)
-    stats = auto.decode()
+    stats = decode(auto.engine, auto=auto)
     assert stats.drafts == 0 and stats.rounds == 59
     assert auto.first == Choice()
     assert "no draft" in auto.explain()
@@ -115,7 +117,7 @@ def test_where_nothing_can_win_no_round_is_spent_on_it(monkeypatch):
 def test_a_named_draft_is_used_from_the_first_round_to_the_last(monkeypatch, policy):
     """Also where it cannot win: only its gamma is chosen, here the shorter one soon."""
     auto = prefilled(candidates(policy), {0: 1.0, 1: 2.5, 3: 6.0}, monkeypatch, named=True)
-    stats = auto.decode()
+    stats = decode(auto.engine, auto=auto)
     assert stats.drafted_histogram[0] <= 4  # the last round of a row has room for no draft
     assert (len(stats.drafted_histogram) == 4) == (policy == "streaming")  # the probe's gamma
     (c,) = auto.candidates
@@ -181,7 +183,7 @@ def test_a_good_draft_is_chosen_and_kept(monkeypatch):
     """A budget for everything is always accepted; the lookup in random text hardly ever."""
     everything = Candidate(Strategy("streaming", 3, 400), t_draft=0.01)
     auto = prefilled([*candidates("ngram"), everything], CHEAP, monkeypatch)
-    stats = auto.decode()
+    stats = decode(auto.engine, auto=auto)
     assert auto.first[:2] == (everything, 3) and auto.first.speedup > 3
     assert everything.record.tokens(3) > 1 + 3 * 0.99
     assert stats.rounds <= 4 + 15
@@ -303,7 +305,7 @@ def test_every_text_is_judged_anew(monkeypatch):
 
     monkeypatch.setattr(auto, "probe", probe)
     monkeypatch.setattr(auto, "follow", lambda: None)
-    auto.decode()
+    decode(auto.engine, auto=auto)
     assert known == [saw([0, 0, 0, 4]), Record()] and not outcomes
     assert lookup.probed == lookup.record == saw([4, 0, 0, 4])
     assert streaming.probed == saw([7, 0, 0, 1])
@@ -314,7 +316,7 @@ def test_every_text_is_judged_anew(monkeypatch):
 def test_who_was_not_probed_is_not_chosen(monkeypatch):
     auto = prefilled(candidates("streaming", "snapkv"), CHEAP, monkeypatch)
     probes(auto, monkeypatch, snapkv=[50, 0, 0, 50])
-    auto.decode()
+    decode(auto.engine, auto=auto)
     assert auto.first.candidate is auto.candidates[1]
     assert "streaming 24: T_D 0.0 ms, not probed" in auto.explain()
 
@@ -327,7 +329,7 @@ def test_the_first_choice_has_the_least_predicted_time_whoever_was_probed_last(m
     auto.engine.switch(later.drafter)
     gain = better.best(CHEAP).speedup / later.best(CHEAP).speedup
     assert 1 < gain < STAY  # the one in use would be kept
-    auto.decode()
+    decode(auto.engine, auto=auto)
     assert auto.first.candidate is better
     better.record = later.record = better.probed
     assert auto.choose(CHEAP, None, STAY).candidate is better
@@ -340,7 +342,7 @@ def test_nothing_is_decided_any_more_when_all_rows_are_finished(monkeypatch):
     (c,) = auto.candidates
     probes(auto, monkeypatch, streaming=[1, 0, 0, 3])
     monkeypatch.setattr(auto.engine, "accept", reject)
-    auto.decode()
+    decode(auto.engine, auto=auto)
     assert auto.last == "streaming 24, gamma 3" and auto.engine.drafter is c.drafter
 
 
@@ -350,7 +352,7 @@ def test_the_acceptance_of_the_first_prediction_is_printed_beside_it(monkeypatch
     (c,) = auto.candidates
     probes(auto, monkeypatch, streaming=[1, 0, 0, 9])
     monkeypatch.setattr(auto.engine, "accept", reject)
-    auto.decode()
+    decode(auto.engine, auto=auto)
     assert c.record.tokens(3) < 1 + 3 * 0.2 and auto.last == "no draft"
     assert auto.first.speedup == pytest.approx((1 + 3 * 0.9) / 1.9)
     assert "acceptance 0.90 at gamma 3" in auto.explain()
@@ -371,7 +373,7 @@ def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
         return next(rounds, [0, 0, 0, 9]), [0, 0, 0, 9]
 
     monkeypatch.setattr(lookup.drafter, "look_back", look_back)
-    auto.decode()
+    decode(auto.engine, auto=auto)
     assert auto.first.candidate is bad and engine.drafter is lookup.drafter
     assert auto.last.startswith("ngram, gamma")
     assert engine.batch.outputs() == [plain_greedy(tiny_model(), p, 120) for p in PROMPTS]
@@ -395,7 +397,7 @@ def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_lon
     monkeypatch.setattr(auto.engine, "accept", reject)
     runs, run = [], auto.run
     monkeypatch.setattr(auto, "run", lambda *what: runs.append(what) or run(*what))
-    stats = auto.decode()
+    stats = decode(auto.engine, auto=auto)
     assert auto.first.candidate is c and auto.first.speedup > 1.5
     tried = (c, 3, FOLLOW)
     rests = [[(None, 0, FOLLOW if others else n)] * (n // FOLLOW if others else 1)
@@ -415,7 +417,7 @@ def test_it_follows_by_the_times_at_the_length_that_the_text_has_reached(monkeyp
     monkeypatch.setattr(auto, "verify_seconds", lambda: next(times, DEAR))
     monkeypatch.setattr(auto.engine, "accept", reject)
     monkeypatch.setattr(auto, "choose", lambda *how: asked.append(how) or choose(*how))
-    auto.decode()
+    decode(auto.engine, auto=auto)
     assert asked[:3] == [(CHEAP, None, 1.0), (DEAR, c, STAY), (DEAR, None, STAY)]
     assert auto.verify == CHEAP
 
@@ -425,7 +427,7 @@ def test_a_draft_that_did_not_pay_is_not_tried_for_what_one_acceptance_would_say
     auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.8, 3: 1.92}, monkeypatch, n=80)
     (c,) = auto.candidates
     probes(auto, monkeypatch, streaming=[70, 0, 0, 30])
-    stats = auto.decode()
+    stats = decode(auto.engine, auto=auto)
     assert omega(3, 90 / 160) > STAY * 1.92
     assert stats.rounds == 79 and stats.drafts == 0
 

@@ -10,7 +10,8 @@ from batch import Batch
 from measure import decode
 from policies import Strategy
 from sampling import Stats
-from spec_decode import Engine, generate
+from refill import generate
+from spec_decode import Engine
 from tests.reference import plain_greedy, tiny_model
 from tests.test_spec_decode import GREEDY, PROMPTS, greedy_of, run, streaming
 

@@ -13,7 +13,8 @@ from model import Transformer
 from policies import Strategy
 from sampling import Sampling
 from scripts.make_model_fixtures import FAMILIES, LENGTHS
-from spec_decode import Engine, generate
+from refill import generate
+from spec_decode import Engine
 from tests.reference import plain_greedy, tiny_model
 from tests.test_drafters import STRATEGIES, draft_model
 from tests.test_families import FIXTURES, load

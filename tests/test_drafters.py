@@ -15,7 +15,8 @@ from measure import decode
 from model import Transformer
 from policies import POLICIES, Strategy
 from sampling import Sampling
-from spec_decode import Engine, generate
+from refill import generate
+from spec_decode import Engine
 from tests.reference import (
     COMPILED_BUDGET,
     COMPILED_CHUNK,

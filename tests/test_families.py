@@ -23,7 +23,8 @@ from policies import Strategy
 from sampling import Sampling
 from scripts.make_model_fixtures import FAMILIES, LENGTHS, NEW_TOKENS, SHARDED, make
 from scripts.save_model import save_model
-from spec_decode import Engine, generate
+from refill import generate
+from spec_decode import Engine
 from tests.reference import tiny_model
 
 FIXTURES = Path(__file__).parent / "fixtures" / "models"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from graphs import LAG, LaggingFlag
+from graphs import LAG, Watch
+from refill import generate
 from sampling import Sampling
 from scripts.cuda_offline.graphs import NEW_TOKENS, PROMPTS, engine_for, strategies, tapes
-from spec_decode import generate
 from tests.reference import plain_greedy, tiny_model
 
 
@@ -32,9 +32,9 @@ def test_a_drafter_keeps_its_captured_rounds():
             for drafter in (first, second, None):
                 engine.switch(drafter)
                 engine.run(max_rounds=2)
-        assert len(made) == len(engine.rounds) == 3
+        assert len(made) == len(engine.captured) == 3
         engine.remove(first)
-        assert {drafter for drafter, _ in engine.rounds} == {second, None}
+        assert {drafter for drafter, _ in engine.captured} == {second, None}
         engine.switch(second)
         engine.run()
         assert engine.batch.outputs() == [
@@ -47,9 +47,10 @@ def test_a_drafter_keeps_its_captured_rounds():
 def test_the_host_learns_of_the_end_a_few_rounds_late():
     with tapes([]):
         flags = torch.zeros(3, dtype=torch.bool)
-        done = LaggingFlag(flags)
+        watch = Watch(flags, LAG)
         answers = []
         for i in range(7):
             flags[:] = i >= 3
-            answers.append(done())
+            watch.look()
+            answers.append(all(watch.rows))
     assert answers == [i >= 3 + LAG for i in range(7)]

@@ -6,7 +6,8 @@ import torch
 import policies
 from kv_cache import NEVER, CacheSpec
 from policies import POLICIES, POOL, Policy, Strategy, attention_received, observed, select_snapkv
-from spec_decode import Engine, generate
+from refill import generate
+from spec_decode import Engine
 from tests.reference import plain_greedy, reference_logits, snapkv_scores, tiny_model
 from tests.test_drafters import ROOT
 from tests.test_spec_decode import GREEDY, PROMPTS, prompts_of

@@ -18,8 +18,9 @@ from kv_cache import CacheSpec, SparseKVCache
 from measure import decode
 from model import Transformer
 from policies import Strategy
-from sampling import Sampling, accept_sampled, sample
-from spec_decode import Engine, generate
+from refill import generate
+from sampling import Sampling
+from spec_decode import Engine
 from tests.reference import (
     COMPILED_BUDGET,
     COMPILED_CHUNK,
@@ -179,7 +180,7 @@ def test_an_engine_without_a_text_says_what_is_missing():
     for work in (engine.rewind, lambda: engine.round(0), lambda: decode(engine)):
         with pytest.raises(ValueError, match="prefill the engine first"):
             work()
-    engine.warm_up(later_turns=True)
+    engine.warm_up(refills=True)
     engine.prefill([[1, 2]], [9])
     with pytest.raises(ValueError, match="before its first prefill"):
         engine.warm_up()
@@ -238,8 +239,8 @@ def test_drafting_and_verifying_decide_nothing():
     engine.prefill(PROMPTS, [20] * 4)
     for _ in range(3):
         draft = engine.draft(3)
-        engine.verify(draft.tokens)
-        engine.verify(draft.tokens.flip(0))
+        engine.verify(draft)
+        engine.verify(draft.flip(0))
     decode(engine, 3)
     assert engine.batch.outputs() == [plain_greedy(model, p, 20) for p in PROMPTS]
 

@@ -26,20 +26,21 @@ ALGORITHM = {  # ten chapters, and what they stand on
     "families": (260, "config"),
     "device": (140, ""),
     "kernels": (120, ""),
-    "kv_cache": (330, "kernels"),
-    "model": (375, "config kernels kv_cache"),
-    "sampling": (255, ""),
-    "batch": (210, "sampling"),
+    "kv_cache": (350, "kernels"),
+    "model": (385, "config kernels kv_cache"),
+    "sampling": (275, ""),
+    "batch": (265, "sampling"),
     "policies": (190, "batch kv_cache"),
     "lookup": (70, ""),
-    "drafters": (390, "batch config kv_cache lookup model policies sampling"),
+    "drafters": (420, "batch config kv_cache lookup model policies"),
     "graphs": (110, "batch"),
-    "spec_decode": (380, "batch config device drafters graphs kv_cache model policies sampling"),
+    "spec_decode": (445, "batch config device drafters graphs kv_cache model policies sampling"),
 }
 ECONOMICS = {
     "roofline": (220, "config"),
     "cost_model": (430, "config families roofline"),
-    "auto": (340, "cost_model device drafters model policies roofline sampling spec_decode"),
+    "auto": (345, "cost_model device drafters model policies roofline spec_decode"),
+    "refill": (260, "auto batch device sampling spec_decode"),
 }
 IN_AND_OUT = {
     "tokenizer": (446, "config"),
@@ -56,7 +57,7 @@ PROGRAM = {
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
 CHAPTERS = ("kernels", "kv_cache", "model", "sampling", "batch", "policies", "lookup", "drafters",
             "graphs", "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 2350, 6150  # of a file, of CHAPTERS, of all files
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 2600, 7100  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")
 MANY_PARAMETERS = {  # function: why it has more
@@ -402,8 +403,8 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
     files_are_short: (HOUSE, {
         f"batch.py has {TABLE['batch'][0] + 1} lines": {"batch": "\n" * (TABLE["batch"][0] + 1)},
         "a.py has 451 lines": {"a": "\n" * 451},
-        "the algorithm: 2351": {"kv_cache": "\n" * 1600, "graphs": "\n" * 751, "auto": "\n" * 9},
-        "all files: 6151": {"a": "\n" * 4000, "b": "\n" * 2151},
+        "the algorithm: 2601": {"kv_cache": "\n" * 1600, "graphs": "\n" * 1001, "auto": "\n" * 9},
+        "all files: 7101": {"a": "\n" * 4000, "b": "\n" * 3101},
     }),
     functions_are_short: (HOUSE, {
         "a.f has 61 lines": {"a": LONG},

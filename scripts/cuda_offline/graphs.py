@@ -17,11 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphs import LAG, Graphs
+from graphs import LAG, Graphs, Watch
 from policies import POLICIES, Strategy
 from sampling import Sampling
 from scripts.cuda_offline.report import Report
-from spec_decode import Engine, generate
+from spec_decode import Engine
+from refill import generate
 from tests.reference import plain_greedy, tiny_model
 
 READS_A_VALUE = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select")
@@ -169,7 +170,8 @@ def engine_for(strategy: Strategy, context: int | None, sampling: Sampling, grap
     draft = tiny_model(2, 1, seed=1, max_seq_len=context) if context else None
     engine = Engine(tiny_model(), len(PROMPTS), longest, strategy, sampling, 7, draft)
     if graphs:
-        engine.graphs = Graphs(engine.batch, engine.generator)
+        engine.graphs = Graphs(engine.batch)
+        engine.watch = Watch(engine.batch.finished, LAG)
     return engine
 
 
