@@ -64,7 +64,7 @@ class Refill:
     requests: Iterable[Request]  # taken one by one as rows become free; a sequence is checked first
     eos_ids: tuple[int, ...] = ()
     auto: Auto | None = None  # decides how to draft, if anything is left to decide
-    max_gap: float = 0.5  # seconds that rows wait for other rows' prompts between two rounds
+    max_gap: float = 2.0  # seconds that rows wait for other rows' prompts between two rounds
     longest_first: bool = False  # by prompt and limit, instead of in the order given
     share: float = SHARED  # see Engine.start
     prefill_seconds: float = field(default=0.0, init=False)

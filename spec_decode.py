@@ -204,7 +204,7 @@ class Engine:
         self,
         b: int,
         request: Request,
-        share: float = SHARED,  # tokens that must be there already to be used; inf: read all
+        share: float = SHARED,  # tokens that must be there to be used; inf: read all, in chunks
     ) -> Generator[None, None, int]:
         """Read a prompt into row b and decide its first token. Yields between two forwards.
 
@@ -221,8 +221,8 @@ class Engine:
         batch.start_row(b, request, n)
         if source != b and n:
             self.full.copy_row(source, b, n)
-        tokens = batch.tokens[b : b + 1]
-        for n_read, x in self.model.read(tokens, length, self.prefill_chunk, row, n):
+        chunk, tail = self.prefill_chunk, share < math.inf
+        for n_read, x in self.model.read(batch.tokens[b : b + 1], length, chunk, row, n, tail):
             batch.note_read(b, n_read)
             if n_read < length:
                 yield
@@ -271,7 +271,7 @@ class Engine:
                 raise ValueError(f"row {b}: {e}") from None
         self.begin(eos_ids, keep=reuse)
         for b, request in enumerate(requests):
-            for _ in self.start(b, request, share=1 if reuse else SHARED):
+            for _ in self.start(b, request, share=1 if reuse else math.inf):
                 pass
             on_row(b)
         self.rewind()
