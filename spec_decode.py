@@ -44,7 +44,7 @@ from graphs import LAG, Graphs, Watch
 from kv_cache import CacheSpec, KVCache
 from model import Transformer
 from policies import Strategy
-from sampling import RowSampling, Sampling, Stats, accept, pick, row_seed
+from sampling import RowSampling, Sampling, accept, pick, row_seed
 
 SHARED = 256  # tokens that a prompt must have in common with another row's text to copy their KV
 
@@ -212,7 +212,7 @@ class Engine:
         is read, for a request that the engine cannot serve.
         """
         self.check_request(request)
-        batch, length, row = self.batch, len(request.prompt), self.full.row(b)
+        batch, length = self.batch, len(request.prompt)
         common = batch.in_common(request.prompt)
         source = max(range(len(common)), key=lambda r: (common[r], r == b))
         n = common[source] if common[source] >= share else 0
@@ -221,8 +221,7 @@ class Engine:
         batch.start_row(b, request, n)
         if source != b and n:
             self.full.copy_row(source, b, n)
-        chunk, tail = self.prefill_chunk, share < math.inf
-        for n_read, x in self.model.read(batch.tokens[b : b + 1], length, chunk, row, n, tail):
+        for n_read, x in self.read_row(b, length, n, tail=share < math.inf):
             batch.note_read(b, n_read)
             if n_read < length:
                 yield
@@ -276,11 +275,18 @@ class Engine:
             on_row(b)
         self.rewind()
 
+    def read_row(
+        self, b: int, length: int, n_cached: int = 0, tail: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Cache a row's K and V, see `Transformer.read`: tokens that are read, the last's [dim]."""
+        tokens, row = self.batch.tokens[b : b + 1], self.full.row(b)
+        return self.model.read(tokens, length, self.prefill_chunk, row, n_cached, tail)
+
     @torch.inference_mode()
     def prefill_row(self, b: int, length: int, n_cached: int = 0) -> Tensor:
-        """Hidden state [dim] of the row's last prompt token; its K and V are cached on the way."""
-        tokens = self.batch.tokens[b : b + 1]
-        return self.model.prefill(tokens, length, self.prefill_chunk, self.full.row(b), n_cached)
+        """The same at once; the hidden state [dim] of the row's last prompt token."""
+        *_, (_, x) = self.read_row(b, length, n_cached)
+        return x
 
     @torch.inference_mode()
     def rewind(self) -> None:

@@ -1,9 +1,11 @@
 """An engine that does all the work and draws what comes of it: for figures of speed alone."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from sampling import Draft
+from sampling import noise
 from spec_decode import Engine
 
 
@@ -17,7 +19,7 @@ class SyntheticEngine(Engine):
 
     def __init__(self, *args, rate: float = 0.0, **options) -> None:
         super().__init__(*args, **options)
-        self.rate = torch.zeros((), device=self.full.spec.device)  # a captured round reads it
+        self.threshold = torch.zeros((), device=self.device)  # a captured round reads it
         self.accept_at(rate)
 
     @torch.inference_mode()
@@ -25,22 +27,23 @@ class SyntheticEngine(Engine):
         """Draw at this rate from here on. ValueError if it is no probability."""
         if not 0 <= rate <= 1:
             raise ValueError(f"synthetic acceptance {rate} must be in 0..1")
-        self.rate.fill_(rate)
+        self.threshold.fill_(-torch.tensor(rate).log().neg().log())  # Gumbel noise is below it
 
     @torch.inference_mode()
-    def accept(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def accept(self, draft: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """n_accepted [B], drawn, and the target's next_token [B]; logits are [B, gamma + 1, V]."""
         _, next_token = super().accept(draft, logits)
-        stays = self.uniforms(draft.tokens.shape[1]) < self.rate
-        return stays.long().cumprod(dim=1).sum(dim=1), next_token
+        B, gamma = draft.shape
+        pos = self.batch.seq_len[:, None] + torch.arange(gamma, device=self.device)
+        drawn = noise(torch.arange(B, device=self.device), pos, 1)[..., 0]
+        return (drawn < self.threshold).long().cumprod(dim=1).sum(dim=1), next_token
 
-    @torch.inference_mode()
-    def prefill_row(self, b: int, length: int, n_cached: int = 0) -> Tensor:
-        """Hidden state [dim], random as the row's K and V are now."""
+    def read_row(self, b: int, length: int, *how) -> Iterator[tuple[int, Tensor]]:
+        """All tokens at once, and the last's hidden state [dim]: random, as their K and V are."""
         for buffer in self.full.k + self.full.v:
             buffer[b].normal_()
         norm = self.model.norm.weight
-        return torch.randn(len(norm), dtype=norm.dtype, device=norm.device)
+        yield length, torch.randn(len(norm), dtype=norm.dtype, device=norm.device)
 
 
 def random_prompts(lengths: list[int], vocab_size: int) -> list[list[int]]:

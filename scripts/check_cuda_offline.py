@@ -21,8 +21,8 @@ torch is told that there is an H200, see `cuda_offline/pretend.py`. Four things 
              the text must be the model's own, whatever Python decides once
 
 **What this cannot tell**: how fast anything is; whether a launch works, and races in it; cuBLAS;
-which kernel scaled_dot_product_attention takes; real captures, with their streams, memory pools
-and random state, and inputs that are freed before a replay. `tests/test_cuda.py` is for these.
+which kernel scaled_dot_product_attention takes; real captures, with their streams and memory
+pools, and inputs that are freed before a replay. `tests/test_cuda.py` is for these.
 
 Exit status 1 if something failed, with a list of what; 2 if the check cannot run.
 """

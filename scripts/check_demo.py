@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import DEMO_CHECKPOINT, load_model
 from policies import Strategy
 from prompts import demo_prompts
-from sampling import Sampling
 from refill import generate
+from sampling import Sampling
 from spec_decode import Engine
 from tokenizer import load_tokenizer
 

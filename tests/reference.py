@@ -9,20 +9,20 @@ and a draft budget of COMPILED_BUDGET.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from config import ModelConfig, RopeScaling
 from model import Transformer
+from sampling import Sampling
 
 COMPILED_ROWS = 4
 COMPILED_LEN = 735  # a round's overshoot makes it 768, three KV blocks
 COMPILED_CHUNK = 128
 COMPILED_BUDGET = 24
-KNOWN: dict[tuple, list[int]] = {}  # of plain_greedy: model and prompt -> text
+KNOWN: dict[tuple, list[int]] = {}  # model, prompt, how to sample it -> text
 
 
 def tiny_model(
@@ -164,17 +164,45 @@ def latest_match(tokens: list[int], n_most: int, gamma: int) -> list[int]:
     return [tokens[-1]] * gamma
 
 
-def plain_greedy(model: Transformer, prompt: list[int], n: int) -> list[int]:
-    """Greedy continuation with the model's own uncached forward, one token at a time.
+def plain(
+    model: Transformer, prompt: list[int], n: int, sampling: Sampling, seed: int = 0
+) -> list[int]:
+    """Continuation with the model's own uncached forward, one token at a time.
 
     Many tests ask for the same: what was computed for these weights and this prompt is kept.
     """
     weights = tuple((p.shape, p.double().sum().item()) for p in model.parameters())
-    tokens = KNOWN.setdefault((model.config, weights, *prompt), list(prompt))
+    tokens = KNOWN.setdefault((model.config, weights, sampling, seed, *prompt), list(prompt))
     while len(tokens) < len(prompt) + n:
-        ids = torch.tensor([tokens])
-        tokens.append(model(ids, torch.arange(len(tokens))[None])[0, -1].argmax().item())
+        place = len(tokens)
+        logits = model(torch.tensor([tokens]), torch.arange(place)[None])[0, -1].tolist()
+        scores = dict(enumerate(logits))
+        if not sampling.greedy:
+            probs = reference_probs(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+            scores = {v: math.log(p) + reference_noise(seed, place, v)
+                      for v, p in enumerate(probs) if p > 0}  # fmt: skip
+        tokens.append(max(scores, key=lambda v: scores[v]))
     return tokens[len(prompt) : len(prompt) + n]
+
+
+def plain_greedy(model: Transformer, prompt: list[int], n: int) -> list[int]:
+    """The same with the likeliest token at each place."""
+    return plain(model, prompt, n, Sampling())
+
+
+def reference_noise(seed: int, place: int, token: int) -> float:
+    """Of one token, in Python's integers."""
+
+    def mixed(word: int, key: int = 0) -> int:
+        word = (word ^ word >> 16) * 0x21F0AAAD % 2**32 ^ key
+        word = (word ^ word >> 15) * 0x735A2D97 % 2**32
+        return word ^ word >> 15
+
+    def key(salt: int) -> int:
+        return mixed(mixed(mixed(seed % 2**32 ^ salt) ^ seed // 2**32) ^ place)
+
+    word = mixed(mixed(token) ^ key(0x2545F491), key(0x9E3779B9))
+    return -math.log(-math.log1p(-(word + 0.5) / 2**32))
 
 
 def reference_probs(
@@ -192,10 +220,6 @@ def reference_probs(
         nucleus.append(i)
         mass += weight[i] / total
     return [weight[i] / total / mass if i in nucleus else 0.0 for i in range(len(logits))]
-
-
-def sequences(vocab_size: int, length: int) -> Iterator[tuple[int, ...]]:
-    return product(range(vocab_size), repeat=length)
 
 
 def ring_after(writes: list[list[int]], ring_size: int) -> dict[int, int]:

@@ -1,6 +1,7 @@
 """--draft auto: lossless whatever it decides, and it decides by the numbers it was given."""
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,9 +26,9 @@ from cost_model import omega
 from kv_cache import SparseKVCache
 from measure import decode
 from policies import POLICIES, Strategy
+from refill import generate
 from roofline import HARDWARE, Workload, forward_time
 from sampling import Sampling
-from refill import generate
 from spec_decode import Engine
 from tests.reference import plain_greedy, tiny_model
 from tests.test_spec_decode import PROMPTS
@@ -62,10 +63,11 @@ def prefilled(
 def probes(auto: Auto, monkeypatch, **accepted: list[int]) -> None:
     """Instead of probing, let candidates have this record, by policy."""
 
-    def probe(verify: dict[int, float]) -> None:
+    def probe(verify: dict[int, float]) -> Iterator[None]:
         for c in auto.candidates:
             if c.strategy.policy in accepted:
                 c.record = saw(accepted[c.strategy.policy])
+        yield from ()
 
     monkeypatch.setattr(auto, "probe", probe)
 
@@ -152,7 +154,9 @@ def test_what_the_engine_refuses_or_cannot_win_is_dropped_for_the_others(monkeyp
 
     monkeypatch.setattr(engine, "add", scarce)
     monkeypatch.setattr(auto, "verify_seconds", lambda length: {0: 1.0, 1: 1.0, 3: 1.0})
-    monkeypatch.setattr(auto, "measure", lambda c: setattr(c, "t_draft", 9 * len(c.drafter.caches)))
+    monkeypatch.setattr(
+        auto, "measure", lambda c, _: setattr(c, "t_draft", 9 * len(c.drafter.caches))
+    )
     auto.calibrate()
     kept = found[2]
     assert auto.candidates == [kept] and engine.drafters == [kept.drafter]
@@ -245,10 +249,12 @@ def trials(auto: Auto, monkeypatch, **accepted: list[int]) -> list[tuple[str, in
     def run(c, gamma, n):
         runs.append((c.strategy.policy, gamma, n))
         counts = accepted[c.strategy.policy]
+        yield
         return counts, [0, 0, 0, sum(counts)]
 
     monkeypatch.setattr(auto, "run", run)
-    auto.probe(auto.verify_seconds())
+    for _ in auto.probe(auto.verify_seconds()):
+        pass
     return runs
 
 
@@ -302,9 +308,10 @@ def test_every_text_is_judged_anew(monkeypatch):
     def probe(verify):
         known.extend((lookup.record, streaming.record))
         streaming.record = saw([7, 0, 0, 1])
+        yield from ()
 
     monkeypatch.setattr(auto, "probe", probe)
-    monkeypatch.setattr(auto, "follow", lambda: None)
+    monkeypatch.setattr(auto, "follow", lambda: iter(()))
     decode(auto.engine, auto=auto)
     assert known == [saw([0, 0, 0, 4]), Record()] and not outcomes
     assert lookup.probed == lookup.record == saw([4, 0, 0, 4])
@@ -490,7 +497,7 @@ def test_a_slow_moment_does_not_count(monkeypatch):
     calls = []
 
     def slow(draft, logits):
-        sweep, gamma = len(calls) // 6, draft.tokens.shape[1]  # of 2 lengths and 3 gammas
+        sweep, gamma = len(calls) // 6, draft.shape[1]  # of 2 lengths and 3 gammas
         calls.append(gamma)
         clock[0] += (gamma + 1) * (100 if sweep in (0, 2) else 1)
         return accept(draft, logits)

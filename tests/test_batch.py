@@ -9,8 +9,8 @@ import torch
 from batch import Batch
 from measure import decode
 from policies import Strategy
-from sampling import Stats
 from refill import generate
+from sampling import Stats
 from spec_decode import Engine
 from tests.reference import plain_greedy, tiny_model
 from tests.test_spec_decode import GREEDY, PROMPTS, greedy_of, run, streaming

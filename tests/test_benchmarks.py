@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import load_memory
+from benchmarks import load_memory, synthetic
 from benchmarks.synthetic import SyntheticEngine, random_prompts
 from config import MODELS, ModelConfig, total_params
 from measure import decode
@@ -103,14 +103,14 @@ def synthetic_engine(n_rows: int, **options) -> SyntheticEngine:
 
 
 def test_synthetic_acceptance_has_the_asked_rate(monkeypatch):
-    """A draft stays where its uniform is below the rate and all before it stayed."""
+    """A draft stays where its noise is below the rate's quantile and all before it stayed."""
     engine = synthetic_engine(4, rate=0.5)
     engine.prefill(PROMPTS, [60] * 4)
     engine.refresh()
     draft = engine.draft(3)
-    u = torch.tensor([[0.4, 0.4, 0.4], [0.4, 0.6, 0.4], [0.6, 0.4, 0.4], [0.49, 0.4, 0.5]])
+    z = torch.tensor([[0.3, 0.3, 0.3], [0.3, 0.4, 0.3], [0.4, 0.3, 0.3], [0.36, 0.3, 0.37]])
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "uniforms", lambda n: u[:, :n])
+        patch.setattr(synthetic, "noise", lambda seed, pos, n_vocab: z[..., None])
         assert engine.decide(draft)[0].tolist() == [3, 1, 0, 2]
     for rate, rounds in ((0.0, 59), (1.0, 15)):  # of 59 tokens behind the first one
         engine.accept_at(rate)

@@ -20,10 +20,10 @@ from families import ARCHITECTURES, load_config, read_config
 from kv_cache import CacheSpec, KVCache
 from model import Transformer, rope_frequencies
 from policies import Strategy
+from refill import generate
 from sampling import Sampling
 from scripts.make_model_fixtures import FAMILIES, LENGTHS, NEW_TOKENS, SHARDED, make
 from scripts.save_model import save_model
-from refill import generate
 from spec_decode import Engine
 from tests.reference import tiny_model
 

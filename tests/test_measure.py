@@ -37,19 +37,21 @@ def silent(*text: str, end: str = "") -> None:
     """In place of printing."""
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_p=0.9)])
-def test_steps_are_timed_as_what_they_are(monkeypatch, sampling):
-    """By a clock that counts tokens fed to the model and, as a tenth, uniforms that are drawn."""
-    engine = engine_of(Strategy("streaming", 3, 20), sampling)
-    clock, hidden, uniforms = [0.0], engine.model.hidden, engine.uniforms
+def test_steps_are_timed_as_what_they_are(monkeypatch):
+    """By a clock that counts tokens fed to the model and, as a tenth, tokens that are picked."""
+    engine = engine_of(Strategy("streaming", 3, 20), Sampling(1.0, top_p=0.9))
+    clock, hidden, (pick, judge, _) = [0.0], engine.model.hidden, engine.around
 
     def fed(tokens, *more):
         clock[0] += tokens.shape[1]
         return hidden(tokens, *more)
 
-    def drawn(n):
-        clock[0] += n / 10
-        return uniforms(n)
+    def picking(work):
+        def picked(logits, *more):
+            clock[0] += logits.shape[1] / 10
+            return work(logits, *more)
+
+        return picked
 
     def timed(device, work):
         before = clock[0]
@@ -57,12 +59,11 @@ def test_steps_are_timed_as_what_they_are(monkeypatch, sampling):
         return clock[0] - before, result
 
     monkeypatch.setattr(engine.model, "hidden", fed)
-    monkeypatch.setattr(engine, "uniforms", drawn)
+    engine.around = engine.around._replace(pick=picking(pick), judge=picking(judge))
     monkeypatch.setattr(measure_module, "timed", timed)
     seconds = {k: v[0] / 1e3 for k, v in step_times(engine, repeats=1).items()}
-    u = 0.0 if sampling.greedy else 0.1
-    expected = {"target_step_ms": 1 + u, "draft_step_ms": 1 + u, "verify_ms": 4 * (1 + u)}
-    assert seconds == pytest.approx(expected | {"accept_ms": 4 * u})
+    expected = {"target_step_ms": 1.1, "draft_step_ms": 1.1, "verify_ms": 4.4, "accept_ms": 0.4}
+    assert seconds == pytest.approx(expected)
     assert step_times(engine, 1, gamma=0).keys() == {"target_step_ms"}
 
 
@@ -121,7 +122,9 @@ def test_differences_are_where_rows_part(monkeypatch):
     assert differences(engine, PROMPTS, *runs) == [{"row": 3, "new_token": 1}]
     short = replace(runs[0], outputs=[*runs[0].outputs[:3], [1]])
     assert differences(engine, PROMPTS, short, runs[0])[0]["new_token"] == 1
-    assert differences(engine_of(Strategy(), Sampling(1.0)), PROMPTS, *runs) is None
+    sampled = engine_of(Strategy(), Sampling(1.0))  # two logits then say nothing of the choice
+    assert differences(sampled, PROMPTS, *runs) == [{"row": 3, "new_token": 1}]
+    assert differences(engine, PROMPTS, runs[0], None) is None
 
 
 def test_a_margin_touches_nothing_of_the_engine():

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphs import LAG, Graphs, Watch
 from policies import POLICIES, Strategy
+from refill import generate
 from sampling import Sampling
 from scripts.cuda_offline.report import Report
 from spec_decode import Engine
-from refill import generate
 from tests.reference import plain_greedy, tiny_model
 
 READS_A_VALUE = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select")
@@ -49,19 +49,14 @@ class Tape(TorchDispatchMode):
         self.operations: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # memory written, and what it held
         self.made: set[int] = set()  # memory that the capture itself allocated
-        self.generators: dict[int, torch.Generator] = {}
         self.n_replays = 0
-
-    def register_generator_state(self, generator: torch.Generator) -> None:
-        self.generators[generator._cdata] = generator
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.overloadpacket.__name__ in READS_A_VALUE:
             raise RuntimeError(f"{func} asks for a value during a capture")
-        generator = kwargs.get("generator")
-        if generator is not None and generator._cdata not in self.generators:
-            raise RuntimeError(f"{func}: its generator is not registered with the graph")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(f"{func} draws a number that a replay would not draw anew")
         written = self.written(func, args, kwargs)
         for t in written:
             self.keep(t)
@@ -107,12 +102,9 @@ class Tape(TorchDispatchMode):
 @contextmanager
 def capture(graph: Tape, **options) -> Iterator[None]:
     """Stands for torch.cuda.graph."""
-    states = [(generator, generator.get_state()) for generator in graph.generators.values()]
     with graph:
         yield
     graph.undo()
-    for generator, state in states:
-        generator.set_state(state)
 
 
 class Stub:
@@ -202,7 +194,7 @@ def greedy(report: Report, name: str, expected: list[list[int]]) -> None:
 
 
 def sampled(report: Report, name: str) -> None:
-    """Replays draw new numbers every round, the same ones as eager rounds."""
+    """Replays choose as eager rounds do: noise depends on the place, which a replay must read."""
     strategy, context = strategies()[name]
     with report.case(f"sampled {name}"), tapes([]), torch.inference_mode():
         texts = []

@@ -38,13 +38,6 @@ C10_REGISTER_GUARD_IMPL(CUDA, NoOpDeviceGuardImpl<DeviceType::CUDA>)
 """
 
 
-class Generator(torch.Generator):
-    """A generator for any device; nothing is drawn from it."""
-
-    def __new__(cls, device: object = "cpu") -> "Generator":
-        return super().__new__(cls)
-
-
 def load_guard() -> None:
     """Compile and load GUARD."""
     folder, home = scratch(), Path(torch.__file__).parent
@@ -71,7 +64,6 @@ def install() -> None:
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)
     torch.version.cuda = torch.version.cuda or "13.0"
-    torch.Generator = Generator
     fake_tensor.init_gpu_context = lambda device: None
 
 
