@@ -58,7 +58,7 @@ def install() -> None:
         "get_device_name": H200.name, "is_bf16_supported": True, "synchronize": None,
         "set_device": None, "_exchange_device": 0, "_maybe_exchange_device": 0, "_lazy_init": None,
         "mem_get_info": (H200.total_memory, H200.total_memory), "memory_snapshot": [],
-        "graph_pool_handle": None, "Stream": None,
+        "graph_pool_handle": None, "Stream": None, "Event": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
     }  # fmt: skip
     for name, value in answers.items():
