@@ -147,7 +147,7 @@ class Point:
         """T_T, T_V and T_D."""
         engine, numbers = self.engine, {}
         engine.use(Strategy())
-        nothing = engine.draft(0).tokens
+        nothing = engine.draft(0)
         seconds, plain = timed(self.device, lambda: engine.capture(lambda: self.decide(nothing)))
         numbers["compile_and_capture_seconds"] = seconds
         numbers["T_T"] = self.against_floor(self.time(plain), self.S)

@@ -38,7 +38,9 @@ class SyntheticEngine(Engine):
         drawn = noise(torch.arange(B, device=self.device), pos, 1)[..., 0]
         return (drawn < self.threshold).long().cumprod(dim=1).sum(dim=1), next_token
 
-    def read_row(self, b: int, length: int, *how) -> Iterator[tuple[int, Tensor]]:
+    def read_row(
+        self, b: int, length: int, n_cached: int = 0, tail: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
         """All tokens at once, and the last's hidden state [dim]: random, as their K and V are."""
         for buffer in self.full.k + self.full.v:
             buffer[b].normal_()

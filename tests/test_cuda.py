@@ -64,7 +64,7 @@ def test_greedy_output_is_the_models_own(strategy, heads):
     assert engine.graphs
     outputs, stats = generate(engine, PROMPTS, 45)
     assert outputs == expected
-    assert engine.rounds, "nothing was captured"
+    assert engine.captured, "nothing was captured"
     for _ in range(2):  # again, from the graphs that are there
         engine.rewind()
         assert decode(engine) == stats and engine.batch.outputs() == expected

@@ -314,13 +314,13 @@ def test_random_weights_need_no_directory(monkeypatch, capsys):
 
 def test_a_difference_is_reported_with_its_place_and_margin(checkpoint, monkeypatch, capsys):
     """Break the acceptance rule: the last draft always stays."""
-    import sampling
+    import spec_decode
 
     def too_kind(draft_tokens, target_tokens):
         n = torch.full((len(draft_tokens),), draft_tokens.shape[1])
         return n, target_tokens.gather(1, n[:, None])[:, 0]
 
-    monkeypatch.setattr(sampling, "accept_greedy", too_kind)
+    monkeypatch.setattr(spec_decode, "accept", too_kind)
     flags = [*FIXED, "--prompt", "import os", "--max_new_tokens", "40", "--draft_budget", "5",
              "--check_lossless"]  # fmt: skip
     status, result = run(checkpoint, *flags)
