@@ -13,8 +13,8 @@ so is `rewind`, which begins the decoding again behind the same prompts.
 
 Rows are independent. Each has its own prompt, limit, sampling and end. A finished row keeps its
 length and takes part in later rounds without effect: what they write to the caches for it lies
-behind its newest token. So a row can be *refilled* between two rounds. While its new prompt is read,
-in chunks, it counts as finished, and `seq_len` says how far the reading is::
+behind its newest token. So a row can be *refilled* between two rounds. It counts as finished while
+its new prompt is read, in chunks, and `seq_len` says how far the reading is::
 
     tokens    p p p p p p p p p p . . . .          n tokens have been read into the caches
                       |

@@ -250,10 +250,8 @@ def is_random(checkpoint_dir: Path) -> bool:
 
 
 PREFILL_CHUNK = 2048  # prompt tokens per forward on a GPU, as in kv_cache.CacheSpec
-# Float32 numbers that sampling holds at once for a logit of the target while it becomes a
-# probability, and for one of a row while it becomes a token: measured, see the test of work_bytes.
-PROBS_PER_LOGIT = 5
-PROBS_PER_ROW = 3
+# Bytes that sampling holds at once for a logit, with top-p; measured on a CPU, 4 and 41.
+SAMPLING_COMPILED, SAMPLING_EAGER = 8, 41
 
 
 def layer_params(m: ModelConfig) -> int:
@@ -298,15 +296,14 @@ def work_bytes(
     gamma: int,  # most draft tokens of a round
     prefill_chunk: int,  # prompt tokens per forward
     itemsize: int,  # bytes of a weight, and so of an activation and a logit
-    sampled: bool,  # at a temperature; False: greedy
+    sampling: int,  # bytes for a logit, one of the two above; 0: greedy
 ) -> int:
     """Bytes that a prefill and a round need for a while, beside weights and caches.
 
     A token in a block: the residual stream and its norm (4 dim), q, k and v before and after their
     rotation, gate, up, their product and what it is made of (4 ffn). That is taken for a chunk and
     for a round together: CUDA graphs keep a memory pool of their own.
-    A round's logits [B, gamma + 1, V]. Sampling adds float32: the draft's probabilities
-    [B, gamma, V], PROBS_PER_LOGIT times [B, gamma + 1, V], PROBS_PER_ROW times [B, V].
+    A round's logits [B, gamma + 1, V], and what sampling makes of them.
 
     Not counted: the scores and masks of attention where it is not compiled, SnapKV's scores, and a
     draft model's part, taken to be the smaller.
@@ -314,5 +311,4 @@ def work_bytes(
     rows = batch_size * (gamma + 1)
     qkv = (m.n_head + 2 * m.n_kv_head) * m.head_dim
     activations = (prefill_chunk + rows) * (4 * m.dim + 2 * qkv + 4 * m.ffn_dim) * itemsize
-    probs = batch_size * (gamma + PROBS_PER_ROW) + rows * PROBS_PER_LOGIT
-    return activations + m.vocab_size * (rows * itemsize + (4 * probs if sampled else 0))
+    return activations + rows * m.vocab_size * (itemsize + sampling)

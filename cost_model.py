@@ -33,6 +33,7 @@ from typing import NoReturn
 from config import (
     MODELS,
     PREFILL_CHUNK,
+    SAMPLING_COMPILED,
     ModelConfig,
     lookup_name,
     total_params,
@@ -270,7 +271,8 @@ def memory_bytes(target: ModelConfig, w: Workload, strategy: Strategy = PLAIN) -
     weights = total_params(target) * w.itemsize / w.num_gpus
     held = visible_tokens(target, capacity, PREFILL_CHUNK) / target.n_layer
     caches = w.batch_size * held * kv_bytes_on_gpu(target, w)
-    work = work_bytes(target, w.batch_size, strategy.gamma, PREFILL_CHUNK, w.itemsize, sampled=True)
+    sizes = w.batch_size, strategy.gamma, PREFILL_CHUNK, w.itemsize, SAMPLING_COMPILED
+    work = work_bytes(target, *sizes)
     return weights + caches + strategy.memory_bytes(target, w, capacity) + work
 
 

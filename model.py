@@ -44,7 +44,7 @@ from kernels import flex_runs
 from kv_cache import Access, KVCache, SparseKVCache, fold_mask, once_each, seen
 
 SHORT = 64  # tokens per forward, at least, where few of a text are new
-TAIL = 0.6  # of a chunk: with more to read than this, a chunk is faster than short forwards (LOG.md)
+TAIL = 0.6  # of a chunk: it is faster than short forwards for more tokens than this (LOG.md)
 Caches = tuple[KVCache | SparseKVCache, ...]
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [B, T, 1, D/2] float32
 # K and V of a layer [B, Hkv, S, D], or None for those of the tokens themselves; and who sees what.
@@ -350,10 +350,11 @@ class Transformer(nn.Module):
         """Read a text into the cache. After each forward: tokens that are read, the last's [dim].
 
         Two static shapes: chunks, and with `tail`, or where something was cached, short ones for
-        what is less than a chunk. The last forward is moved back to end with the text: what it computes twice, it
-        computes the same. A text shorter than that is followed by tokens that do not exist yet, in
-        slots that nobody sees before they are overwritten. Where the cache has lost what the first
-        new tokens see, all of the text is read again. Waits for the device to know it.
+        what is less than a chunk. The last forward is moved back to end with the text: what it
+        computes twice, it computes the same. A text shorter than that is followed by tokens that do
+        not exist yet, in slots that nobody sees before they are overwritten. Where the cache has
+        lost what the first new tokens see, all of the text is read again. Waits for the device to
+        know it.
         """
         short = min(max(chunk // 8, SHORT), chunk)
         if n_cached and not cache.holds(n_cached, short - 1):

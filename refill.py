@@ -77,8 +77,7 @@ class Refill:
         """One for each request, as they end. ValueError for one that the engine cannot serve."""
         engine = self.engine
         if isinstance(self.requests, Sequence):
-            for index, request in enumerate(self.requests):
-                self.check(index, request)
+            engine.check_requests(self.requests)
         self.queue: Iterator[tuple[int, Request]] = enumerate(self.requests)
         if self.longest_first:
             self.queue = iter(sorted(self.queue, key=lambda item: -item[1].n_tokens))
@@ -96,13 +95,6 @@ class Refill:
             yield from ended
             yield from self.fill()
             clock = time.perf_counter()
-
-    def check(self, index: int, request: Request) -> None:
-        """ValueError, naming the request, if the engine cannot serve it."""
-        try:
-            self.engine.check_request(request)
-        except ValueError as e:
-            raise ValueError(f"request {index}: {e}") from None
 
     def fill(self) -> Iterator[Result]:
         """Give free rows to requests and read their prompts, as long as running rows may wait."""
@@ -125,7 +117,7 @@ class Refill:
         if request is None:
             self.while_queued = self.engine.batch.stats()
             return False
-        self.check(index, request)
+        self.engine.check_requests([request], first=index)
         b = self.rows.index(None)
         row = self.rows[b] = Row(index, request, time.perf_counter())
         self.reading = row, self.start(b, row)

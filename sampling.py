@@ -223,6 +223,18 @@ def accept(
     return n_accepted, target_tokens.gather(1, n_accepted[:, None])[:, 0]
 
 
+def judge(
+    logits: Tensor,  # [B, gamma + 1, V], the target's
+    draft: Tensor,  # [B, gamma]
+    seq_len: Tensor,  # [B]
+    rows: RowSampling,
+    widest: Sampling,
+) -> tuple[Tensor, Tensor]:  # n_accepted [B], next_token [B]
+    """How many drafts are what the target itself says at their places, and what it says then."""
+    pos = seq_len[:, None] + torch.arange(logits.shape[1], device=logits.device)
+    return accept(draft, pick(logits, pos, rows, widest))
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """What a decoding run did. Definitions are vLLM's. A finished row drafts nothing."""

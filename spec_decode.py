@@ -27,7 +27,7 @@ On a GPU a round is one CUDA graph (`graphs.py`), and so is a plain one.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -37,28 +37,16 @@ import torch
 from torch import Tensor
 
 from batch import MAX_GAMMA, Batch, Request
-from config import work_bytes
+from config import SAMPLING_COMPILED, SAMPLING_EAGER, work_bytes
 from device import check_fits
 from drafters import Drafter, Target, check_strategy, draft_cache_bytes, drafter_class
 from graphs import LAG, Graphs, Watch
 from kv_cache import CacheSpec, KVCache
 from model import Transformer
 from policies import Strategy
-from sampling import RowSampling, Sampling, accept, pick, row_seed
+from sampling import Sampling, judge, pick, row_seed
 
 SHARED = 256  # tokens that a prompt must have in common with another row's text to copy their KV
-
-
-def judge(
-    logits: Tensor,  # [B, gamma + 1, V], the target's
-    draft: Tensor,  # [B, gamma]
-    seq_len: Tensor,  # [B]
-    rows: RowSampling,
-    widest: Sampling,
-) -> tuple[Tensor, Tensor]:  # n_accepted [B], next_token [B]
-    """How many drafts are what the target itself says at their places, and what it says then."""
-    pos = seq_len[:, None] + torch.arange(logits.shape[1], device=logits.device)
-    return accept(draft, pick(logits, pos, rows, widest))
 
 
 class Around(NamedTuple):
@@ -133,7 +121,9 @@ class Engine:
         """ValueError if these do not go together, or need more memory than is free."""
         check_strategy(strategy, draft_model and draft_model.config, self.max_len)
         spec, gamma = full.spec, strategy.gamma if strategy.enabled else 0
-        sizes = gamma, self.prefill_chunk, spec.dtype.itemsize, not self.sampling.greedy
+        per_logit = SAMPLING_COMPILED if self.model.compiled else SAMPLING_EAGER
+        sampled = not self.sampling.greedy
+        sizes = gamma, self.prefill_chunk, spec.dtype.itemsize, per_logit * sampled
         chunk, work = (work_bytes(self.model.config, B, *sizes) for B in (0, spec.batch_size))
         needed = other_bytes + work + draft_cache_bytes(strategy, full, draft_model)
 
@@ -183,11 +173,17 @@ class Engine:
             self.remove(self.drafters[-1])
         self.switch(self.make(strategy, draft_model) if strategy.enabled else None)
 
-    def check_request(self, request: Request) -> None:
-        """ValueError for a request that no row of this engine can serve."""
-        self.batch.check(request, self.model.config.vocab_size)
-        if not self.sampling.covers(request.sampling):
-            raise ValueError(f"an engine made for {self.sampling} cannot do {request.sampling}")
+    def check_requests(
+        self, requests: Sequence[Request], name: str = "request", first: int = 0
+    ) -> None:
+        """ValueError, naming its place, for a request that no row of this engine can serve."""
+        for i, request in enumerate(requests, start=first):
+            try:
+                self.batch.check(request, self.model.config.vocab_size)
+            except ValueError as e:
+                raise ValueError(f"{name} {i}: {e}") from None
+            if not self.sampling.covers(request.sampling):
+                raise ValueError(f"{name} {i}: {request.sampling} in an engine for {self.sampling}")
 
     def begin(self, eos_ids: tuple[int, ...] = (), keep: bool = False) -> None:
         """Make room for new texts in all rows, to be given by `start`; these tokens end one.
@@ -208,10 +204,10 @@ class Engine:
     ) -> Generator[None, None, int]:
         """Read a prompt into row b and decide its first token. Yields between two forwards.
 
-        There may be rounds of the other rows then; when it is exhausted, row b runs too. Returns how many of the prompt's tokens needed no reading. ValueError, before anything
-        is read, for a request that the engine cannot serve.
+        There may be rounds of the other rows then; when it is exhausted, row b runs too. Returns
+        how many of the prompt's tokens needed no reading. The request must have passed
+        `check_requests`.
         """
-        self.check_request(request)
         batch, length = self.batch, len(request.prompt)
         common = batch.in_common(request.prompt)
         source = max(range(len(common)), key=lambda r: (common[r], r == b))
@@ -225,9 +221,9 @@ class Engine:
             batch.note_read(b, n_read)
             if n_read < length:
                 yield
-        pos = batch.prompt_len[b : b + 1, None]
-        logits = self.model.logits(x[None, None])
-        batch.decide_first(b, pick(logits, pos, batch.sampling.row(b), self.sampling)[0])
+            else:
+                logits, pos = self.model.logits(x[None, None]), batch.prompt_len[b : b + 1, None]
+                batch.decide_first(b, pick(logits, pos, batch.sampling.row(b), self.sampling)[0])
         self.begun[b] = self.host_rounds, length
         self.watch.restart(b)
         for drafter in self.drafters:
@@ -254,20 +250,14 @@ class Engine:
         continuation of before, is not read again: the next turn of a conversation. ValueError,
         before anything is read, for prompts and limits that do not fit the engine.
         """
-        B = self.batch.n_rows
-        if len(prompts) != B or len(max_new_tokens) != B:
-            raise ValueError(
-                f"{len(prompts)} prompts and {len(max_new_tokens)} limits for an engine of {B} rows"
-            )
+        n = len(prompts), len(max_new_tokens), self.batch.n_rows
+        if len({*n}) > 1:
+            raise ValueError("{} prompts and {} limits for an engine of {} rows".format(*n))
         requests = [
             Request(prompt, n, self.sampling, row_seed(self.seed, b, self.batch.n_texts))
             for b, (prompt, n) in enumerate(zip(prompts, max_new_tokens, strict=True))
         ]
-        for b, request in enumerate(requests):
-            try:
-                self.check_request(request)
-            except ValueError as e:
-                raise ValueError(f"row {b}: {e}") from None
+        self.check_requests(requests, "row")
         self.begin(eos_ids, keep=reuse)
         for b, request in enumerate(requests):
             for _ in self.start(b, request, share=1 if reuse else math.inf):

@@ -104,7 +104,7 @@ def test_commit_against_a_loop():
     batch = Batch(B, 30, 40, torch.device("cpu"))
     prompts = [[rng.randrange(2, 9) for _ in range(rng.randint(1, 6))] for _ in range(B)]
     limits = [rng.randint(1, 12) for _ in range(B)]
-    batch.begin(1, tuple(range(n_eos)))
+    batch.begin(tuple(range(n_eos)))
     for b, prompt in enumerate(prompts):
         batch.start_row(b, prompt, limits[b])
     first = [rng.randrange(9) for _ in range(B)]

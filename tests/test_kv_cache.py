@@ -373,7 +373,7 @@ def test_the_largest_batch_that_fits_is_computed(monkeypatch):
     model, strategy = tiny_model(), Strategy("streaming", 3, 24)
     per_row = Engine(model, 1, 500, strategy, Sampling())
     caches = per_row.full.k + per_row.full.v + per_row.drafter.sparse.k + per_row.drafter.sparse.v
-    sizes = 3, per_row.prefill_chunk, 4, False
+    sizes = 3, per_row.prefill_chunk, 4, 0
     chunk, work = (work_bytes(model.config, n_rows, *sizes) for n_rows in (0, 1))
     n_bytes = sum(buffer.nbytes for buffer in caches) + work - chunk
     monkeypatch.setattr(device, "free_memory", lambda device: 5 * n_bytes + chunk)

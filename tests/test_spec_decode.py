@@ -221,7 +221,7 @@ def test_a_refused_draft_leaves_the_engine_as_it_was(monkeypatch):
     drafter = engine.drafter
     with pytest.raises(ValueError, match="needs a draft model"):
         engine.use(Strategy("full", 3))
-    work = work_bytes(model.config, 4, 3, engine.prefill_chunk, 4, sampled=False)
+    work = work_bytes(model.config, 4, 3, engine.prefill_chunk, 4, 0)
     monkeypatch.setattr("device.free_memory", lambda device: work)
     with pytest.raises(ValueError, match="GiB free"):
         engine.use(streaming(3, budget=60))

@@ -28,17 +28,17 @@ ALGORITHM = {  # ten chapters, and what they stand on
     "kernels": (120, ""),
     "kv_cache": (350, "kernels"),
     "model": (385, "config kernels kv_cache"),
-    "sampling": (275, ""),
+    "sampling": (290, ""),
     "batch": (265, "sampling"),
     "policies": (190, "batch kv_cache"),
     "lookup": (70, ""),
     "drafters": (420, "batch config kv_cache lookup model policies"),
     "graphs": (110, "batch"),
-    "spec_decode": (445, "batch config device drafters graphs kv_cache model policies sampling"),
+    "spec_decode": (450, "batch config device drafters graphs kv_cache model policies sampling"),
 }
 ECONOMICS = {
     "roofline": (220, "config"),
-    "cost_model": (430, "config families roofline"),
+    "cost_model": (432, "config families roofline"),
     "auto": (345, "cost_model device drafters model policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
