@@ -87,9 +87,9 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
         run("plain", lambda: decode(engine, 0))
         for (policy, drafter), gamma in product(fixed.items(), GAMMAS):
             engine.switch(drafter)
-            engine.verify(engine.draft(gamma).tokens)  # compile
+            engine.verify(engine.draft(gamma))  # compile
             run(f"{policy} {gamma}", lambda g=gamma: decode(engine, g))
-        run("auto", auto.decode)
+        run("auto", lambda: decode(engine, auto=auto))
     median = {name: statistics.median(values) for name, values in speeds.items()}
     plain, ours = median.pop("plain"), median.pop("auto")
     best = max(median, key=median.get)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from batch import Request
 from benchmarks import load_memory, synthetic
 from benchmarks.synthetic import SyntheticEngine, random_prompts
 from config import MODELS, ModelConfig, total_params
@@ -39,6 +40,7 @@ def run_main(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, keys", [
     ("strategies", {"topics", "recall", "long", "quarters", "grid"}),
     ("auto", {"cells"}),
+    ("offline", {"runs", "sharing", "prediction_error"}),
 ])  # fmt: skip
 def test_smoke(run_main, name, keys):
     out = run_main(name, "--smoke")
@@ -49,6 +51,32 @@ def test_smoke(run_main, name, keys):
     if name == "strategies":
         for workload in result["grid"].values():
             assert all(r["identical"] == r["rows"] == 2 for r in workload["results"])
+    elif name == "offline":
+        check_offline(result)
+
+
+def check_offline(result: dict) -> None:
+    """Five requests in two rows: the last static batch has one that is idle."""
+    assert result["identical"] == 5 and result["sharing"]["identical"] == 3
+    runs = {name: repeats[0] for name, repeats in result["runs"].items()}
+    assert len(runs) == 4 and len({r["decoded_tokens"] for r in runs.values()}) == 1
+    for how in ("drafted", "plain"):
+        ours, theirs = runs[f"refilled, {how}"], runs[f"static, {how}"]
+        assert ours["row_rounds"] == theirs["row_rounds"] and ours["rounds"] < theirs["rounds"]
+        assert ours["busy_share"] > theirs["busy_share"]
+    assert runs["static, plain"]["row_rounds"] == runs["static, plain"]["decoded_tokens"]
+
+
+def test_usual_lengths_are_those_of_rows_that_run(monkeypatch):
+    """A request with a long answer is seen in more rounds."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import offline
+
+    requests = [Request([1] * 10, 31), Request([1] * 100, 11), Request([1] * 500, 1)]
+    lengths = offline.usual_lengths(requests, 4)
+    assert sorted(lengths) == [16, 26, 36, 106]
+    steps = {"target_step_ms": 40.0, "draft_step_ms": 2.0, "verify_ms": 50.0}
+    assert offline.predicted(steps, 5, 3.0) == pytest.approx(40 * 3 / (5 * 2 + 50))
 
 
 def test_load_memory_measures_a_sharded_checkpoint(monkeypatch):
