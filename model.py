@@ -347,7 +347,8 @@ class Transformer(nn.Module):
         n_cached: int = 0,  # fewer than `length`, the first ones, which the cache holds already
         tail: bool = False,  # short forwards at the end, where they are faster than a chunk
     ) -> Iterator[tuple[int, Tensor]]:
-        """Read a text into the cache. After each forward: tokens that are read, the last's [dim].
+        """Read a text into the cache. After each forward: tokens that are not read again, and the
+        hidden state [dim] of the last one that was read.
 
         Two static shapes: chunks, and with `tail`, or where something was cached, short ones for
         what is less than a chunk. The last forward is moved back to end with the text: what it
@@ -360,14 +361,15 @@ class Transformer(nn.Module):
         if n_cached and not cache.holds(n_cached, short - 1):
             n_cached = 0
         few = chunk if n_cached else TAIL * chunk if tail else 0  # up to which short ones are used
-        start = n_cached
-        while start < length:
-            T = chunk if length - start >= chunk or length - start > few else short
-            at = max(min(start, length - T), 0)
+        parts, end = [], n_cached
+        while end < length:
+            T = chunk if length - end >= chunk or length - end > few else short
+            parts.append((max(min(end, length - T), 0), T))
+            end = sum(parts[-1])
+        for i, (at, T) in enumerate(parts, start=1):
             pos = torch.arange(at, at + T, device=tokens.device)[None]
             x = self.hidden(tokens[:, at : at + T], pos, cache)
-            start = min(at + T, length)
-            yield start, x[0, start - 1 - at]
+            yield parts[i][0] if i < len(parts) else length, x[0, min(T, length - at) - 1]
 
     def prefill(
         self,

@@ -44,11 +44,12 @@ MAX_LEN = 100 + LIMIT
 
 
 @pytest.fixture(autouse=True)
-def small_sizes(request) -> Iterator[None]:
+def small_sizes(request, monkeypatch) -> Iterator[None]:
     """Prompts of 60 tokens take several chunks, and rings wrap."""
     if "compil" in request.node.name:
         yield
         return
+    monkeypatch.setattr("model.SHORT", 7)
     with short_rings():
         yield
 
@@ -165,8 +166,9 @@ def test_whatever_comes_and_goes_a_request_gets_its_own_text(strategy, kind):
     assert strategy == "none" or (accepted[0] and accepted[1])  # or it would show little
 
 
+@pytest.mark.parametrize("share", [SHARED, math.inf])  # reads short ends apart, or in a chunk
 @pytest.mark.parametrize("kind", KINDS)
-def test_rounds_take_nothing_from_a_prompt_that_is_being_read(kind):
+def test_rounds_take_nothing_from_a_prompt_that_is_being_read(kind, share):
     """The last chunk is moved back to end with the prompt, and what it sees must still be there.
 
     Meanwhile rounds write behind what is read of it. The rings here hold a window and a chunk.
@@ -174,7 +176,7 @@ def test_rounds_take_nothing_from_a_prompt_that_is_being_read(kind):
     engine = engine_of(2, "ngram", kind, (GREEDY,))
     for n in (29, 30, 31, 32, 57, 58, 59, 60, 61, 88, 89):
         requests = [Request([1, 2, 3], LIMIT), Request(prompts_of([n], VOCAB)[0], 6)]
-        results = [*Refill(engine, requests, max_gap=0.0).results()]
+        results = [*Refill(engine, requests, max_gap=0.0, share=share).results()]
         check(results, requests, engine.model)
 
 
