@@ -138,6 +138,11 @@ def attend(
     return y.view(B, Hkv, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
+def short_chunk(chunk: int) -> int:
+    """Tokens per forward where few of a text are new."""
+    return min(max(chunk // 8, SHORT), chunk)
+
+
 class Attention(nn.Module):
     """Grouped-query attention over the cache that is read."""
 
@@ -357,7 +362,7 @@ class Transformer(nn.Module):
         lost what the first new tokens see, all of the text is read again. Waits for the device to
         know it.
         """
-        short = min(max(chunk // 8, SHORT), chunk)
+        short = short_chunk(chunk)
         if n_cached and not cache.holds(n_cached, short - 1):
             n_cached = 0
         few = chunk if n_cached else TAIL * chunk if tail else 0  # up to which short ones are used

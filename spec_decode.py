@@ -42,7 +42,7 @@ from device import check_fits
 from drafters import Drafter, Target, check_strategy, draft_cache_bytes, drafter_class
 from graphs import LAG, Graphs, Watch
 from kv_cache import CacheSpec, KVCache
-from model import Transformer
+from model import Transformer, short_chunk
 from policies import Strategy
 from sampling import Sampling, judge, pick, row_seed
 
@@ -210,6 +210,9 @@ class Engine:
         """
         batch, length = self.batch, len(request.prompt)
         common = batch.in_common(request.prompt)
+        back = short_chunk(self.prefill_chunk) - 1
+        held = self.full.holds(torch.tensor(common, device=self.device), back).tolist()
+        common = [n * can for n, can in zip(common, held, strict=True)]
         source = max(range(len(common)), key=lambda r: (common[r], r == b))
         n = common[source] if common[source] >= share else 0
         for drafter in self.drafters:
