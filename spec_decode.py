@@ -333,7 +333,7 @@ class Engine:
                     for b in (None, 0) if refills else (None,):
                         self.drafter.select(b)
                 for gamma in {0, self.gamma}:
-                    self.decide(self.draft(gamma))
+                    self.eager_round(gamma)
             for gamma in {0, self.gamma}:
                 self.capture_round(gamma)
 
