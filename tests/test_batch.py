@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from batch import Batch
+from batch import Batch, Request
 from measure import decode
 from policies import Strategy
 from refill import generate
@@ -105,11 +105,11 @@ def test_commit_against_a_loop():
     prompts = [[rng.randrange(2, 9) for _ in range(rng.randint(1, 6))] for _ in range(B)]
     limits = [rng.randint(1, 12) for _ in range(B)]
     batch.begin(tuple(range(n_eos)))
-    for b, prompt in enumerate(prompts):
-        batch.start_row(b, prompt, limits[b])
     first = [rng.randrange(9) for _ in range(B)]
-    batch.decide_first(torch.tensor(first))
-    batch.rewind()
+    for b, prompt in enumerate(prompts):
+        batch.start_row(b, Request(prompt, limits[b]), 0)
+        assert batch.finished[b]
+        batch.decide_first(b, torch.tensor(first[b : b + 1]))
     texts = [[token] for token in first]
     accepted, drafted, n_rounds = [0] * 4, [0] * 4, 0
 

@@ -435,7 +435,7 @@ FAULTS = {
     "0 tokens of prompt": Request([], 3),
     "0 new ones": Request([1], 0),
     "token ids must be in 0..30": Request([1, 31], 3),
-    "cannot do": Request([1], 3, Sampling(1.0)),
+    "in an engine for": Request([1], 3, Sampling(1.0)),
 }
 
 

@@ -27,7 +27,7 @@ ALGORITHM = {  # ten chapters, and what they stand on
     "device": (140, ""),
     "kernels": (120, ""),
     "kv_cache": (350, "kernels"),
-    "model": (385, "config kernels kv_cache"),
+    "model": (395, "config kernels kv_cache"),
     "sampling": (290, ""),
     "batch": (265, "sampling"),
     "policies": (190, "batch kv_cache"),
