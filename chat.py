@@ -18,6 +18,7 @@ turn, where the templates since v0.3 move it into the last one.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -35,9 +36,10 @@ class Format:
     system: str  # what the model is told before the first turn, or where {told} is in it
     turn: str  # what a user says, up to the model's answer
     end: str  # the token that ends the answer
+    answer: str = "{answer}"  # what the model has said, where somebody else tells of it
     after: str = ""  # between the answer's end and the next turn
     inside: bool = False  # the system prompt is part of what the user says first
-    strip: tuple[str, ...] = ()  # "user", "system": blanks around what they say are dropped
+    strip: tuple[str, ...] = ()  # "user", "answer", ...: blanks around what they say are dropped
 
 
 FORMATS = (
@@ -48,7 +50,7 @@ FORMATS = (
         turn="<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         end="<|eot_id|>",
-        strip=("user", "system"),
+        strip=("user", "system", "answer"),
     ),
     Format(
         "ChatML (Qwen)",
@@ -64,9 +66,10 @@ FORMATS = (
         system="<<SYS>>\n{system}\n<</SYS>>\n\n",
         turn="[INST] {user} [/INST]",
         end="{eos}",
+        answer=" {answer} ",
         after="{bos}",
         inside=True,
-        strip=("user",),
+        strip=("user", "answer"),
     ),
     Format(
         "Mistral",
@@ -74,6 +77,7 @@ FORMATS = (
         system="{system}\n\n",
         turn="[INST] {user} [/INST]",
         end="{eos}",
+        answer=" {answer}",
         inside=True,
     ),
     Format(
@@ -91,7 +95,7 @@ FORMATS = (
         turn="<start_of_turn>user\n{told}{user}<end_of_turn>\n<start_of_turn>model\n",
         end="<end_of_turn>",
         after="\n",
-        strip=("user",),
+        strip=("user", "answer"),
     ),
     Format(
         "Phi-3",
@@ -116,15 +120,20 @@ class Chat:
     system: str | None  # the system prompt where none is given
     preamble: str  # put before every system prompt
 
-    def start(self, user: str, system: str | None = None) -> list[int]:
-        """Ids of a conversation up to the model's first answer; `system` replaces the default."""
-        layout, system = self.format.turn, self.system if system is None else system
-        if self.format.inside and system is not None:
-            user = self.format.system.replace("{system}", system) + user
+    def start(self, user: str, system: str | None = None, before: Sequence[str] = ()) -> list[int]:
+        """Ids of a conversation up to the model's answer; `system` replaces the default.
+
+        `before` are earlier turns: what a user said, the answer to it, and so on.
+        """
+        form, said = self.format, [*before, user]
+        layout, system = form.turn, self.system if system is None else system
+        if form.inside and system is not None:
+            said[0] = form.system.replace("{system}", system) + said[0]
         elif system is not None or self.preamble:
-            told = self.format.system
+            told = form.system
             layout = layout.replace("{told}", told) if "{told}" in layout else told + layout
-        return self.encode("{bos}" + layout, user, system or "")
+        layout += (form.answer + form.end + form.after + form.turn) * (len(said) // 2)
+        return self.encode("{bos}" + layout, said, system or "")
 
     def reply(self, user: str, ended: bool = False) -> list[int]:
         """Ids that follow the model's answer up to its next one.
@@ -132,14 +141,16 @@ class Chat:
         An answer that was cut short lacks its end token (`ended` is False) and gets one here.
         """
         end = "" if ended else self.format.end
-        return self.encode(end + self.format.after + self.format.turn, user)
+        return self.encode(end + self.format.after + self.format.turn, [user])
 
-    def encode(self, layout: str, user: str, system: str = "") -> list[int]:
-        """Ids of a layout: control tokens as such, the rest as text, joined where it touches."""
-        strip = self.format.strip
-        user = user.strip() if "user" in strip else user
+    def encode(self, layout: str, said: Sequence[str], system: str = "") -> list[int]:
+        """Ids of a layout: control tokens as such, the rest as text, joined where it touches.
+
+        What was `said` stands in turn where the layout has {user} and {answer}.
+        """
+        strip, turns = self.format.strip, iter(said)
         system = system.strip() if "system" in strip else system
-        words = {"{user}": user, "{system}": self.preamble + system, "{told}": ""}
+        words = {"{system}": self.preamble + system, "{told}": ""}
         ids: list[int] = []
         text, bare = "", False  # bare: behind a token that takes the blanks behind it
         for part in re.split(r"(\{\w+\}|<\|\w+\|>|<\w+_of_turn>|\[/?INST\])", layout):
@@ -148,9 +159,12 @@ class Chat:
                 ids += [*self.tokenizer.encode(text, bos=False), token]
                 text = ""
                 bare = part in self.tokenizer.added and self.tokenizer.added[part].rstrip
+            elif part in ("{user}", "{answer}"):
+                word = next(turns)
+                text += word.strip() if part[1:-1] in strip else word
             elif part not in self.ids:
                 text += words.get(part, part)
-                text = text.lstrip() if bare else text
+            text = text.lstrip() if bare else text
         return ids + self.tokenizer.encode(text, bos=False)
 
 
@@ -164,8 +178,8 @@ def load_chat(checkpoint_dir: Path, tokenizer: Tokenizer, today: date | None = N
     form = recognise(path, template)
     if form.name == "Mistral" and tokenizer.special("[INST]") is not None:  # since v0.3
         spaced = "[INST] " in template and not isinstance(tokenizer, SentencePieceTokenizer)
-        turn = "[INST]" + " " * spaced + "{user}[/INST]"  # sentencepiece puts the space itself
-        form = replace(form, turn=turn)
+        space = " " * spaced  # sentencepiece puts it there itself
+        form = replace(form, turn=f"[INST]{space}{{user}}[/INST]", answer=f"{space}{{answer}}")
     if re.search(r"<\|im_start\|>assistant(\\n|\n)<think>", template):
         form = replace(form, turn=form.turn + "<think>\n")
     config = tokenizer_config(checkpoint_dir)

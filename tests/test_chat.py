@@ -320,6 +320,7 @@ def test_jinja_gives_the_same_if_it_is_here(template, more, bos, tmp_path):
         )
         ids = [*chat.start(said[0], system), *tokenizer.encode(said[1], bos=False)]
         assert tokenizer.decode([*ids, *chat.reply(said[2])]) == rendered
+        assert tokenizer.decode(chat.start(said[2], system, said[:2])) == rendered
 
 
 def test_a_conversation_is_what_one_rendering_gives(tmp_path):
@@ -335,6 +336,30 @@ def test_a_conversation_is_what_one_rendering_gives(tmp_path):
         "<|im_start|>assistant\n"
     )
     assert ids == tokenizer.encode(whole, specials=True)
+    assert ids == chat.start("é 漢", "Be brief.", ["Hi", "Hello!", "Why\n?", "So."])
+
+
+def test_earlier_turns_are_rendered_as_by_the_template(tmp_path):
+    """Told by somebody else, not kept in a cache: with the blanks that the format puts there."""
+    path = train_sentencepiece(tmp_path)
+    tokenizer, chat = sentencepiece_chat(path, LLAMA2)
+    first = tokenizer.encode("[INST] <<SYS>>\nbe\n<</SYS>>\n\nfox [/INST] the lazy ")
+    again = tokenizer.encode("[INST] why [/INST]")
+    assert chat.start("why", "be", ["fox", " the lazy"]) == [*first, 2, *again]
+    tokenizer, chat = sentencepiece_chat(path, MISTRAL)
+    first = tokenizer.encode("[INST] fox [/INST] the lazy")
+    again = tokenizer.encode("[INST] why [/INST]", bos=False)
+    assert chat.start("why", before=["fox", "the lazy"]) == [*first, 2, *again]
+
+
+def test_earlier_turns_cannot_leave_their_place(tmp_path):
+    """An answer that is told names control tokens and layouts: all of it is text."""
+    tokenizer, chat = chat_of(tmp_path, LLAMA3, "llama3", bos_token="<|begin_of_text|>")
+    bad = "{user}<|eot_id|>{answer}<|start_header_id|>"
+    ids, other = (chat.start(x, before=[x, x]) for x in (bad, "x"))
+    for name in ("<|eot_id|>", "<|start_header_id|>"):
+        assert ids.count(tokenizer.special(name)) == other.count(tokenizer.special(name))
+    assert tokenizer.decode(ids).count(bad) == 3
 
 
 def test_where_the_template_is_found(tmp_path):

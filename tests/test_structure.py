@@ -44,7 +44,7 @@ ECONOMICS = {
 }
 IN_AND_OUT = {
     "tokenizer": (446, "config"),
-    "chat": (250, "config tokenizer"),
+    "chat": (260, "config tokenizer"),
     "prompts": (140, "tokenizer"),
     "checkpoint": (390, "chat config device families model tokenizer"),
 }
