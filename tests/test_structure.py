@@ -47,6 +47,7 @@ IN_AND_OUT = {
     "chat": (260, "config tokenizer"),
     "prompts": (140, "tokenizer"),
     "checkpoint": (390, "chat config device families model tokenizer"),
+    "offline": (340, "batch checkpoint prompts sampling tokenizer"),
 }
 PROGRAM = {
     "report": (200, ""),
