@@ -96,7 +96,7 @@ Kind = tuple[Callable[[Any], bool], str]
 TEXT: Kind = (lambda v: type(v) is str and surrogate(v) is None, "a text")
 SOME_TEXT: Kind = (lambda v: TEXT[0](v) and v != "", "a text that is not empty")
 COUNT: Kind = (lambda v: type(v) is int and 1 <= v < 2**31, "a whole number from 1 on")
-NUMBER: Kind = (lambda v: type(v) in (int, float), "a number")
+NUMBER: Kind = (lambda v: type(v) in (int, float) and abs(v) < 2**127, "a number")  # of 32 bits
 ANY: Kind = (lambda v: True, "")
 OPTIONS: dict[str, Kind] = {
     "max_new_tokens": COUNT,
@@ -212,20 +212,16 @@ def given_id(value: dict, default: str) -> str | None:
 
 
 def flatten(value: dict) -> dict:
-    """What a line says, with the keys of a flat line; null says nothing. ValueError: see `check`.
-
-    A top_p of 1, which OpenAI's clients write, is none.
-    """
+    """What a line says, under the keys of a flat line. ValueError as in `check`, and no prompt."""
     if "body" not in value and "custom_id" not in value:
         record = check(value, FLAT)
     else:
         record = check(check(value, BATCH).get("body", {}), BODY)
-        limits = [record.pop(key) for key in LIMITS if key in record]
-        if len(set(limits)) > 1:
+        limits = {record.pop(key) for key in LIMITS if key in record}
+        if len(limits) > 1:
             raise ValueError(f"{' and '.join(LIMITS)} are one thing; give one of them")
-        record |= dict(zip(("max_new_tokens",), limits, strict=False))
-    if record.get("top_p") == 1:
-        del record["top_p"]
+        for limit in limits:
+            record["max_new_tokens"] = limit
     sources = [key for key in SOURCES if key in record]
     if len(sources) != 1:
         what = " and ".join(sources) or "no prompt"
@@ -269,14 +265,14 @@ def make_request(record: dict, place: int, checkpoint: Checkpoint, d: Defaults) 
             f"{d.max_context}"
         )
     own = {key: record[key] for key in asdict(d.sampling) if key in record}
-    if own.get("temperature") == 0:  # greedy here, whatever the others do
-        sampling = Sampling(**own)
-    else:
-        sampling = Sampling(**asdict(d.sampling) | own)
+    if own.get("top_p") == 1:  # which clients write for none, also where it is greedy
+        own["top_p"] = None
+    others = asdict(d.sampling) if own.get("temperature") != 0 else {}
     stops = record.get("stop", [])
     stops = [stops] if isinstance(stops, str) else stops
     stop = StopTexts(checkpoint.tokenizer, prompt, tuple(stops)) if stops else None
-    return Request(prompt, limit, sampling, record.get("seed", row_seed(d.seed, place)), stop)
+    seed = record.get("seed", row_seed(d.seed, place))
+    return Request(prompt, limit, Sampling(**others | own), seed, stop)
 
 
 def encode_messages(messages: list, checkpoint: Checkpoint, system: str | None) -> list[int]:

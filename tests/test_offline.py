@@ -48,15 +48,20 @@ def test_a_line_has_its_own_settings_and_the_command_line_has_the_others(tmp_pat
         {"id": "b", "prompt_file": "sub/a.txt", "max_new_tokens": 3, "seed": 2**63 - 1},
         {"id": 7, "prompt": "c", "temperature": 1, "top_p": 0.9},
         {"prompt": "d", "temperature": 0, "top_p": 1, "stop": None},
+        {"prompt": "e", "top_p": 1.0},
+        {"prompt": "f", "max_new_tokens": 1, "top_k": 1, "seed": 0, "temperature": 1e38},
+        defaults=Defaults(10, Sampling(0.5, 7, 0.8), 3, 40),
     )
-    assert not given.bad and [line.number for line in given.lines] == [1, 2, 3, 4]
-    assert [line.id for line in given.lines] == ["1", "b", "7", "4"]
-    one, two, three, four = (line.request for line in given.lines)
+    assert not given.bad and [line.number for line in given.lines] == [*range(1, 7)]
+    assert [line.id for line in given.lines] == ["1", "b", "7", "4", "5", "6"]
+    one, two, three, four, five, six = (line.request for line in given.lines)
     assert one.prompt == TOKENIZER.encode("fox") and one.max_new_tokens == 10
-    assert one.sampling == Sampling(0.5, 7) and one.stop is None
+    assert one.sampling == Sampling(0.5, 7, 0.8) and one.stop is None
     assert two.prompt == TOKENIZER.encode("Grüße\n") and two.max_new_tokens == 3
     assert three.sampling == Sampling(1, 7, 0.9)
     assert four.sampling == Sampling()  # greedy: the command line's top_k means nothing to it
+    assert five.sampling == Sampling(0.5, 7)
+    assert (six.max_new_tokens, six.sampling.top_k, six.seed) == (1, 1, 0)
     assert [r.seed for r in (one, two, three, four)] == [
         row_seed(3, 0), 2**63 - 1, row_seed(3, 2), row_seed(3, 3)
     ]  # fmt: skip
@@ -140,12 +145,15 @@ BAD = [  # fifty kinds of lines, and what is said of them
     ({"prompt": "a", "max_new_tokens": 5.0}, "max_new_tokens is 5.0"),
     ({"prompt": "a", "temperature": "1"}, "temperature is '1', and should be a number"),
     ({"prompt": "a", "temperature": False}, "temperature is False"),
+    ({"prompt": "a", "temperature": 1e39}, "temperature is 1e+39"),
     ({"prompt": "a", "temperature": -1}, "temperature -1 must be a number >= 0"),
     ({"prompt": "a", "temperature": 0, "top_k": 5}, "top_k and top_p need a temperature"),
     ({"prompt": "a", "top_k": 0}, "top_k is 0, and should be a whole number from 1 on"),
     ({"prompt": "a", "top_k": 2**63}, "top_k is 9223372036854775808"),
     ({"prompt": "a", "top_p": 0}, "top_p 0 must be in"),
     ({"prompt": "a", "top_p": 1.5}, "top_p 1.5 must be in"),
+    ({"prompt": "a", "seed": 2**63}, "seed is 9223372036854775808"),
+    ({"prompt": "a", "top_k": 2**31}, "top_k is 2147483648"),
     ({"prompt": "a", "seed": -1}, "seed is -1, and should be a whole number in 0..2**63 - 1"),
     ({"prompt": "a", "stop": ""}, "stop is '', and should be"),
     ({"prompt": "a", "stop": ["x", ""]}, "stop is ['x', '']"),
@@ -205,6 +213,7 @@ def test_fifty_kinds_of_bad_lines_are_reported_together(files):
     assert "--skip_bad" in head and more == f"  and {len(BAD) - 20} more"
     for (number, line), (_, words) in zip(enumerate(told, start=2), BAD, strict=False):
         assert line.startswith(f"  line {number}: ") and words in line
+    assert str(BadLines(given.path, given.bad[:20])).split("\n")[1:] == told
     one = str(BadLines(given.path, given.bad[:1]))
     assert one.count("\n") == 1 and "1 line cannot be used" in one
 

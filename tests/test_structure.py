@@ -47,7 +47,8 @@ IN_AND_OUT = {
     "chat": (260, "config tokenizer"),
     "prompts": (140, "tokenizer"),
     "checkpoint": (390, "chat config device families model tokenizer"),
-    "offline": (340, "batch checkpoint prompts sampling tokenizer"),
+    "offline": (350, "batch checkpoint prompts sampling tokenizer"),
+    "results": (180, "checkpoint config offline"),
 }
 PROGRAM = {
     "report": (200, ""),
