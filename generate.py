@@ -5,7 +5,7 @@
 
 The flags are in `options.py`. `load` makes all that a run needs, the cheap things first. Then
 `batch` decodes one batch and says what came of it (`measure.py`, `report.py`), or `converse`
-answers line by line.
+answers line by line. With --output, `serve` takes any number of prompts through the rows.
 
 What a user can get wrong ends in one line on standard error and exit status 2.
 """
@@ -35,127 +35,17 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import torch
 
-import prompts
 import report
-from auto import Auto, Candidate, draft_lengths
-from batch import MAX_EOS
-from checkpoint import DTYPES, Checkpoint, open_checkpoint, write_file, write_json
-from config import kv_bytes
-from device import check_fits, find_device, timed
-from drafters import check_strategy
-from kernels import compile_blocks, compiler_runs
-from measure import Progress, Request, decode, measure, warm_up
-from model import Transformer
+from auto import Auto
+from checkpoint import Checkpoint, write_file, write_json
+from device import timed
+from load import describe, how, load
+from measure import Request, decode, measure, warm_up
+from offline import BadLines
 from options import Options, check_targets, parse_args
-from policies import Strategy
-from sampling import Sampling
+from serve import serve
 from spec_decode import Engine
 from tokenizer import TextStream, Tokenizer, continuation
-
-LARGE = 10**9  # bytes of weights from which loading is worth a line
-
-
-def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Request]:
-    """Everything that bad input can break, the cheap things first: the weights come last."""
-    sampling, device = Sampling(o.temperature, o.top_k, o.top_p), find_device(o.device)
-    dtype = DTYPES[o.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    checkpoint, draft = open_checkpoint(o.checkpoint_path, o.chat), None
-    end_ids = () if o.ignore_eos else checkpoint.end_ids(MAX_EOS)
-    config = checkpoint.config
-    longest = min(config.max_seq_len, o.max_context or config.max_seq_len)
-
-    def check_size(n_rows: int, n_tokens: int) -> None:  # the engine asks again, for all it needs
-        n_bytes = n_rows * kv_bytes(config, n_tokens, dtype.itemsize)
-        remedy = "a smaller --batch_size or --max_context"
-        check_fits(n_bytes, device, "the KV caches", lambda share: remedy)
-
-    check_size(o.batch_size or 1, min(1 + o.max_new_tokens, longest))  # before rows are made
-    rows = read_rows(o, checkpoint, longest)
-    if not o.interactive:
-        longest = max(map(len, rows)) + o.max_new_tokens
-    check_size(len(rows), longest)
-    automatic = o.drafts and "auto" in (o.draft, o.speculate_k)
-    gammas = o.gammas(draft_lengths(device.type, config.n_group))
-    strategies = o.strategies(max(gammas))
-    if o.draft_checkpoint_path:
-        draft = open_checkpoint(o.draft_checkpoint_path)
-        checkpoint.check_same_vocabulary(draft)
-    if len(strategies) == 1:
-        check_strategy(strategies[0], draft.config if draft else None, longest)
-    compiling = o.compile and compiler_runs(device)
-    if o.compile and not compiling:
-        print("generate.py: no working compiler for torch.compile on this machine (the CPU needs "
-              "g++): running eagerly, which is slower", file=sys.stderr)  # fmt: skip
-    model = load_weights(checkpoint, device, dtype, compiling)
-    draft_model = load_weights(draft, device, dtype, compiling) if draft else None
-    request = Request(rows, o.max_new_tokens, end_ids, o.compares)
-    if not automatic:
-        engine = Engine(model, len(rows), longest, strategies[0], sampling, o.seed, draft_model)
-        return checkpoint, engine, None, request
-    engine = Engine(model, len(rows), longest, Strategy(), sampling, o.seed)
-    named = "streaming" if o.draft == "auto" else o.draft
-    candidates = [Candidate(d) for d in strategies if not draft_model or o.draft == "auto"]
-    if draft_model:
-        candidates += [Candidate(d, draft_model) for d in strategies if d.policy == named]
-    auto = Auto(engine, candidates, gammas, named=o.draft != "auto")
-    return checkpoint, engine, auto, request
-
-
-def read_rows(o: Options, checkpoint: Checkpoint, max_context: int) -> list[list[int]]:
-    """Token ids of every row; with --interactive, which has no prompts yet, empty ones."""
-    longest, tokenizer = prompts.longest_prompt(max_context, o.max_new_tokens), checkpoint.tokenizer
-    if o.interactive:
-        return [[]] * (o.batch_size or 1)
-    if not o.n_sources:
-        n_rows = o.batch_size or prompts.DEMO_ROWS
-        return prompts.demo_prompts(tokenizer, n_rows, min(prompts.DEMO_LONGEST, longest))
-    encode = partial(checkpoint.encode, system=o.system)
-    given = prompts.read_prompts(o.prompt, o.prompt_file, o.prompts, encode)
-    prompts.check_lengths(given, max_context, o.max_new_tokens)
-    return prompts.fill_rows(given, o.batch_size or len(given), tokenizer.vocab_size, o.seed)
-
-
-def load_weights(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, compiling: bool
-) -> Transformer:
-    """The model; of a large one, standard error tells how far it is."""
-    say = partial(print, file=sys.stderr, flush=True)
-    progress = Progress(say)
-
-    def on_tensor(done: int, total: int) -> None:
-        if total >= LARGE:
-            if not done:
-                say(f"loading {checkpoint.path}: {total / 1e9:.1f} GB", end=" ... ")
-            progress(done, total)
-            if done == total:
-                say()
-
-    model = checkpoint.load(device, dtype, on_tensor)
-    if compiling:
-        compile_blocks(model)
-    return model
-
-
-def describe(o: Options, engine: Engine, auto: Auto | None, rows: list[list[int]]) -> str:
-    """What is about to run, in three lines."""
-    n_params = sum(p.numel() for p in engine.model.parameters())
-    lengths, s = [*map(len, rows)], engine.sampling
-    dtype = str(engine.full.spec.dtype).removeprefix("torch.")
-    how = "greedy" if s.greedy else f"temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}"
-    draft = "no draft: plain decoding"
-    if auto:
-        what = ", ".join(map(str, auto.candidates))
-        draft = f"auto: {what}; gamma of {', '.join(map(str, auto.gammas))}"
-        draft += "" if auto.named else ", or no draft"
-    elif engine.drafter:
-        label = engine.drafter.label(f"draft model {o.draft_checkpoint_path}")
-        draft = f"{label}, gamma {engine.gamma}"
-    return (
-        f"{o.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {dtype} on {o.device}, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
-        f"{len(rows)} rows of {min(lengths)} to {max(lengths)} tokens, up to "
-        f"{o.max_new_tokens} new ones each, {how}\n{draft}"
-    )
 
 
 def batch(
@@ -163,7 +53,10 @@ def batch(
 ) -> int:
     """One batch from prompts to numbers. Returns the exit status."""
     say = partial(print, file=sys.stderr if o.json == "-" else sys.stdout, flush=True)
-    say(describe(o, engine, auto, request.prompts))
+    lengths = [*map(len, request.prompts)]
+    what = f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, up to "
+    what += f"{o.max_new_tokens} new ones each, {how(engine.sampling)}"
+    say(describe(o, engine, auto, what))
     tracer = torch.profiler.profile() if o.profile else None
     measured = measure(engine, auto, request, say, tracer)
     rows = zip(request.prompts, measured.main.outputs, strict=True)
@@ -268,12 +161,14 @@ def main(argv: list[str] | None = None) -> int:
         with torch.inference_mode():
             options = parse_args(argv, __doc__.split("\n")[0])
             check_targets(options)
+            if options.output:
+                return serve(options)
             run = converse if options.interactive else batch
             return run(options, *load(options))
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         return refused(e)
-    except KeyboardInterrupt:
-        print("\ngenerate.py: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:  # which may say how far it came
+        print(f"\ngenerate.py: interrupted{e}", file=sys.stderr)
         return 130
 
 
@@ -291,7 +186,8 @@ def forgive_streams() -> None:
 
 def refused(e: Exception) -> int:
     """Say in one line what was wrong; returns the exit status. Raises what is our own mistake."""
-    text, on_the_cpu = " ".join(str(e).split()), ("can't allocate memory", "not enough memory")
+    text = str(e) if isinstance(e, BadLines) else " ".join(str(e).split())
+    on_the_cpu = ("can't allocate memory", "not enough memory")
     if isinstance(e, (MemoryError, RuntimeError)):
         known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not known and not any(words in text for words in on_the_cpu):

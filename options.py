@@ -44,7 +44,15 @@ class Options:
     prompt: tuple[str, ...] = flag((), "text; an integer N: N random tokens, others in every row")
     prompt_file: tuple[Path, ...] = flag((), "UTF-8 text (repeatable)")
     prompts: Path | None = flag(None, '.jsonl, an object with "prompt" per line')
-    batch_size: int | None = flag(None, "rows; prompts are repeated to fill them")
+    output: Path | None = flag(None, "with --prompts: write each result to this .jsonl when it is "
+                                     "done; what is there already is kept")  # fmt: skip
+    skip_bad: bool = flag(False, "with --output: record lines that cannot be used, do the others")
+    order: str | None = flag(None, "with --output: which prompt gets a row; default: first",
+                             choices=("first", "longest"), metavar=None)  # fmt: skip
+    max_gap: float | None = flag(None, "with --output: seconds that running rows wait for the "
+                                       "prompt of another one; default: 0.5")  # fmt: skip
+    batch_size: int | None = flag(None, "rows; prompts are repeated to fill them. With --output: "
+                                        "refilled, at most 16 by default")  # fmt: skip
     max_new_tokens: int = flag(256, "of every row")
     max_context: int | None = flag(None, "most tokens of prompt and answer; default: the model's")
     temperature: float = flag(SAMPLING.temperature, "0: greedy")
@@ -94,6 +102,12 @@ class Options:
              "--interactive has no --compare, --check_lossless, --json or --profile"),
             (self.check_lossless and not self.compares,
              "--check_lossless needs the plain run that --no-compare leaves out"),
+            (self.output and not self.prompts, "--output needs --prompts"),
+            (self.output and self.profile, "--output has no --profile"),
+            (not self.output and (self.skip_bad or self.order or self.max_gap is not None),
+             "--skip_bad, --order and --max_gap need --output"),
+            (self.max_gap is not None and not self.max_gap > 0,
+             f"--max_gap {self.max_gap} must be a number of seconds above 0"),
             (not 0 <= self.seed < 2**63, f"--seed {self.seed} must be in 0..2**63 - 1"),
             (not context_fits, f"--max_context {self.max_context} must be at least 2"),
             (self.interactive and is_random(self.checkpoint_path),
@@ -178,5 +192,8 @@ def check_targets(o: Options) -> None:
             check_writable(path)
         except OSError as e:
             raise ValueError(f"--{name}: cannot write {path}: {e.strerror}") from None
-    if len({path.resolve() for path in given.values()}) < len(given):
-        raise ValueError(f"--json and --profile are the same file, {o.json}; give two")
+    owners: dict[Path, str] = {}
+    for name, file in {**targets, "output": o.output, "prompts": o.prompts}.items():
+        if file is not None and owners.setdefault(file.resolve(), name) != name:
+            other = owners[file.resolve()]
+            raise ValueError(f"--{other} and --{name} are the same file, {file}; give two")

@@ -18,7 +18,7 @@ row is copied. So of many questions about one document, only the first reads the
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +67,7 @@ class Refill:
     max_gap: float = 2.0  # seconds that rows wait for other rows' prompts between two rounds
     longest_first: bool = False  # by prompt and limit, instead of in the order given
     share: float = SHARED  # see Engine.start
+    on_round: Callable[[], None] = lambda: None  # called after every round, and forward of a prompt
     prefill_seconds: float = field(default=0.0, init=False)
     decode_seconds: float = field(default=0.0, init=False)
     longest_gap: float = field(default=0.0, init=False)  # seconds
@@ -92,6 +93,7 @@ class Refill:
             if self.reading or (None in self.rows and not self.while_queued):
                 synchronize(engine.device)
             self.decode_seconds += time.perf_counter() - clock
+            self.on_round()
             yield from ended
             yield from self.fill()
             clock = time.perf_counter()
@@ -104,6 +106,7 @@ class Refill:
             if running and waited and waited + self.forward_seconds > self.max_gap:
                 break
             self.read()
+            self.on_round()
             if running:
                 waited += self.forward_seconds
             yield from self.ended()

@@ -11,6 +11,7 @@ here and no torch is needed. Keys that do not apply are absent, not null.
 * Acceptance figures have vLLM's definitions (`Stats`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -105,19 +106,15 @@ def run_numbers(m: Measurement, run: Run) -> dict:
 
 def table(result: dict) -> str:
     """The numbers of the runs, side by side, and a line for the steps."""
-    plan, n_rows = result["plan"], len(result["outputs"])
-    name = "auto" if "candidates" in plan else plan["strategy"]
-    keys = {"plain": "baseline", name: "speculative"}
-    runs = {name: result[key] for name, key in keys.items() if key in result}
-    lines = [f"{'':24}" + "".join(f"{name:>28}" for name in runs)]
-    for label, value in {
+    n_rows = len(result["outputs"])
+    cells: dict[str, Callable[[dict], str]] = {
         "decode tokens/s": lambda r: f"{r['decode_tokens_per_second']:.1f}",
         "ms per token": lambda r: f"{r['ms_per_token']:.2f}",
         "rounds, slowest row": lambda r: f"{r['rounds']}",
         "rounds, mean row": lambda r: f"{r['row_rounds'] / n_rows:.1f}",
         "mean acceptance length": lambda r: f"{r.get('mean_acceptance_length', 1):.2f}",
-    }.items():
-        lines.append(f"{label:24}" + "".join(f"{value(r):>28}" for r in runs.values()))
+    }
+    lines = side_by_side(result, cells, 24)
     main = result["speculative" if "speculative" in result else "baseline"]
     if "draft_acceptance_rate" in main:
         rates = " ".join(f"{rate:.3f}" for rate in main["acceptance_rate_per_position"])
@@ -162,3 +159,95 @@ def verdict(result: dict) -> str:
                 f"top-2 logit margin {margin}"
             )
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One pass over a file of requests, through rows that are refilled."""
+
+    totals: dict  # seconds and rounds of all, busy_share, longest_gap_seconds, decoded_tokens
+    new_tokens: list[int]  # by request, with its first token
+    first_token_seconds: list[float]  # by request, from when a row has begun with its prompt
+    decode_seconds: list[float]  # by request, from its first token to its last
+    acceptance: dict  # figures, as the JSON has them; none if nothing was drafted
+
+
+def served_numbers(served: Served) -> dict:
+    """The figures of a pass as the JSON has them; `ms_per_token` is of requests with a second."""
+    totals, n_tokens = served.totals, sum(served.new_tokens)
+    times = zip(served.decode_seconds, served.new_tokens, strict=True)
+    return totals | {
+        "requests": len(served.new_tokens),
+        "generated_tokens": n_tokens,
+        "tokens_per_second": n_tokens / max(totals["seconds"], 1e-9),
+        "decode_tokens_per_second": totals["decoded_tokens"] / max(totals["decode_seconds"], 1e-9),
+        "first_token_ms": spread([1e3 * seconds for seconds in served.first_token_seconds]),
+        "ms_per_token": spread([1e3 * seconds / (n - 1) for seconds, n in times if n > 1]),
+        **served.acceptance,
+    }
+
+
+def spread(values: list[float]) -> dict:
+    """Mean, median and 99th percentile, which is one of the values; 0 of none."""
+    ordered = sorted(values) or [0.0]
+    return {
+        "mean": sum(ordered) / len(ordered),
+        "median": ordered[(len(ordered) - 1) // 2],
+        "p99": ordered[-(-99 * len(ordered) // 100) - 1],
+    }
+
+
+def served_table(result: dict) -> str:
+    """The figures of the passes over a file, side by side, and the speedup if there are two."""
+
+    def three(times: dict) -> str:
+        return " / ".join(f"{times[key]:.1f}" for key in ("mean", "median", "p99"))
+
+    cells: dict[str, Callable[[dict], str]] = {
+        "tokens/s, decoding": lambda r: f"{r['decode_tokens_per_second']:.1f}",
+        "tokens/s, prefill included": lambda r: f"{r['tokens_per_second']:.1f}",
+        "ms to first, mean / median / p99": lambda r: three(r["first_token_ms"]),
+        "ms per token, the same": lambda r: three(r["ms_per_token"]),
+        "rows busy": lambda r: f"{r['busy_share']:.0%}",
+        "longest gap": lambda r: f"{1e3 * r['longest_gap_seconds']:.0f} ms",
+        "mean acceptance length": lambda r: f"{r.get('mean_acceptance_length', 1):.2f}",
+    }
+    lines = side_by_side(result, cells, 34)
+    if "speedup" in result:
+        lines.append(
+            f"speedup {result['speedup']:.2f}x over plain decoding, "
+            f"{result['total_speedup']:.2f}x prefill included"
+        )
+    if "identical" in result:
+        n, differing = result["speculative"]["requests"], result.get("differing_ids", [])
+        lines.append(f"{n - len(differing)} of {n} outputs identical")
+        lines += [f"not: {', '.join(differing[:9])}"] if differing else []
+    return "\n".join(lines)
+
+
+def side_by_side(result: dict, cells: dict[str, Callable[[dict], str]], width: int) -> list[str]:
+    """A column for every run of a result, with a title; the labels take `width` characters."""
+    name = "auto" if "candidates" in result["plan"] else result["plan"]["strategy"]
+    keys = {"plain": "baseline", name: "speculative"}
+    runs = {name: result[key] for name, key in keys.items() if key in result}
+    lines = [" " * width + "".join(f"{name:>28}" for name in runs)]
+    for label, cell in cells.items():
+        lines.append(f"{label:{width}}" + "".join(f"{cell(run):>28}" for run in runs.values()))
+    return lines
+
+
+def progress_line(done: int, total: int, figures: dict) -> str:
+    """How far a pass is: "3 of 9 done, 2 rows busy, ...", with the time left once it is known."""
+    line = (
+        f"{done} of {total} done, {figures['busy']} rows busy, "
+        f"{figures['tokens_per_second']:.1f} tokens/s, "
+        f"acceptance length {figures['mean_acceptance_length']:.2f}"
+    )
+    return line + (f", {clock(figures['seconds_left'])} left" if done else "")
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from report import Measurement, Run, build, table, verdict
+from report import (
+    Measurement,
+    Run,
+    Served,
+    build,
+    clock,
+    progress_line,
+    served_numbers,
+    served_table,
+    spread,
+    table,
+    verdict,
+)
 
 # Two rows of 5 and 9 tokens: plainly 4 and 8 rounds of 1 s, speculatively 2 and 6 of 1.5 s.
 ACCEPTANCE = {
@@ -160,3 +172,62 @@ def test_the_json_has_the_tables_figures():
 def test_a_report_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; import report"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+# Three requests of 1, 3 and 5 tokens in 4 s, half of them reading.
+SERVED = Served(
+    {"seconds": 4.0, "prefill_seconds": 2.0, "decode_seconds": 2.0, "longest_gap_seconds": 0.25,
+     "rounds": 4, "row_rounds": 6, "decoded_tokens": 6, "busy_share": 0.75},
+    [1, 3, 5], [0.1, 0.2, 0.6], [0.0, 0.5, 1.6], ACCEPTANCE,
+)  # fmt: skip
+
+
+def test_the_figures_of_a_file_are_those_of_its_requests():
+    """An answer's first token is the prefill's: one of a single token has no time per token."""
+    numbers = served_numbers(SERVED)
+    assert numbers["requests"] == 3 and numbers["generated_tokens"] == 9
+    assert numbers["tokens_per_second"] == 9 / 4 and numbers["decode_tokens_per_second"] == 3
+    assert numbers["first_token_ms"] == pytest.approx({"mean": 300, "median": 200, "p99": 600})
+    assert numbers["ms_per_token"] == pytest.approx({"mean": 325, "median": 250, "p99": 400})
+    assert numbers["mean_acceptance_length"] == 1.5 and numbers["busy_share"] == 0.75
+    nothing = replace(SERVED, new_tokens=[1], first_token_seconds=[1.0], decode_seconds=[0.0])
+    assert served_numbers(nothing)["ms_per_token"] == {"mean": 0, "median": 0, "p99": 0}
+
+
+def test_a_percentile_is_one_of_the_values():
+    assert spread([3.0, 1.0, 2.0]) == {"mean": 2, "median": 2, "p99": 3}
+    assert spread([float(n) for n in range(1, 101)]) == {"mean": 50.5, "median": 50, "p99": 99}
+    assert spread([float(n) for n in range(1, 102)])["p99"] == 100
+    assert spread([4.0]) == {"mean": 4, "median": 4, "p99": 4}
+
+
+def test_the_table_of_a_file():
+    main, plain = served_numbers(SERVED), served_numbers(replace(SERVED, acceptance={}))
+    result = {"plan": SETTING["plan"], "speculative": main, "baseline": plain,
+              "speedup": 1.5, "total_speedup": 1.25,
+              "identical": False, "differing_ids": ["b"]}  # fmt: skip
+    lines = [" ".join(line.split()) for line in served_table(result).split("\n")]
+    assert lines == [
+        "plain streaming",
+        "tokens/s, decoding 3.0 3.0",
+        "tokens/s, prefill included 2.2 2.2",
+        "ms to first, mean / median / p99 300.0 / 200.0 / 600.0 300.0 / 200.0 / 600.0",
+        "ms per token, the same 325.0 / 250.0 / 400.0 325.0 / 250.0 / 400.0",
+        "rows busy 75% 75%",
+        "longest gap 250 ms 250 ms",
+        "mean acceptance length 1.00 1.50",
+        "speedup 1.50x over plain decoding, 1.25x prefill included",
+        "2 of 3 outputs identical",
+        "not: b",
+    ]
+    alone = {"plan": {"strategy": "none", "gamma": 0}, "baseline": plain}
+    assert "speedup" not in served_table(alone) and "identical" not in served_table(alone)
+
+
+def test_progress_tells_the_time_left_once_it_can():
+    figures = {"busy": 3, "tokens_per_second": 12.34, "mean_acceptance_length": 2.5,
+               "seconds_left": 3725.4}  # fmt: skip
+    line = "of 9 done, 3 rows busy, 12.3 tokens/s, acceptance length 2.50"
+    assert progress_line(0, 9, figures) == f"0 {line}"
+    assert progress_line(4, 9, figures) == f"4 {line}, 1:02:05 left"
+    assert [clock(s) for s in (0, 59.6, 3599.6)] == ["0:00", "1:00", "1:00:00"]

@@ -48,18 +48,28 @@ IN_AND_OUT = {
     "prompts": (140, "tokenizer"),
     "checkpoint": (390, "chat config device families model tokenizer"),
     "offline": (350, "batch checkpoint prompts sampling tokenizer"),
-    "results": (180, "checkpoint config offline"),
+    "results": (190, "checkpoint config offline"),
 }
 PROGRAM = {
-    "report": (200, ""),
+    "report": (265, ""),
     "measure": (225, "auto config device kv_cache report sampling spec_decode"),
-    "options": (210, "checkpoint config cost_model policies sampling"),
-    "generate": (315, "*"),  # everything; nobody imports it
+    "options": (215, "checkpoint config cost_model policies sampling"),
+    "load": (
+        175,
+        "auto batch checkpoint config device drafters kernels measure model options policies"
+        " prompts sampling spec_decode",
+    ),
+    "serve": (
+        255,
+        "auto batch checkpoint device load measure offline options refill report results"
+        " sampling spec_decode",
+    ),
+    "generate": (215, "*"),  # everything; nobody imports it
 }
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
 CHAPTERS = ("kernels", "kv_cache", "model", "sampling", "batch", "policies", "lookup", "drafters",
             "graphs", "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 2600, 7100  # of a file, of CHAPTERS, of all files
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 2600, 7600  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")
 MANY_PARAMETERS = {  # function: why it has more
@@ -406,7 +416,7 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
         f"batch.py has {TABLE['batch'][0] + 1} lines": {"batch": "\n" * (TABLE["batch"][0] + 1)},
         "a.py has 451 lines": {"a": "\n" * 451},
         "the algorithm: 2601": {"kv_cache": "\n" * 1600, "graphs": "\n" * 1001, "auto": "\n" * 9},
-        "all files: 7101": {"a": "\n" * 4000, "b": "\n" * 3101},
+        "all files: 7601": {"a": "\n" * 4000, "b": "\n" * 3601},
     }),
     functions_are_short: (HOUSE, {
         "a.f has 61 lines": {"a": LONG},

@@ -1,0 +1,170 @@
+"""All that a command needs before it runs, the cheap things first: the weights come last.
+
+`open_all` reads what is small. Then the command reads its prompts, and knows how many rows of which
+length it needs. `make_engine` checks what that takes, loads the weights and makes the engine, with
+the strategies that the flags allow. So whatever is wrong is said before anything large is made.
+"""
+
+import sys
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+import prompts
+from auto import Auto, Candidate, draft_lengths
+from batch import MAX_EOS
+from checkpoint import DTYPES, Checkpoint, open_checkpoint
+from config import kv_bytes
+from device import check_fits, find_device
+from drafters import check_strategy
+from kernels import compile_blocks, compiler_runs
+from measure import Progress, Request
+from model import Transformer
+from options import Options
+from policies import Strategy
+from sampling import Sampling
+from spec_decode import Engine
+
+LARGE = 10**9  # bytes of weights from which loading is worth a line
+
+
+class Opened(NamedTuple):
+    """What is known before prompts and weights are read."""
+
+    checkpoint: Checkpoint
+    draft: Checkpoint | None  # of a draft model of its own
+    device: torch.device
+    dtype: torch.dtype
+    end_ids: tuple[int, ...]  # tokens that end a text
+    max_context: int  # tokens of prompt and answer
+
+
+def open_all(o: Options) -> Opened:
+    """Read checkpoints without their weights. OSError or ValueError if they cannot be used."""
+    device, draft = find_device(o.device), None
+    dtype = DTYPES[o.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    checkpoint = open_checkpoint(o.checkpoint_path, o.chat)
+    end_ids = () if o.ignore_eos else checkpoint.end_ids(MAX_EOS)
+    if o.draft_checkpoint_path:
+        draft = open_checkpoint(o.draft_checkpoint_path)
+        checkpoint.check_same_vocabulary(draft)
+    max_context = checkpoint.config.max_seq_len
+    return Opened(
+        checkpoint, draft, device, dtype, end_ids, min(max_context, o.max_context or max_context)
+    )
+
+
+def check_size(opened: Opened, n_rows: int, n_tokens: int) -> None:
+    """ValueError if the caches alone do not fit; the engine asks again, for all that it needs."""
+    n_bytes = n_rows * kv_bytes(opened.checkpoint.config, n_tokens, opened.dtype.itemsize)
+    remedy = "a smaller --batch_size or --max_context"
+    check_fits(n_bytes, opened.device, "the KV caches", lambda share: remedy)
+
+
+def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Request]:
+    """Everything for one batch. OSError or ValueError for what cannot be used."""
+    sampling, opened = Sampling(o.temperature, o.top_k, o.top_p), open_all(o)
+    longest = opened.max_context
+    check_size(opened, o.batch_size or 1, min(1 + o.max_new_tokens, longest))  # rows are large too
+    rows = read_rows(o, opened.checkpoint, longest)
+    if not o.interactive:
+        longest = max(map(len, rows)) + o.max_new_tokens
+    engine, auto = make_engine(o, opened, len(rows), longest, sampling)
+    request = Request(rows, o.max_new_tokens, opened.end_ids, o.compares)
+    return opened.checkpoint, engine, auto, request
+
+
+def make_engine(
+    o: Options,
+    opened: Opened,
+    n_rows: int,
+    longest: int,  # tokens of a row, prompt and answer together
+    sampling: Sampling,  # the widest of all rows
+) -> tuple[Engine, Auto | None]:
+    """Load the weights and make an engine, with what decides how to draft if anything is left.
+
+    ValueError for what does not fit into memory, or does not go together.
+    """
+    checkpoint, draft, device, dtype, *_ = opened
+    check_size(opened, n_rows, longest)
+    automatic = o.drafts and "auto" in (o.draft, o.speculate_k)
+    gammas = o.gammas(draft_lengths(device.type, checkpoint.config.n_group))
+    strategies = o.strategies(max(gammas))
+    if len(strategies) == 1:
+        check_strategy(strategies[0], draft.config if draft else None, longest)
+    compiling = o.compile and compiler_runs(device)
+    if o.compile and not compiling:
+        print("generate.py: no working compiler for torch.compile on this machine (the CPU needs "
+              "g++): running eagerly, which is slower", file=sys.stderr)  # fmt: skip
+    model = load_weights(checkpoint, device, dtype, compiling)
+    draft_model = load_weights(draft, device, dtype, compiling) if draft else None
+    if not automatic:
+        return Engine(model, n_rows, longest, strategies[0], sampling, o.seed, draft_model), None
+    engine = Engine(model, n_rows, longest, Strategy(), sampling, o.seed)
+    named = "streaming" if o.draft == "auto" else o.draft
+    candidates = [Candidate(d) for d in strategies if not draft_model or o.draft == "auto"]
+    if draft_model:
+        candidates += [Candidate(d, draft_model) for d in strategies if d.policy == named]
+    return engine, Auto(engine, candidates, gammas, named=o.draft != "auto")
+
+
+def read_rows(o: Options, checkpoint: Checkpoint, max_context: int) -> list[list[int]]:
+    """Token ids of every row; with --interactive, which has no prompts yet, empty ones."""
+    longest, tokenizer = prompts.longest_prompt(max_context, o.max_new_tokens), checkpoint.tokenizer
+    if o.interactive:
+        return [[]] * (o.batch_size or 1)
+    if not o.n_sources:
+        n_rows = o.batch_size or prompts.DEMO_ROWS
+        return prompts.demo_prompts(tokenizer, n_rows, min(prompts.DEMO_LONGEST, longest))
+    encode = partial(checkpoint.encode, system=o.system)
+    given = prompts.read_prompts(o.prompt, o.prompt_file, o.prompts, encode)
+    prompts.check_lengths(given, max_context, o.max_new_tokens)
+    return prompts.fill_rows(given, o.batch_size or len(given), tokenizer.vocab_size, o.seed)
+
+
+def load_weights(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, compiling: bool
+) -> Transformer:
+    """The model; of a large one, standard error tells how far it is."""
+    say = partial(print, file=sys.stderr, flush=True)
+    progress = Progress(say)
+
+    def on_tensor(done: int, total: int) -> None:
+        if total >= LARGE:
+            if not done:
+                say(f"loading {checkpoint.path}: {total / 1e9:.1f} GB", end=" ... ")
+            progress(done, total)
+            if done == total:
+                say()
+
+    model = checkpoint.load(device, dtype, on_tensor)
+    if compiling:
+        compile_blocks(model)
+    return model
+
+
+def describe(o: Options, engine: Engine, auto: Auto | None, what: str) -> str:
+    """What is about to run, in three lines; the middle one says what is decoded."""
+    n_params = sum(p.numel() for p in engine.model.parameters())
+    dtype = str(engine.full.spec.dtype).removeprefix("torch.")
+    draft = "no draft: plain decoding"
+    if auto:
+        candidates = ", ".join(map(str, auto.candidates))
+        draft = f"auto: {candidates}; gamma of {', '.join(map(str, auto.gammas))}"
+        draft += "" if auto.named else ", or no draft"
+    elif engine.drafter:
+        label = engine.drafter.label(f"draft model {o.draft_checkpoint_path}")
+        draft = f"{label}, gamma {engine.gamma}"
+    return (
+        f"{o.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {dtype} on {o.device}, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{what}\n{draft}"
+    )
+
+
+def how(sampling: Sampling) -> str:
+    """How tokens are picked, in words."""
+    s = sampling
+    return (
+        "greedy" if s.greedy else f"temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}"
+    )
