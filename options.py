@@ -50,7 +50,7 @@ class Options:
     order: str | None = flag(None, "with --output: which prompt gets a row; default: first",
                              choices=("first", "longest"), metavar=None)  # fmt: skip
     max_gap: float | None = flag(None, "with --output: seconds that running rows wait for the "
-                                       "prompt of another one; default: 0.5")  # fmt: skip
+                                       "prompt of another one; default: 2")  # fmt: skip
     batch_size: int | None = flag(None, "rows; prompts are repeated to fill them. With --output: "
                                         "refilled, at most 16 by default")  # fmt: skip
     max_new_tokens: int = flag(256, "of every row")

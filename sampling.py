@@ -58,9 +58,12 @@ class Sampling:
     top_p: float | None = None  # then the smallest set with at least this much probability
 
     def __post_init__(self) -> None:
-        tiny = torch.finfo(torch.float32).tiny  # less would divide, or cut, by zero
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature} must be a number >= 0 (0 is greedy)")
+        tiny, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+        if not 0 <= self.temperature <= most:
+            raise ValueError(
+                f"temperature {self.temperature} must be a number >= 0, at most {most:.0e} "
+                f"(0 is greedy)"
+            )
         if 0 < self.temperature < tiny:
             raise ValueError(
                 f"temperature {self.temperature} must be at least {tiny}, or 0: greedy"

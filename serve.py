@@ -34,7 +34,7 @@ from results import VERSION, Output, fingerprint, open_output
 from sampling import Sampling, widest
 from spec_decode import Engine
 
-ROWS, MAX_GAP = 16, 0.5  # rows at most, and seconds, unless flags say otherwise
+ROWS, MAX_GAP = 16, 2.0  # rows at most, and seconds, unless flags say otherwise
 SHOW, LOG = 1.0, 30.0  # seconds between two states of a terminal's line, and two lines of a log
 TEXT_FLAGS = ("max_new_tokens", "seed", "ignore_eos", "chat", "system")  # that texts depend on
 DRAFT_FLAGS = ("draft", "speculate_k", "draft_budget", "n_sink", "obs_window", "reselect_every")
