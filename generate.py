@@ -40,7 +40,7 @@ from auto import Auto
 from checkpoint import Checkpoint, write_file, write_json
 from device import timed
 from load import describe, how, load
-from measure import Request, decode, measure, warm_up
+from measure import Job, decode, measure, warm_up
 from offline import BadLines
 from options import Options, check_targets, parse_args
 from serve import serve
@@ -48,23 +48,21 @@ from spec_decode import Engine
 from tokenizer import TextStream, Tokenizer, continuation
 
 
-def batch(
-    o: Options, checkpoint: Checkpoint, engine: Engine, auto: Auto | None, request: Request
-) -> int:
+def batch(o: Options, checkpoint: Checkpoint, engine: Engine, auto: Auto | None, job: Job) -> int:
     """One batch from prompts to numbers. Returns the exit status."""
     say = partial(print, file=sys.stderr if o.json == "-" else sys.stdout, flush=True)
-    lengths = [*map(len, request.prompts)]
+    lengths = [*map(len, job.prompts)]
     what = f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, up to "
     what += f"{o.max_new_tokens} new ones each, {how(engine.sampling)}"
     say(describe(o, engine, auto, what))
     tracer = torch.profiler.profile() if o.profile else None
-    measured = measure(engine, auto, request, say, tracer)
-    rows = zip(request.prompts, measured.main.outputs, strict=True)
+    measured = measure(engine, auto, job, say, tracer)
+    rows = zip(job.prompts, measured.main.outputs, strict=True)
     texts = [continuation(checkpoint.tokenizer, prompt, ids) for prompt, ids in rows]
-    result = report.build(measured, texts, request.end_ids)
+    result = report.build(measured, texts, job.end_ids)
     try:
         say(f"\nrow 0 continues:\n{texts[0]}\n\n{report.table(result)}")
-        if request.compare:
+        if job.compare:
             say(report.verdict(result))
     finally:  # also where nobody reads standard output any more
         if o.json == "-":
@@ -87,14 +85,14 @@ def save_trace(tracer: torch.profiler.profile, path: Path) -> None:
 
 
 def converse(
-    o: Options, checkpoint: Checkpoint, engine: Engine, auto: Auto | None, request: Request
+    o: Options, checkpoint: Checkpoint, engine: Engine, auto: Auto | None, job: Job
 ) -> int:
     """Answer one prompt after another from standard input, until it ends.
 
     With a chat template it is one conversation: its K and V stay in the cache, and of every turn
     only what is new is read. Otherwise every prompt stands for itself.
     """
-    rows, longest = len(request.prompts), engine.max_len - o.max_new_tokens
+    rows, longest = len(job.prompts), engine.max_len - o.max_new_tokens
     warm_up(engine, auto, refills=o.chat)
     so_far: list[int] = []  # the conversation
     while True:
@@ -114,14 +112,14 @@ def converse(
         elif not 1 <= len(prompt) <= longest:
             print(f"a prompt needs 1 to {longest} tokens; this one has {len(prompt)}")
         else:
-            turn = replace(request, prompts=[prompt] * rows)
+            turn = replace(job, prompts=[prompt] * rows)
             answer = say_answer(checkpoint.tokenizer, engine, auto, turn, bool(so_far))
             if o.chat:
-                so_far = prompt + (answer[:-1] if answer[-1] in request.end_ids else answer)
+                so_far = prompt + (answer[:-1] if answer[-1] in job.end_ids else answer)
 
 
 def say_answer(
-    tokenizer: Tokenizer, engine: Engine, auto: Auto | None, turn: Request, reuse: bool
+    tokenizer: Tokenizer, engine: Engine, auto: Auto | None, turn: Job, reuse: bool
 ) -> list[int]:
     """Decode a turn, printing its first row as it is decided; that row's new tokens.
 

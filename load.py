@@ -19,7 +19,7 @@ from config import kv_bytes
 from device import check_fits, find_device
 from drafters import check_strategy
 from kernels import compile_blocks, compiler_runs
-from measure import Progress, Request
+from measure import Job, Progress
 from model import Transformer
 from options import Options
 from policies import Strategy
@@ -62,7 +62,7 @@ def check_size(opened: Opened, n_rows: int, n_tokens: int) -> None:
     check_fits(n_bytes, opened.device, "the KV caches", lambda share: remedy)
 
 
-def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Request]:
+def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Job]:
     """Everything for one batch. OSError or ValueError for what cannot be used."""
     sampling, opened = Sampling(o.temperature, o.top_k, o.top_p), open_all(o)
     longest = opened.max_context
@@ -71,8 +71,8 @@ def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Request]:
     if not o.interactive:
         longest = max(map(len, rows)) + o.max_new_tokens
     engine, auto = make_engine(o, opened, len(rows), longest, sampling)
-    request = Request(rows, o.max_new_tokens, opened.end_ids, o.compares)
-    return opened.checkpoint, engine, auto, request
+    job = Job(rows, o.max_new_tokens, opened.end_ids, o.compares)
+    return opened.checkpoint, engine, auto, job
 
 
 def make_engine(

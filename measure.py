@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Job:
     """What is to be decoded: a prompt per row of the engine."""
 
     prompts: list[list[int]]  # token ids
@@ -73,13 +73,13 @@ def decode(
 def measure(
     engine: Engine,
     auto: Auto | None,  # what decides how to draft, if anything is left to decide
-    request: Request,
+    job: Job,
     say: Callable[..., None],  # prints its text, with an `end`
     tracer: AbstractContextManager | None = None,  # a profiler of the decoding
 ) -> Measurement:
     """Warm up, prefill, decode, time the steps. Says before and after each what it is doing."""
-    device, prompts, progress = engine.device, request.prompts, Progress(say)
-    lengths, limits = [*map(len, prompts)], [request.max_new_tokens] * len(prompts)
+    device, prompts, progress = engine.device, job.prompts, Progress(say)
+    lengths, limits = [*map(len, prompts)], [job.max_new_tokens] * len(prompts)
 
     def phase(what: str, work: Callable[[], T]) -> tuple[float, T]:
         say(what, end=" ... ")
@@ -96,7 +96,7 @@ def measure(
         )  # fmt: skip
 
     def prefill() -> None:
-        engine.prefill(prompts, limits, request.end_ids, lambda b: progress(b + 1, len(prompts)))
+        engine.prefill(prompts, limits, job.end_ids, lambda b: progress(b + 1, len(prompts)))
 
     warming = "compiling" if engine.model.compiled else "warming up"
     compile_seconds, _ = phase(warming, lambda: warm_up(engine, auto))
@@ -104,7 +104,7 @@ def measure(
     draft_prefill_seconds = None
     if engine.drafter and engine.drafter.own_model:
         draft_prefill_seconds, _ = phase("prefilling the draft model", engine.catch_up)
-    baseline = decoding("decoding plainly", lambda: decode(engine, 0)) if request.compare else None
+    baseline = decoding("decoding plainly", lambda: decode(engine, 0)) if job.compare else None
     with tracer or nullcontext():
         main = decoding("decoding", lambda: decode(engine, auto=auto))
     if auto:

@@ -8,8 +8,8 @@ import torch
 import config
 import measure as measure_module
 from measure import (
+    Job,
     Progress,
-    Request,
     decode,
     differences,
     measure,
@@ -70,7 +70,7 @@ def test_steps_are_timed_as_what_they_are(monkeypatch):
 def test_both_runs_start_from_the_same_prefill():
     said: list[str] = []
     engine = Engine(tiny_model(), 4, 90, Strategy("streaming", 3, 20), GREEDY)
-    m = measure(engine, None, Request(PROMPTS, 20, compare=True), lambda *t, end="": said.extend(t))
+    m = measure(engine, None, Job(PROMPTS, 20, compare=True), lambda *t, end="": said.extend(t))
     expected = [plain_greedy(tiny_model(), p, 20) for p in PROMPTS]
     assert m.main.outputs == m.baseline.outputs == expected and m.differences == []
     assert m.baseline.acceptance == {}
@@ -94,7 +94,7 @@ def test_a_draft_models_own_prefill_is_no_part_of_the_decoding():
     """It reads the prompts when it is first needed: here, before the clock of the rounds."""
     draft, strategy = tiny_model(2, 1, seed=5), Strategy("full", 3)
     engine = Engine(tiny_model(), 4, 90, strategy, GREEDY, draft_model=draft)
-    m = measure(engine, None, Request(PROMPTS, 20), silent)
+    m = measure(engine, None, Job(PROMPTS, 20), silent)
     assert m.draft_prefill_seconds > 0 and m.setting["draft_model"]["n_head"] == 2
     assert m.baseline is None and m.differences is None
 
