@@ -67,16 +67,18 @@ def check_offline(result: dict) -> None:
     assert runs["static, plain"]["row_rounds"] == runs["static, plain"]["decoded_tokens"]
 
 
-def test_usual_lengths_are_those_of_rows_that_run(monkeypatch):
+def test_usual_lengths_are_those_of_rows_that_run():
     """A request with a long answer is seen in more rounds."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import offline
+    from benchmarks.offline import (
+        predicted,
+        usual_lengths,
+    )  # offline.py is also one of the program's files
 
     requests = [Request([1] * 10, 31), Request([1] * 100, 11), Request([1] * 500, 1)]
-    lengths = offline.usual_lengths(requests, 4)
+    lengths = usual_lengths(requests, 4)
     assert sorted(lengths) == [16, 26, 36, 106]
     steps = {"target_step_ms": 40.0, "draft_step_ms": 2.0, "verify_ms": 50.0}
-    assert offline.predicted(steps, 5, 3.0) == pytest.approx(40 * 3 / (5 * 2 + 50))
+    assert predicted(steps, 5, 3.0) == pytest.approx(40 * 3 / (5 * 2 + 50))
 
 
 def test_load_memory_measures_a_sharded_checkpoint(monkeypatch):
