@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.reference import (
     plain_greedy,
     tiny_model,
 )
-from tests.test_drafters import STRATEGIES
+from tests.test_drafters import ROOT, STRATEGIES
 from tests.test_families import short_rings
 from tests.test_spec_decode import compiled_engine, prompts_of
 
@@ -459,3 +460,12 @@ def test_a_request_that_cannot_be_served_is_named(words, tokens_read):
 def test_no_requests_have_no_results():
     refill = Refill(engine_of(2, "ngram"), [])
     assert [*refill.results()] == [] and refill.summary()["busy_share"] == 1.0
+
+
+def test_the_readmes_lines_run(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    section = Path("README.md").read_text().split("## From Python")[1]
+    exec(section.split("```python\n")[1].split("```")[0], {})
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("import os\n", "def main(", "class Stack:\n"))
+    assert len(said) > 150
