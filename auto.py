@@ -23,8 +23,6 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
-import torch
-
 from cost_model import round_cost
 from device import median_seconds, timed
 from drafters import Drafter
@@ -44,9 +42,7 @@ STAY = 1.05  # what another candidate must gain over the one in use
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 SHORT, MAX_SWEEPS = 0.3, 20  # seconds: while all sweeps took less, there are more
 MEMORY = 16  # rounds of a row: what all earlier ones count for, at most, when new ones come
-
-
-Run = Generator[None, None, tuple[list[int], list[int]]]  # yields after each round
+Trial = Generator[None, None, tuple[list[int], list[int]]]  # yields after each round
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,13 +234,13 @@ class Auto:
             if c is not drafting and c.drafter.judges_itself:
                 c.record = c.record.after(*c.drafter.look_back(c.strategy.gamma), memory=0)
 
-    def run(self, c: Candidate | None, gamma: int, n: int) -> Run:
+    def run(self, c: Candidate | None, gamma: int, n: int) -> Trial:
         """Up to n rounds with it. Returns how often a row kept 0, 1, .. gamma drafts, and had."""
         batch = self.engine.batch
         self.engine.switch(c.drafter if c else None)
-        before = torch.stack((batch.accepted, batch.drafted)).sum(dim=1)
+        before = batch.counts.sum(dim=1)
         yield from self.engine.rounds(gamma, n)
-        counts = torch.stack((batch.accepted, batch.drafted)).sum(dim=1) - before
+        counts = batch.counts.sum(dim=1) - before
         return tuple(counts[:, : gamma + 1].tolist())
 
     def probe(self, verify: dict[int, float]) -> Iterator[None]:

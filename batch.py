@@ -74,10 +74,10 @@ class Batch:
         self.finished = torch.zeros(n_rows, dtype=torch.bool, device=device)  # [B]
         self.eos = torch.full((MAX_EOS,), -1, **integers)  # tokens that end a row; -1: none
         self.sampling = RowSampling.greedy(n_rows, device)  # each [B]
-        counts = torch.zeros(2, n_rows + 1, MAX_GAMMA + 1, **integers)
-        self.accepted, self.drafted = counts  # [B + 1, ...] histograms; last: of rows that were
+        self.counts = torch.zeros(2, n_rows + 1, MAX_GAMMA + 1, **integers)
+        self.accepted, self.drafted = self.counts  # histograms by row; last: of rows that were
         self.n_rounds = torch.zeros((), **integers)  # in which a row was not finished yet
-        self.progress = self.seq_len, self.finished, counts, self.n_rounds
+        self.progress = self.seq_len, self.finished, self.counts, self.n_rounds
         self.n_texts = 0  # how often texts were begun in all rows; 0: there is none
 
     @property
@@ -132,9 +132,8 @@ class Batch:
         self.prompt_len[b] = len(prompt)
         self.limit[b] = request.n_tokens
         self.sampling.set_row(b, request.sampling, request.seed)
-        for count in (self.accepted, self.drafted):
-            count[-1] += count[b]
-            count[b] = 0
+        self.counts[:, -1] += self.counts[:, b]
+        self.counts[:, b] = 0
         self.note_read(b, n_read)
 
     def note_read(self, b: int, n_read: int) -> None:
@@ -166,8 +165,8 @@ class Batch:
 
     def forget_counts(self) -> None:
         """Count from here on."""
-        for count in (self.accepted, self.drafted, self.n_rounds):
-            count.zero_()
+        self.counts.zero_()
+        self.n_rounds.zero_()
 
     def need_text(self) -> None:
         """ValueError before the first prefill."""
@@ -246,7 +245,7 @@ class Batch:
 
     def stats(self, b: int | None = None) -> Stats:
         """The counts since the last rewind, or of the text in row b. Copies to the host."""
-        accepted, drafted = (h.sum(0) if b is None else h[b] for h in (self.accepted, self.drafted))
+        accepted, drafted = self.counts.sum(dim=1) if b is None else self.counts[:, b]
         row_rounds = int(drafted.sum())
         rounds = int(self.n_rounds) if b is None else row_rounds
         gamma = int(drafted.nonzero().max()) if row_rounds else 0

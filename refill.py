@@ -26,7 +26,7 @@ import torch
 from auto import Auto
 from batch import Request
 from device import synchronize, timed
-from sampling import Stats, row_seed
+from sampling import Stats
 from spec_decode import SHARED, Engine
 
 
@@ -191,12 +191,7 @@ def generate(
 
     ValueError for prompts and limits that do not fit the engine.
     """
-    requests = [
-        Request(
-            prompt, max_new_tokens, engine.sampling, row_seed(engine.seed, i, engine.batch.n_texts)
-        )
-        for i, prompt in enumerate(prompts)
-    ]
+    requests = engine.requests(prompts, [max_new_tokens] * len(prompts))
     results = sorted(
         Refill(engine, requests, eos_ids, max_gap=float("inf")).results(), key=lambda r: r.index
     )

@@ -73,8 +73,7 @@ def build(m: Measurement, texts: list[str], end_ids: tuple[int, ...]) -> dict:
     main = run_numbers(m, m.main) | m.step_ms
     if m.draft_prefill_seconds is not None:
         main["draft_prefill_seconds"] = m.draft_prefill_seconds
-    drafts = result["plan"]["gamma"] or "candidates" in result["plan"]
-    result["speculative" if drafts else "baseline"] = main
+    result[leg(result["plan"])] = main
     if m.baseline:
         result["baseline"] = run_numbers(m, m.baseline)
         if m.main.decoded_tokens:  # else the prefill has decided everything
@@ -85,6 +84,11 @@ def build(m: Measurement, texts: list[str], end_ids: tuple[int, ...]) -> dict:
         if m.differences:
             result["differences"] = m.differences
     return result
+
+
+def leg(plan: dict) -> str:
+    """The key of the run that was asked for."""
+    return "speculative" if plan["gamma"] or "candidates" in plan else "baseline"
 
 
 def run_numbers(m: Measurement, run: Run) -> dict:

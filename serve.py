@@ -29,12 +29,12 @@ from measure import acceptance, setting, warm_up
 from offline import BadLines, Defaults, Input, Line, answer_text, read_input
 from options import Options
 from refill import Refill, Result
-from report import Served, progress_line, served_numbers, served_table
+from report import Served, leg, progress_line, served_numbers, served_table
 from results import VERSION, Output, fingerprint, open_output
 from sampling import Sampling, widest
 from spec_decode import Engine
 
-ROWS, MAX_GAP = 16, 2.0  # rows at most, and seconds, unless flags say otherwise
+ROWS = 16  # at most, unless a flag says otherwise
 SHOW, LOG = 1.0, 30.0  # seconds between two states of a terminal's line, and two lines of a log
 TEXT_FLAGS = ("max_new_tokens", "seed", "ignore_eos", "chat", "system")  # that texts depend on
 DRAFT_FLAGS = ("draft", "speculate_k", "draft_budget", "n_sink", "obs_window", "reselect_every")
@@ -113,7 +113,7 @@ def run(
             differing.append(line.id)
 
     def answer(auto: Auto | None, use: Callable[[Result], object], title: str = "") -> dict:
-        requests, max_gap = [line.request for line in lines], o.max_gap or MAX_GAP
+        requests, max_gap = [line.request for line in lines], o.max_gap or Refill.max_gap
         longest_first = o.order == "longest"
         refill = Refill(engine, requests, opened.end_ids, auto, max_gap, longest_first)
         return figures(refill, requests, use, title)
@@ -128,8 +128,7 @@ def run(
     if auto:
         say(auto.explain())
     result = setting(engine, auto) | {"peak_memory_bytes": peak_memory_bytes(engine.device)}
-    drafts = result["plan"]["gamma"] or "candidates" in result["plan"]
-    result["speculative" if drafts else "baseline"] = main
+    result[leg(result["plan"])] = main
     return result if baseline is None else result | compared(main, baseline, differing)
 
 

@@ -173,6 +173,14 @@ class Engine:
             self.remove(self.drafters[-1])
         self.switch(self.make(strategy, draft_model) if strategy.enabled else None)
 
+    def requests(self, prompts: list[list[int]], max_new_tokens: list[int]) -> list[Request]:
+        """A request for each prompt and limit: the engine's own sampling, a seed of this turn."""
+        turn = self.batch.n_texts
+        return [
+            Request(prompt, n, self.sampling, row_seed(self.seed, i, turn))
+            for i, (prompt, n) in enumerate(zip(prompts, max_new_tokens, strict=True))
+        ]
+
     def check_requests(
         self, requests: Sequence[Request], name: str = "request", first: int = 0
     ) -> None:
@@ -256,10 +264,7 @@ class Engine:
         n = len(prompts), len(max_new_tokens), self.batch.n_rows
         if len({*n}) > 1:
             raise ValueError("{} prompts and {} limits for an engine of {} rows".format(*n))
-        requests = [
-            Request(prompt, n, self.sampling, row_seed(self.seed, b, self.batch.n_texts))
-            for b, (prompt, n) in enumerate(zip(prompts, max_new_tokens, strict=True))
-        ]
+        requests = self.requests(prompts, max_new_tokens)
         self.check_requests(requests, "row")
         self.begin(eos_ids, keep=reuse)
         for b, request in enumerate(requests):

@@ -247,7 +247,7 @@ class Point:
     def prefill(self) -> dict:
         """One row's prompt: tokens/s, and FLOP/s of its matrices and attention."""
 
-        def read() -> torch.Tensor:  # as an engine does that makes nothing up
+        def read() -> list:  # as an engine does that makes nothing up
             return [*Engine.read_row(self.engine, 0, self.S)]
 
         seconds = 1e-3 * milliseconds(read, self.device, 1)

@@ -76,7 +76,8 @@ MANY_PARAMETERS = {  # function: why it has more
     "spec_decode.__init__": "an engine is made of seven independent things",
 }
 TEXT_STATE = {  # of batch.Batch
-    "tokens", "seq_len", "prompt_len", "limit", "finished", "eos", "accepted", "drafted", "n_rounds"
+    "tokens", "seq_len", "prompt_len", "limit", "finished", "eos", "counts", "accepted", "drafted",
+    "n_rounds"
 }  # fmt: skip
 SHAPE = r"\[(\.{3}|\d+|[A-Z]\w*|n|dim|gamma|)([, +*-][^][]*)?\]"  # [B, T], [..., V], [2 * dim], []
 REGISTRY = "drafter_class"  # the function that looks a strategy's name up in DRAFTERS
