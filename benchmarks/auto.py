@@ -22,7 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from auto import GAMMAS, Auto, Candidate
-from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
+from benchmarks.saving import save
+from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from cost_model import Strategy as Planned
 from device import timed
 from kernels import compile_blocks
@@ -158,11 +159,7 @@ def main() -> None:
     date = time.strftime("%Y-%m-%d")
     result = {"command": " ".join(["python", *sys.argv]), "date": date, "environment": where,
               "new_tokens": args.new_tokens, "cells": cells}  # fmt: skip
-    out = args.out or ROOT / "benchmarks" / "results" / f"auto_{args.device}_{date}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result, out)
-    out.with_suffix(".md").write_text(markdown(cells))
-    print(f"wrote {out}")
+    save(result, f"auto_{args.device}", args.out, markdown(cells))
 
 
 if __name__ == "__main__":

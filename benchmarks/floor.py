@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from synthetic import SyntheticEngine, random_prompts
 
-from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
+from benchmarks.saving import save
+from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from device import timed
 from kernels import compile_blocks
 from measure import decode, environment, step_bytes, step_times
@@ -111,11 +112,7 @@ def main() -> None:
                 f"speedup {r['speedup']:.2f} at synthetic acceptance {args.acceptance}",
                 flush=True,
             )
-    name = f"floor_{args.device}_{result['date']}.json"
-    out = args.out or ROOT / "benchmarks" / "results" / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result, out)
-    print(f"wrote {out}")
+    save(result, f"floor_{args.device}", args.out)
 
 
 if __name__ == "__main__":

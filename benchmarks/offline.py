@@ -39,7 +39,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from batch import Request
-from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
+from benchmarks.saving import save
+from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from cost_model import round_cost
 from device import timed
 from kernels import compile_blocks
@@ -405,11 +406,7 @@ def main() -> None:
         requests = mixed_requests(tokenizer, sizes, LIMITS[args.limits])
         result |= measure(bench, requests, args.repeats)
     print(markdown(result) + summary(result))
-    out = args.out or ROOT / "benchmarks" / "results" / f"offline_{args.device}_{date}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result, out)
-    out.with_suffix(".md").write_text(markdown(result))
-    print(f"wrote {out}")
+    save(result, f"offline_{args.device}", args.out, markdown(result))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model, write_json
+from benchmarks.saving import save
+from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from device import timed
 from kernels import compile_blocks
 from measure import decode, environment, step_times
@@ -350,13 +351,8 @@ def main() -> None:
         for name in [args.part] if args.part else parts:
             result[name] = parts[name]()
     part = f"_{args.part}" if args.part else ""
-    name = f"strategies{part}_{args.device}_{date}.json"
-    out = args.out or ROOT / "benchmarks" / "results" / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result, out)
-    if "grid" in result:
-        out.with_suffix(".md").write_text(markdown(result["grid"]))
-    print(f"wrote {out}")
+    table = markdown(result["grid"]) if "grid" in result else None
+    save(result, f"strategies{part}_{args.device}", args.out, table)
 
 
 if __name__ == "__main__":
