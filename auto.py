@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from cost_model import round_cost
 from device import median_seconds, timed
-from drafters import Drafter
+from drafter import Drafter
 from model import Transformer
 from policies import Strategy
 from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time

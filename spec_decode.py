@@ -39,7 +39,8 @@ from torch import Tensor
 from batch import MAX_GAMMA, Batch, Request
 from config import SAMPLING_COMPILED, SAMPLING_EAGER, work_bytes
 from device import check_fits
-from drafters import Drafter, Target, check_strategy, draft_cache_bytes, drafter_class
+from drafter import Drafter, Target
+from drafters import check_strategy, draft_cache_bytes, drafter_class
 from graphs import LAG, Graphs, Watch
 from kv_cache import CacheSpec, KVCache
 from model import Transformer, short_chunk

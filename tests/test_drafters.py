@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import policies
-from drafters import ANY_POLICY, DRAFTERS, StreamingModelDrafter
+from draft_models import StreamingModelDrafter
+from drafters import ANY_POLICY, DRAFTERS
 from kernels import compile_blocks
 from kv_cache import NEVER, CacheSpec
 from measure import decode

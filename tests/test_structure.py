@@ -32,14 +32,19 @@ ALGORITHM = {  # ten chapters, and what they stand on
     "batch": (265, "sampling"),
     "policies": (190, "batch kv_cache"),
     "lookup": (70, ""),
-    "drafters": (420, "batch config kv_cache lookup model policies"),
+    "drafter": (230, "batch kv_cache lookup model policies"),
+    "draft_models": (170, "config drafter kv_cache model policies"),
+    "drafters": (130, "config draft_models drafter kv_cache lookup model policies"),
     "graphs": (110, "batch"),
-    "spec_decode": (450, "batch config device drafters graphs kv_cache model policies sampling"),
+    "spec_decode": (
+        450,
+        "batch config device drafter drafters graphs kv_cache model policies sampling",
+    ),
 }
 ECONOMICS = {
     "roofline": (220, "config"),
     "cost_model": (432, "config families roofline"),
-    "auto": (345, "cost_model device drafters model policies roofline spec_decode"),
+    "auto": (345, "cost_model device drafter model policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
 IN_AND_OUT = {
@@ -67,9 +72,9 @@ PROGRAM = {
     "generate": (215, "*"),  # everything; nobody imports it
 }
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
-CHAPTERS = ("kernels", "kv_cache", "model", "sampling", "batch", "policies", "lookup", "drafters",
-            "graphs", "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 2600, 7600  # of a file, of CHAPTERS, of all files
+CHAPTERS = ("kernels", "kv_cache", "model", "sampling", "batch", "policies", "lookup", "drafter",
+            "draft_models", "drafters", "graphs", "spec_decode")  # fmt: skip
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3000, 8100  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")
 MANY_PARAMETERS = {  # function: why it has more
@@ -254,15 +259,16 @@ def ancestors(scope: ast.AST | None, classes: dict[str, ast.ClassDef]) -> list[s
 
 def tensors_have_shapes(sources: list[Source]) -> Iterator[str]:
     """In comments of the signature, in the docstring, or in the function that is overridden."""
+    classes = {n.name: n for source in sources for n in nodes(source, ast.ClassDef)}
+    known: set[tuple[str, str]] = set()  # (class, method), bases first
     for source in sources:
         if source.name not in CHAPTERS:
             continue
         lines = io.StringIO(source.text).readline
         tokens = [t for t in tokenize.generate_tokens(lines) if t.type == tokenize.COMMENT]
         comments = {token.start[0]: token.string for token in tokens}
-        classes = {n.name: n for n in source.tree.body if isinstance(n, ast.ClassDef)}
-        known: set[tuple[str, str]] = set()  # (class, method), bases first
-        for scope in (source.tree, *classes.values()):
+        own = [n for n in source.tree.body if isinstance(n, ast.ClassDef)]
+        for scope in (source.tree, *own):
             bases = ancestors(scope, classes)
             for node in scope.body:
                 if isinstance(node, ast.FunctionDef):
@@ -399,7 +405,8 @@ def test_the_table_goes_one_way():
         above.append(name)
 
 
-HOUSE, OUTSIDE = read("."), read("benchmarks", "scripts")
+OUTSIDE = read("benchmarks", "scripts")
+HOUSE = sorted(read("."), key=lambda source: [*TABLE, source.name].index(source.name))
 LONG = "def f():\n" + "    pass\n" * 60
 SIX = "a = 1\nb = 2\nc = 3\n\nd = 4\ne = 5\nf = 6\n"
 STATE = "KEPT = {}\ndef f():\n    "
@@ -416,8 +423,8 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
     files_are_short: (HOUSE, {
         f"batch.py has {TABLE['batch'][0] + 1} lines": {"batch": "\n" * (TABLE["batch"][0] + 1)},
         "a.py has 451 lines": {"a": "\n" * 451},
-        "the algorithm: 2601": {"kv_cache": "\n" * 1600, "graphs": "\n" * 1001, "auto": "\n" * 9},
-        "all files: 7601": {"a": "\n" * 4000, "b": "\n" * 3601},
+        "the algorithm: 3001": {"kv_cache": "\n" * 2000, "graphs": "\n" * 1001, "auto": "\n" * 9},
+        "all files: 8101": {"a": "\n" * 4000, "b": "\n" * 4101},
     }),
     functions_are_short: (HOUSE, {
         "a.f has 61 lines": {"a": LONG},
@@ -497,4 +504,5 @@ def test_rules_complain(rule):
 
 def test_every_file_has_its_tests():
     tests = {source.name for source in read("tests")}
-    assert {f"test_{source.name}" for source in HOUSE} - tests == set()
+    drafting = {"test_drafter", "test_draft_models"}  # test_drafters has the tests of all three
+    assert {f"test_{source.name}" for source in HOUSE} - tests == drafting
