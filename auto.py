@@ -204,7 +204,8 @@ class Auto:
     def workload(self, length: int) -> Workload:
         """This batch, all rows of that length."""
         spec = self.engine.full.spec
-        return Workload(spec.batch_size, length, itemsize=spec.dtype.itemsize)
+        sizes = {"itemsize": spec.dtype.itemsize, "kv_itemsize": spec.stored_dtype.itemsize}
+        return Workload(spec.batch_size, length, **sizes)
 
     def verify_seconds(self, length: int | None = None) -> dict[int, float]:
         """T_V by gamma at that length, None: the rows' mean length. Gamma 0 is T_T."""

@@ -32,6 +32,7 @@ from tokenizer import NumberTokenizer, Tokenizer, load_tokenizer
 
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = DTYPES | {"float8": torch.float8_e4m3fn}
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors call them
 
 

@@ -375,6 +375,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--draft_budget", type=int, nargs="+", default=[256, 512, 1024, 2048])
     p.add_argument("--gamma", type=int, nargs="+", default=list(range(1, 9)))
     p.add_argument("--draft_model", nargs="+", default=[], help="also consider these as drafts")
+    p.add_argument("--kv_itemsize", type=int, default=2, choices=(1, 2),
+                   help="bytes of a number in the KV cache; 1: float8")  # fmt: skip
     p.add_argument("--acceptance", type=Path, nargs="+", metavar="JSON",
                    help="from these runs of generate.py --json, not from the paper")  # fmt: skip
     args = p.parse_args(argv)
@@ -398,7 +400,7 @@ def report(args: argparse.Namespace) -> None:
     strategies, some_fit = all_strategies(models, args.draft_budget, args.gamma), False
     print(f"{args.checkpoint_path or args.model} on {args.num_gpus} x {hw.name}, 16 bit\n{HEAD}")
     for S, B in itertools.product(args.prefix_len, args.batch_size):
-        w = Workload(B, S, args.num_gpus)
+        w = Workload(B, S, args.num_gpus, kv_itemsize=args.kv_itemsize)
         if (rows := largest_batch(target, hw, w)) < B:
             print(f"{S:8}{B:6}   does not fit into {args.num_gpus} x {hw.memory / 1e9:.0f} GB; "
                   f"the largest batch is {rows}")  # fmt: skip
@@ -407,7 +409,8 @@ def report(args: argparse.Namespace) -> None:
         ranked = plan(target, hw, w, (s for s in strategies if s.budget < S), acceptance)
         print(best_line(ranked))
     B = max(args.batch_size)
-    crossing = crossing_length(target, hw, Workload(B, 1, args.num_gpus), 4)
+    w = Workload(B, 1, args.num_gpus, kv_itemsize=args.kv_itemsize)
+    crossing = crossing_length(target, hw, w, 4)
     print(f"verifying 4 drafts of {B} rows is memory-bound from {crossing:,.0f} tokens on")
     if not some_fit:
         raise ValueError("nothing of this fits; take more GPUs, fewer rows or a shorter context")

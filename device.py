@@ -78,6 +78,11 @@ def device_name(device: torch.device) -> str:
     return f"{names[0]}, {len(names)} CPUs" if names else platform.machine()
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def machine(device: torch.device) -> dict:
     """Device, versions and threads: what a figure of this process depends on."""
     return {

@@ -1,11 +1,12 @@
 """What the compiler and the attention kernels are told.
 
 Blocks are compiled one by one, into one function that all layers share: a 32-layer model compiles
-as fast as a 2-layer one. Attention is flex_attention. It becomes C++ on a CPU with AVX2. On CUDA it
-becomes one of two Triton kernels: one for prefill, and for few queries a split-KV kernel, which
-divides the slots of each row among its programs. Left to themselves these kernels waste a Hopper
-GPU in ways that can be counted without one (`scripts/check_cuda_offline.py`): registers that are
-spilled, shared memory, programs that run at once. No time has been measured yet.
+as fast as a 2-layer one. Attention is flex_attention. On a CPU with AVX2 it becomes C++, for a
+prefill; few queries have an operator of their own (`cpu_attention.py`). On CUDA it becomes one of
+two Triton kernels: one for prefill, and for few queries a split-KV kernel, which divides the slots
+of each row among its programs. Left to themselves these kernels waste a Hopper GPU in ways that can
+be counted without one (`scripts/check_cuda_offline.py`): registers that are spilled, shared memory,
+programs that run at once. No time has been measured yet.
 """
 
 import shutil

@@ -61,6 +61,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from cpu_attention import ALL, FEW, runs
 from kernels import Q_BLOCK, kernel_options
 
 NEVER = 2**62  # position of a selected slot that holds nothing: later than any query
@@ -68,10 +69,17 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
+class Span(NamedTuple):
+    """What a few queries see, for the operator of `cpu_attention.py`: the newest of the text."""
+
+    start: Tensor  # [B] int64, position of the first query; -T: the row is finished
+    window: int  # newest tokens that a query sees
+
+
 class Access(NamedTuple):
     """How one layer's attention reads a cache."""
 
-    mask: BlockMask | Tensor | None  # [B, 1 or Hkv, G * T, S], what queries see; None: causal
+    mask: BlockMask | Tensor | Span | None  # [B, 1 or Hkv, G * T, S], what is seen; None: causal
     kernel_options: dict | None = None  # for flex_attention
 
 
@@ -84,9 +92,11 @@ class CacheSpec:
     n_kv_head: int  # Hkv
     head_dim: int  # D
     n_group: int  # G, query heads per KV head
-    dtype: torch.dtype
+    dtype: torch.dtype  # of queries
     device: torch.device
     flex: bool  # mask the full cache for flex_attention; False: boolean masks
+    kv_dtype: torch.dtype | None = None  # of what is stored; None: the same
+    operator: bool = False  # few queries go to `cpu_attention.py`
     programs_per_sm: int | None = None  # of the split-KV kernel; None: kernels.PROGRAMS_PER_SM
     allocated: bool = True  # False: caches without memory, to be asked how much they would take
 
@@ -94,8 +104,16 @@ class CacheSpec:
     def for_model(cls, model, batch_size: int) -> "CacheSpec":
         """The geometry that `model` (a model.Transformer) wants for `batch_size` rows."""
         c, weight = model.config, model.norm.weight
-        heads = (c.n_kv_head, c.head_dim, c.n_group)
-        return cls(c.windows, batch_size, *heads, weight.dtype, weight.device, model.flex)
+        heads, kinds = (c.n_kv_head, c.head_dim, c.n_group), (weight.dtype, weight.device)
+        operator = model.compiled and runs(
+            weight.device.type, c.head_dim, model.kv_dtype or weight.dtype
+        )
+        return cls(c.windows, batch_size, *heads, *kinds, model.flex, model.kv_dtype, operator)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of K and V in the buffers."""
+        return self.kv_dtype or self.dtype
 
     @property
     def prefill_chunk(self) -> int:
@@ -112,7 +130,7 @@ def allocate(spec: CacheSpec, n_slots: list[int]) -> list[Tensor]:
     """A zeroed [B, Hkv, slots, D] tensor for each layer. Zero, so that unseen slots are finite."""
     shapes = [(spec.batch_size, spec.n_kv_head, n, spec.head_dim) for n in n_slots]
     device = spec.device if spec.allocated else "meta"
-    return [torch.zeros(shape, dtype=spec.dtype, device=device) for shape in shapes]
+    return [torch.zeros(shape, dtype=spec.stored_dtype, device=device) for shape in shapes]
 
 
 def seen(p: Tensor, q: Tensor, window: int | None) -> Tensor:  # [...], [...] -> [...] bool
@@ -218,12 +236,21 @@ class KVCache:
         def read(layer: tuple[int, int | None]) -> Access:
             (B, T), (size, _) = pos.shape, layer
             assert size - (self.rings.get(size) or 0) >= T
+            if self.spec.operator and T < FEW:
+                return Access(self.span(pos, layer[1]))
             if self.spec.flex:
                 options = kernel_options(self.spec, B, T, contiguous=size not in self.rings)
                 return Access(self.block_mask(pos, *layer), options)
             return Access(self.dense_mask(pos, *layer))
 
         return once_each(read, self.layers)
+
+    def span(self, pos: Tensor, window: int | None) -> Span:  # [B, T]
+        """The same for `cpu_attention.py`. A finished row reads nothing."""
+        start, T = pos[:, 0], pos.shape[1]
+        if self.finished is not None:
+            start = start.masked_fill(self.finished, -T)
+        return Span(start.contiguous(), ALL if window is None else window)
 
     def dense_mask(self, pos: Tensor, size: int, window: int | None) -> Tensor:
         """[B, 1, G * T, size] bool: which slots of a layer queries at [B, T] positions see."""
@@ -342,5 +369,7 @@ class SparseKVCache:
             pos = torch.cat((selected_pos, pos), dim=-1)
         index = pos.clamp_min(0) % full.k[i].shape[2]
         index = index[..., None].expand(-1, -1, -1, self.spec.head_dim)
-        torch.gather(full.k[i], 2, index, out=self.k[i])
-        torch.gather(full.v[i], 2, index, out=self.v[i])
+        for source, target in ((full.k[i], self.k[i]), (full.v[i], self.v[i])):
+            if source.dtype.itemsize == 1:  # of float8 only the bits can be gathered
+                source, target = source.view(torch.uint8), target.view(torch.uint8)
+            torch.gather(source, 2, index, out=target)

@@ -14,9 +14,9 @@ import torch
 import prompts
 from auto import Auto, Candidate, draft_lengths
 from batch import MAX_EOS
-from checkpoint import DTYPES, Checkpoint, open_checkpoint
+from checkpoint import DTYPES, KV_DTYPES, Checkpoint, open_checkpoint
 from config import kv_bytes
-from device import check_fits, find_device
+from device import check_fits, dtype_name, find_device
 from drafters import check_strategy
 from kernels import compile_blocks, compiler_runs
 from measure import Job, Progress
@@ -36,6 +36,7 @@ class Opened(NamedTuple):
     draft: Checkpoint | None  # of a draft model of its own
     device: torch.device
     dtype: torch.dtype
+    kv_dtype: torch.dtype  # of the target's K and V
     end_ids: tuple[int, ...]  # tokens that end a text
     max_context: int  # tokens of prompt and answer
 
@@ -44,20 +45,22 @@ def open_all(o: Options) -> Opened:
     """Read checkpoints without their weights. OSError or ValueError if they cannot be used."""
     device, draft = find_device(o.device), None
     dtype = DTYPES[o.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    kv_dtype = KV_DTYPES[o.kv_dtype] if o.kv_dtype else dtype
+    if kv_dtype.itemsize == 1 and device.type != "cuda":
+        raise ValueError("--kv_dtype float8 needs a GPU; on a CPU use --kv_dtype bfloat16")
     checkpoint = open_checkpoint(o.checkpoint_path, o.chat)
     end_ids = () if o.ignore_eos else checkpoint.end_ids(MAX_EOS)
     if o.draft_checkpoint_path:
         draft = open_checkpoint(o.draft_checkpoint_path)
         checkpoint.check_same_vocabulary(draft)
     max_context = checkpoint.config.max_seq_len
-    return Opened(
-        checkpoint, draft, device, dtype, end_ids, min(max_context, o.max_context or max_context)
-    )
+    max_context = min(max_context, o.max_context or max_context)
+    return Opened(checkpoint, draft, device, dtype, kv_dtype, end_ids, max_context)
 
 
 def check_size(opened: Opened, n_rows: int, n_tokens: int) -> None:
     """ValueError if the caches alone do not fit; the engine asks again, for all that it needs."""
-    n_bytes = n_rows * kv_bytes(opened.checkpoint.config, n_tokens, opened.dtype.itemsize)
+    n_bytes = n_rows * kv_bytes(opened.checkpoint.config, n_tokens, opened.kv_dtype.itemsize)
     remedy = "a smaller --batch_size or --max_context"
     check_fits(n_bytes, opened.device, "the KV caches", lambda share: remedy)
 
@@ -86,7 +89,7 @@ def make_engine(
 
     ValueError for what does not fit into memory, or does not go together.
     """
-    checkpoint, draft, device, dtype, *_ = opened
+    checkpoint, draft, device, dtype, kv_dtype, *_ = opened
     check_size(opened, n_rows, longest)
     automatic = o.drafts and "auto" in (o.draft, o.speculate_k)
     gammas = o.gammas(draft_lengths(device.type, checkpoint.config.n_group))
@@ -98,6 +101,7 @@ def make_engine(
         print("generate.py: no working compiler for torch.compile on this machine (the CPU needs "
               "g++): running eagerly, which is slower", file=sys.stderr)  # fmt: skip
     model = load_weights(checkpoint, device, dtype, compiling)
+    model.kv_dtype = kv_dtype
     draft_model = load_weights(draft, device, dtype, compiling) if draft else None
     if not automatic:
         return Engine(model, n_rows, longest, strategies[0], sampling, o.seed, draft_model), None
@@ -147,7 +151,10 @@ def load_weights(
 def describe(o: Options, engine: Engine, auto: Auto | None, what: str) -> str:
     """What is about to run, in three lines; the middle one says what is decoded."""
     n_params = sum(p.numel() for p in engine.model.parameters())
-    dtype = str(engine.full.spec.dtype).removeprefix("torch.")
+    dtype, kv_dtype = (
+        dtype_name(t) for t in (engine.full.spec.dtype, engine.full.spec.stored_dtype)
+    )
+    dtype += f" (KV {kv_dtype})" if kv_dtype != dtype else ""
     draft = "no draft: plain decoding"
     if auto:
         candidates = ", ".join(map(str, auto.candidates))

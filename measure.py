@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from auto import Auto
 from config import kv_bytes
-from device import machine, peak_memory_bytes, timed
+from device import dtype_name, machine, peak_memory_bytes, timed
 from kv_cache import KVCache
 from report import Measurement, Run
 from sampling import Stats
@@ -146,8 +146,9 @@ def setting(engine: Engine, auto: Auto | None) -> dict:
 
 def environment(engine: Engine) -> dict:
     """Where this runs, as the JSON has it."""
-    dtype = str(engine.full.spec.dtype).removeprefix("torch.")
-    return machine(engine.device) | {"dtype": dtype, "compiled": engine.model.compiled}
+    spec = engine.full.spec
+    dtypes = {"dtype": dtype_name(spec.dtype), "kv_dtype": dtype_name(spec.stored_dtype)}
+    return machine(engine.device) | dtypes | {"compiled": engine.model.compiled}
 
 
 def step_times(
@@ -183,7 +184,7 @@ def step_bytes(engine: Engine, lengths: list[int]) -> int:
     row per token; tied to the output layer it is read whole, and counts once.
     """
     config, table = engine.model.config, engine.model.tok_embeddings.weight
-    read = sum(kv_bytes(config, n, table.itemsize) for n in lengths)
+    read = sum(kv_bytes(config, n, engine.full.spec.stored_dtype.itemsize) for n in lengths)
     weight_bytes = sum(p.nbytes for p in engine.model.parameters())
     if not config.tie_embeddings:
         weight_bytes -= table.nbytes - len(lengths) * table[0].nbytes

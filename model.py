@@ -19,7 +19,8 @@ cached number it reads. Two things keep the reading fast:
   step (T = 1) and a verification (T = gamma + 1) are the same kernel with a taller query.
 * **flex_attention with a block mask made from lengths.** It reads ceil(len / block) blocks of
   each row, not the capacity of the static buffer, and compiles to a split-KV kernel on CUDA.
-  Where flex_attention cannot run (no compiler, no AVX2), and for the few slots of a draft cache,
+  On the CPU an operator of our own reads K and V at the speed of memory (`cpu_attention.py`).
+  Where neither can run (no compiler, no AVX2), and for the few slots of a draft cache,
   the cache hands out a boolean mask instead, and attention is two matrix products and a softmax.
 
 Blocks are compiled one by one (`compile_blocks`): all layers share one compiled function, so a
@@ -39,9 +40,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+import cpu_attention
 from config import ModelConfig
 from kernels import flex_runs
-from kv_cache import Access, KVCache, SparseKVCache, fold_mask, once_each, seen
+from kv_cache import Access, KVCache, Span, SparseKVCache, fold_mask, once_each, seen
 
 SHORT = 64  # tokens per forward, at least, where few of a text are new
 TAIL = 0.6  # of a chunk: it is faster than short forwards for more tokens than this (LOG.md)
@@ -123,6 +125,12 @@ def attend(
         return y.transpose(1, 2).reshape(B, T, H * D)
     q = q.view(B, T, Hkv, G, D).permute(0, 2, 3, 1, 4).reshape(B, Hkv, G * T, D)
     q = q * scale  # here, not in the kernel: flex on the CPU wants a computed query
+    if isinstance(mask, Span):
+        q5 = q.view(B, Hkv, G, T, D).float()
+        y = cpu_attention.attend(q5, k, v, mask.start, mask.window, cap or 0.0).to(q.dtype)
+        return y.permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
+    if not k.is_cuda or not isinstance(mask, BlockMask):  # flex on CUDA converts tiles as it reads
+        k, v = k.to(q.dtype), v.to(q.dtype)
     if isinstance(mask, BlockMask):
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, slot: Tensor) -> Tensor:
@@ -174,8 +182,8 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         rows = torch.arange(B, device=x.device)[:, None]
         for k_buffer, v_buffer, slot in write:
-            k_buffer[rows, :, slot] = k  # this form stays in place under torch.compile
-            v_buffer[rows, :, slot] = v
+            k_buffer[rows, :, slot] = k.to(k_buffer.dtype)  # stays in place under torch.compile
+            v_buffer[rows, :, slot] = v.to(v_buffer.dtype)
         k_read, v_read, access = read
         if k_read is None:
             k_read, v_read = k.transpose(1, 2), v.transpose(1, 2)
@@ -258,6 +266,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.compiled = False  # set by compile_blocks
+        self.kv_dtype: torch.dtype | None = None  # of caches; None: that of the weights
         self.register_buffer("rope_freq", rope_frequencies(config), persistent=False)
 
     @property

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import torch
 
-from checkpoint import DEMO_CHECKPOINT, DTYPES, check_writable
+from checkpoint import DEMO_CHECKPOINT, DTYPES, KV_DTYPES, check_writable
 from config import is_random
 from cost_model import Parser
 from policies import POLICIES, Strategy
@@ -74,6 +74,8 @@ class Options:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu")
     dtype: str | None = flag(None, "default: float32 on the CPU, bfloat16 on a GPU",
                              choices=DTYPES, metavar=None)  # fmt: skip
+    kv_dtype: str | None = flag(None, "of the KV caches; default: that of the weights",
+                                choices=KV_DTYPES, metavar=None)  # fmt: skip
     profile: Path | None = flag(None, "write a Chrome trace of the decoding to this file")
     chat: bool = flag(False, "put prompts into the checkpoint's chat template")
     system: str | None = flag(None, "with --chat: the system message")

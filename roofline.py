@@ -78,12 +78,18 @@ class Workload:
     batch_size: int  # B
     prefix_len: int  # S, tokens of context per row
     num_gpus: int = 1  # tensor parallelism
-    itemsize: int = 2  # bytes of a number, in weights and cache alike
+    itemsize: int = 2  # bytes of a weight or an activation
+    kv_itemsize: int | None = None  # bytes of a number in the cache; None: the same
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "prefix_len", "num_gpus", "itemsize"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} {getattr(self, field)} must be at least 1")
+
+    @property
+    def cached_itemsize(self) -> int:
+        """Bytes of a number in the cache."""
+        return self.kv_itemsize or self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,7 @@ class ForwardTime:
         return ForwardTime(weights, linear, kv, attention, new, self.all_reduce, self.fixed * fixed)
 
 
-def activation_bytes(m: ModelConfig, itemsize: int = 2) -> int:
+def activation_bytes(m: ModelConfig, itemsize: int = 2, cached: int = 2) -> int:
     """Bytes that pass through memory per new token, besides weights and cached K and V.
 
     Per layer the residual stream (written and read twice), q, k, v and attention's output (written
@@ -127,7 +133,7 @@ def activation_bytes(m: ModelConfig, itemsize: int = 2) -> int:
     qkv = (2 * m.n_head + 2 * m.n_kv_head) * m.head_dim
     per_layer = 4 * m.dim + 2 * qkv + 6 * m.ffn_dim
     numbers = m.n_layer * per_layer * itemsize
-    return numbers + kv_bytes_per_token(m, itemsize) + 2 * 4 * m.vocab_size
+    return numbers + kv_bytes_per_token(m, cached) + 2 * 4 * m.vocab_size
 
 
 def layer_windows(m: ModelConfig) -> list[float]:
@@ -137,7 +143,7 @@ def layer_windows(m: ModelConfig) -> list[float]:
 
 def kv_bytes_on_gpu(m: ModelConfig, w: Workload) -> float:
     """Bytes of K and V of one token in all layers, on each GPU. A KV head is not divided."""
-    return kv_bytes_per_token(m, w.itemsize) / min(w.num_gpus, m.n_kv_head)
+    return kv_bytes_per_token(m, w.cached_itemsize) / min(w.num_gpus, m.n_kv_head)
 
 
 def forward_time(
@@ -145,6 +151,7 @@ def forward_time(
 ) -> ForwardTime:
     """Seconds of a forward of T new tokens per row that see `context` tokens; None: the prefix."""
     rows = w.batch_size * T
+    new_bytes = rows * activation_bytes(m, w.itemsize, w.cached_itemsize)
     S = visible_tokens(m, w.prefix_len if context is None else context) / m.n_layer
     attention_flops = 4 * m.n_layer * m.n_head * m.head_dim * S * rows / w.num_gpus
     all_reduce = 0.0
@@ -156,7 +163,7 @@ def forward_time(
         linear_compute=2 * matrix_params(m) * rows / w.num_gpus / hw.flops,
         kv=w.batch_size * S * kv_bytes_on_gpu(m, w) / hw.bandwidth,
         attention_compute=attention_flops / hw.flops,
-        activations=rows * activation_bytes(m, w.itemsize) / w.num_gpus / hw.bandwidth,
+        activations=new_bytes / w.num_gpus / hw.bandwidth,
         all_reduce=all_reduce,
         fixed=m.n_layer * hw.layer_seconds,
     )

@@ -23,7 +23,7 @@ from pathlib import Path
 from auto import Auto
 from batch import Request
 from checkpoint import write_json
-from device import peak_memory_bytes, timed
+from device import dtype_name, peak_memory_bytes, timed
 from load import Opened, describe, how, make_engine, open_all
 from measure import acceptance, setting, warm_up
 from offline import BadLines, Defaults, Input, Line, answer_text, read_input
@@ -91,7 +91,8 @@ def manifest(o: Options, opened: Opened, given: Input, sampling: Sampling) -> di
         "checkpoint_sha256": fingerprint(o.checkpoint_path),
         "input": str(o.prompts),
         "input_sha256": given.sha256,
-        "dtype": str(opened.dtype).removeprefix("torch."),
+        "dtype": dtype_name(opened.dtype),
+        "kv_dtype": dtype_name(opened.kv_dtype),
         "sampling": asdict(sampling),
         **flags,
         "strategy": draft,

@@ -26,8 +26,9 @@ ALGORITHM = {  # ten chapters, and what they stand on
     "families": (260, "config"),
     "device": (140, ""),
     "kernels": (120, ""),
-    "kv_cache": (350, "kernels"),
-    "model": (395, "config kernels kv_cache"),
+    "cpu_attention": (90, ""),
+    "kv_cache": (375, "cpu_attention kernels"),
+    "model": (402, "config cpu_attention kernels kv_cache"),
     "sampling": (290, ""),
     "batch": (265, "sampling"),
     "policies": (190, "batch kv_cache"),
@@ -42,8 +43,8 @@ ALGORITHM = {  # ten chapters, and what they stand on
     ),
 }
 ECONOMICS = {
-    "roofline": (220, "config"),
-    "cost_model": (432, "config families roofline"),
+    "roofline": (225, "config"),
+    "cost_model": (440, "config families roofline"),
     "auto": (345, "cost_model device drafter model policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
@@ -60,7 +61,7 @@ PROGRAM = {
     "measure": (225, "auto config device kv_cache report sampling spec_decode"),
     "options": (215, "checkpoint config cost_model policies sampling"),
     "load": (
-        175,
+        180,
         "auto batch checkpoint config device drafters kernels measure model options policies"
         " prompts sampling spec_decode",
     ),
@@ -72,8 +73,8 @@ PROGRAM = {
     "generate": (215, "*"),  # everything; nobody imports it
 }
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
-CHAPTERS = ("kernels", "kv_cache", "model", "sampling", "batch", "policies", "lookup", "drafter",
-            "draft_models", "drafters", "graphs", "spec_decode")  # fmt: skip
+CHAPTERS = ("kernels", "cpu_attention", "kv_cache", "model", "sampling", "batch", "policies",
+            "lookup", "drafter", "draft_models", "drafters", "graphs", "spec_decode")  # fmt: skip
 MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3000, 8100  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")

@@ -73,6 +73,7 @@ class Case:
     T: int
     caches: Callable[[CacheSpec], Caches] = full_alone
     all_kernels: bool = False  # not only those of attention
+    kv_dtype: torch.dtype | None = None  # of the caches, if another
 
     @property
     def splits(self) -> bool:
@@ -99,6 +100,9 @@ def blocks() -> Iterator[Case]:
     for what, B, T, caches in parts:
         name = f"block Llama {what} bfloat16 B {B} T {T}"
         yield Case(name, LLAMA, "bfloat16", B, T, caches, True)
+    for what, B, T, caches in (parts[0], parts[2]):
+        name = f"block Llama {what} bfloat16, KV float8 B {B} T {T}"
+        yield Case(name, LLAMA, "bfloat16", B, T, caches, True, torch.float8_e4m3fn)
     yield Case("block Qwen verify bfloat16 B 8 T 4", QWEN, "bfloat16", 8, 4, verifying, True)
     for T, B, caches in ((1, 8, full_alone), (6, 8, verifying)):  # a chunk is as large as a ring
         yield Case(f"block Gemma ring bfloat16 B {B} T {T}", GEMMA, "bfloat16", B, T, caches, True)
@@ -186,6 +190,7 @@ def one(report: Report, case: Case, recorder: Recorder) -> None:
     torch._dynamo.utils.counters.clear()
     with report.case(case.name) as said, pretend.gpu():
         model = pretend.model_on_gpu(case.config, DTYPES[case.dtype])
+        model.kv_dtype = case.kv_dtype
         compile_blocks(model)
         caches = case.caches(CacheSpec.for_model(model, case.B))
         forward(case, model, caches)

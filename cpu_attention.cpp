@@ -1,0 +1,155 @@
+// Attention of a few queries to a long cache, at the speed at which memory delivers K and V.
+//
+// q, out [B, H, R, D] float32: R = G * T queries of T consecutive tokens (index g * T + t), scaled.
+// k, v [B, H, S, D] of type KV: slot s holds the newest position p <= newest with p % S == s.
+// start [B]: position of the first token; nothing is read, and 0 is the answer, for start = -T.
+//
+// Slots are divided into parts of PART, which any thread computes, and which are combined in order.
+// Within a part the softmax is online, a tile at a time (FlashAttention, arXiv 2205.14135). What is
+// computed for a query does not depend on the other queries: it is bit for bit the same among them.
+//
+// Whoever compiles this puts definitions of D (a multiple of W) and KV before it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+constexpr int W = 16, N = D / W;  // floats of a vector, which compilers split where need be
+constexpr int TILE = 32, PART = 1024, LINE = 64 / sizeof(KV), LINES = D / LINE;
+constexpr float HIDDEN = -1e30f;
+typedef float F __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint16_t U __attribute__((vector_size(2 * W)));
+
+static inline F load(const float* p) { F x; std::memcpy(&x, p, sizeof x); return x; }
+static inline void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+static inline F load(const uint16_t* p) {  // bfloat16: the upper half of a float
+  U x; std::memcpy(&x, p, sizeof x);
+  return (F)(__builtin_convertvector(x, I) << 16);
+}
+static inline F pairs(F a, F b) {  // a0 + a1, a2 + a3, .. b0 + b1, ..
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+static inline F exp(F x) {  // of x <= 0: 2^n * e^r with |r| <= ln(2) / 2, and e^r by its series
+  x = x < -87.0f ? F{} - 87.0f : x;
+  I n = __builtin_convertvector(x * 1.44269504f - 0.5f, I);
+  F m = __builtin_convertvector(n, F), r = x - m * 0.693359375f + m * 2.12194440e-4f;
+  F y = F{} + 1.0f / 5040;
+  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
+  return (F)((I)y + (n << 23));
+}
+
+struct Call { int64_t B, H, R, T, S, window; float cap; int n_threads; };  // cap of scores, or 0
+struct State { float m, l, y[D], w[TILE]; };  // of a query: largest score, sum of weights, sum of V
+struct Ahead {  // lines that are fetched of each slot of the next tile: the i-th of n equal shares
+  const KV* next; int from, to;
+  Ahead(const KV* next, int i, int n) : next(next), from(LINES * i / n), to(LINES * (i + 1) / n) {}
+  void fetch(int slot) const {
+    for (int i = from; i < to; i++) __builtin_prefetch(next + slot * D + i * LINE, 0, 2);
+  }
+};
+
+template <class X> static inline F score(const float* q, const X* k, Ahead ahead) {  // W slots
+  F x[N], dot[W];
+  for (int d = 0; d < N; d++) x[d] = load(q + d * W);
+#pragma GCC unroll 16
+  for (int j = 0; j < W; j++) {
+    dot[j] = x[0] * load(k + j * D);
+    for (int d = 1; d < N; d++) dot[j] += x[d] * load(k + j * D + d * W);
+    ahead.fetch(j);
+  }
+#pragma GCC unroll 4
+  for (int n = W / 2; n; n /= 2)
+#pragma GCC unroll 8
+    for (int j = 0; j < n; j++) dot[j] = pairs(dot[2 * j], dot[2 * j + 1]);
+  return dot[0];
+}
+
+static inline void softmax(State& s, const F* scores) {  // of a tile; what was before is rescaled
+  F best = F{} + s.m, sum = F{};
+  for (int i = 0; i < TILE / W; i++) best = scores[i] > best ? scores[i] : best;
+  float m = best[0];
+  for (int i = 1; i < W; i++) m = std::max(m, best[i]);
+  F before = exp(F{} + (s.m - m));
+  if (m > s.m) for (int d = 0; d < D; d += W) store(s.y + d, load(s.y + d) * before);
+  for (int i = 0; i < TILE / W; i++) {
+    F w = scores[i] > HIDDEN ? exp(scores[i] - m) : F{};
+    store(s.w + i * W, w), sum += w;
+  }
+  s.m = m, s.l *= before[0];
+  for (int i = 0; i < W; i++) s.l += sum[i];
+}
+
+template <int M, class X> static inline void add_values(State* s, const X* v, Ahead ahead) {
+  F y[M][N];
+  for (int i = 0; i < M * N; i++) y[i / N][i % N] = load(s[i / N].y + i % N * W);
+  for (int j = 0; j < TILE; j++, ahead.fetch(j - 1))
+    for (int d = 0; d < N; d++) {
+      F x = load(v + j * D + d * W);
+      for (int i = 0; i < M; i++) y[i][d] += s[i].w[j] * x;
+    }
+  for (int i = 0; i < M * N; i++) store(s[i / N].y + i % N * W, y[i / N][i % N]);
+}
+
+// States of the queries of one row and head after its slots first .. last - 1.
+static void part(const Call& c, const float* q, const KV* k, const KV* v, State* states,
+                 int64_t start, int64_t first, int64_t last) {
+  constexpr I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  int newest = start + c.T - 1, turn = newest % c.S;  // slots up to `turn` hold the latest turn
+  float buffer[2][TILE * D];
+  for (int r = 0; r < c.R; r++) states[r] = {HIDDEN};
+  for (int slot = first; slot < last; slot += TILE) {
+    auto look = [&](const auto* keys, const auto* values) {
+      const KV *next_k = k + (slot + TILE) * int64_t(D), *next_v = v + (slot + TILE) * int64_t(D);
+      for (int r = 0; r < c.R; r++) {
+        int at = start + r % c.T, oldest = std::max<int64_t>(at - c.window + 1, 0);
+        F scores[TILE / W];
+        for (int i = 0; i < TILE; i += W) {
+          I p = lane + (slot + i - turn);  // position, counted from the newest
+          p = (p > 0 ? p - int(c.S) : p) + newest;
+          F x = score(q + r * D, keys + i * D, Ahead(next_k + i * D, r, c.R));
+          if (c.cap) for (int l = 0; l < W; l++) x[l] = c.cap * std::tanh(x[l] / c.cap);
+          scores[i / W] = (p <= at) & (p >= oldest) ? x : F{} + HIDDEN;
+        }
+        softmax(states[r], scores);
+      }
+      int r = 0, n = (c.R + 1) / 2;
+      for (; r + 1 < c.R; r += 2) add_values<2>(states + r, values, Ahead(next_v, r / 2, n));
+      if (r < c.R) add_values<1>(states + r, values, Ahead(next_v, r / 2, n));
+    };
+    const KV *keys = k + slot * int64_t(D), *values = v + slot * int64_t(D);
+    if (sizeof(KV) == sizeof(float) || c.R < 3) { look(keys, values); continue; }
+    for (int i = 0; i < TILE * D; i += W) {  // converted once for all queries
+      store(buffer[0] + i, load(keys + i));
+      store(buffer[1] + i, load(values + i));
+    }
+    look(buffer[0], buffer[1]);
+  }
+}
+
+extern "C" void attend(const Call& c, const float* q, const KV* k, const KV* v, float* out,
+                       State* states, const int64_t* start) {
+  int64_t n_parts = (c.S + PART - 1) / PART;
+#pragma omp parallel for schedule(dynamic) num_threads(c.n_threads)
+  for (int64_t item = 0; item < c.B * c.H * n_parts; item++) {
+    int64_t head = item / n_parts, from = item % n_parts * PART, at = start[head / c.H];
+    bool turned = at + c.T > c.S;  // a ring, of which any slot may be seen
+    int64_t first = turned ? 0 : std::max<int64_t>(at - c.window + 1, 0) / TILE * TILE;
+    part(c, q + head * c.R * D, k + head * c.S * D, v + head * c.S * D, states + item * c.R, at,
+         std::max(first, from), std::min(turned ? c.S : at + c.T, from + PART));
+  }
+#pragma omp parallel for num_threads(c.n_threads)
+  for (int64_t i = 0; i < c.B * c.H * c.R; i++) {
+    const State* s = states + i / c.R * n_parts * c.R + i % c.R;
+    float m = HIDDEN, l = 0, *y = out + i * D;
+    for (int64_t n = 0; n < n_parts; n++) m = std::max(m, s[n * c.R].m);
+    for (int d = 0; d < D; d += W) store(y + d, F{});
+    for (int64_t n = 0; n < n_parts; n++) {
+      F share = exp(F{} + (s[n * c.R].m - m));
+      for (int d = 0; d < D; d += W) store(y + d, load(y + d) + share * load(s[n * c.R].y + d));
+      l += share[0] * s[n * c.R].l;
+    }
+    for (int d = 0; d < D; d += W) store(y + d, load(y + d) * (l > 0 ? 1 / l : 0.0f));
+  }
+}
