@@ -3,6 +3,7 @@
 // q, out [B, H, R, D] float32: R = G * T queries of T consecutive tokens (index g * T + t), scaled.
 // k, v [B, H, S, D] of type KV: slot s holds the newest position p <= newest with p % S == s.
 // start [B]: position of the first token; nothing is read, and 0 is the answer, for start = -T.
+// mask [B, n_masks, R, S], one for all heads or one for each, says who sees what instead, if given.
 //
 // Slots are divided into parts of PART, which any thread computes, and which are combined in order.
 // Within a part the softmax is online, a tile at a time (FlashAttention, arXiv 2205.14135). What is
@@ -40,7 +41,10 @@ static inline F exp(F x) {  // of x <= 0: 2^n * e^r with |r| <= ln(2) / 2, and e
   return (F)((I)y + (n << 23));
 }
 
-struct Call { int64_t B, H, R, T, S, window; float cap; int n_threads; };  // cap of scores, or 0
+struct Call {
+  int64_t B, H, R, T, S, n_masks, window;  // window: newest tokens that a query sees
+  float cap; int n_threads;                // cap of scores, or 0
+};
 struct State { float m, l, y[D], w[TILE]; };  // of a query: largest score, sum of weights, sum of V
 struct Ahead {  // lines that are fetched of each slot of the next tile: the i-th of n equal shares
   const KV* next; int from, to;
@@ -94,7 +98,7 @@ template <int M, class X> static inline void add_values(State* s, const X* v, Ah
 
 // States of the queries of one row and head after its slots first .. last - 1.
 static void part(const Call& c, const float* q, const KV* k, const KV* v, State* states,
-                 int64_t start, int64_t first, int64_t last) {
+                 const bool* mask, int64_t start, int64_t first, int64_t last) {
   constexpr I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   int newest = start + c.T - 1, turn = newest % c.S;  // slots up to `turn` hold the latest turn
   float buffer[2][TILE * D];
@@ -110,7 +114,9 @@ static void part(const Call& c, const float* q, const KV* k, const KV* v, State*
           p = (p > 0 ? p - int(c.S) : p) + newest;
           F x = score(q + r * D, keys + i * D, Ahead(next_k + i * D, r, c.R));
           if (c.cap) for (int l = 0; l < W; l++) x[l] = c.cap * std::tanh(x[l] / c.cap);
-          scores[i / W] = (p <= at) & (p >= oldest) ? x : F{} + HIDDEN;
+          I seen = (p <= at) & (p >= oldest);
+          if (mask) for (int l = 0, j = slot + i; l < W; l++, j++) seen[l] = -(j < c.S && mask[r * c.S + j]);
+          scores[i / W] = seen ? x : F{} + HIDDEN;
         }
         softmax(states[r], scores);
       }
@@ -119,25 +125,29 @@ static void part(const Call& c, const float* q, const KV* k, const KV* v, State*
       if (r < c.R) add_values<1>(states + r, values, Ahead(next_v, r / 2, n));
     };
     const KV *keys = k + slot * int64_t(D), *values = v + slot * int64_t(D);
-    if (sizeof(KV) == sizeof(float) || c.R < 3) { look(keys, values); continue; }
-    for (int i = 0; i < TILE * D; i += W) {  // converted once for all queries
-      store(buffer[0] + i, load(keys + i));
-      store(buffer[1] + i, load(values + i));
+    bool whole = slot + TILE <= c.S, convert = sizeof(KV) < sizeof(float) && c.R > 2;
+    if (whole && !convert) { look(keys, values); continue; }
+    for (int i = 0; i < TILE * D; i += W) {  // converted once for all queries, or padded
+      bool there = whole || slot + i / D < c.S;
+      store(buffer[0] + i, there ? load(keys + i) : F{});
+      store(buffer[1] + i, there ? load(values + i) : F{});
     }
     look(buffer[0], buffer[1]);
   }
 }
 
 extern "C" void attend(const Call& c, const float* q, const KV* k, const KV* v, float* out,
-                       State* states, const int64_t* start) {
+                       State* states, const int64_t* start, const bool* mask) {
   int64_t n_parts = (c.S + PART - 1) / PART;
 #pragma omp parallel for schedule(dynamic) num_threads(c.n_threads)
   for (int64_t item = 0; item < c.B * c.H * n_parts; item++) {
-    int64_t head = item / n_parts, from = item % n_parts * PART, at = start[head / c.H];
-    bool turned = at + c.T > c.S;  // a ring, of which any slot may be seen
-    int64_t first = turned ? 0 : std::max<int64_t>(at - c.window + 1, 0) / TILE * TILE;
-    part(c, q + head * c.R * D, k + head * c.S * D, v + head * c.S * D, states + item * c.R, at,
-         std::max(first, from), std::min(turned ? c.S : at + c.T, from + PART));
+    int64_t head = item / n_parts, from = item % n_parts * PART, b = head / c.H, at = start[b];
+    bool any = mask || at + c.T > c.S;  // may be seen: also in a ring that has turned
+    int64_t first = any ? 0 : std::max<int64_t>(at - c.window + 1, 0) / TILE * TILE;
+    int64_t which = c.n_masks == c.H ? head : b;
+    part(c, q + head * c.R * D, k + head * c.S * D, v + head * c.S * D, states + item * c.R,
+         mask ? mask + which * c.R * c.S : nullptr, at, std::max(first, from),
+         std::min(any ? c.S : at + c.T, from + PART));
   }
 #pragma omp parallel for num_threads(c.n_threads)
   for (int64_t i = 0; i < c.B * c.H * c.R; i++) {

@@ -27,7 +27,7 @@ ALL = 2**31 - 1  # a window that hides nothing
 class Call(ctypes.Structure):
     """Sizes of one call, see the source."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("B", "H", "R", "T", "S", "window")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("B", "H", "R", "T", "S", "n_masks", "window")]
     _fields_ += [("cap", ctypes.c_float), ("n_threads", ctypes.c_int)]
 
 
@@ -37,7 +37,7 @@ def build(head_dim: int, dtype: torch.dtype) -> Callable[..., None]:
     source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
     types = f"#include <cstdint>\nconstexpr int D = {head_dim};\nusing KV = {TYPES[dtype]};\n"
     function = CppCodeCache.load(types + source, extra_flags=("-ffp-contract=fast",)).attend
-    function.argtypes, function.restype = [ctypes.c_void_p] * 7, None
+    function.argtypes, function.restype = [ctypes.c_void_p] * 8, None
     return function
 
 
@@ -61,6 +61,7 @@ def attend(
     start: Tensor,  # [B] int64, position of the first token; -T: nothing is read
     window: int,  # newest tokens that a query sees
     cap: float,  # of scores, see `model.capped`; 0: none
+    mask: Tensor | None = None,  # [B, 1 or Hkv, G * T, S] bool: what is seen, instead of all that
 ) -> Tensor:  # [B, Hkv, G, T, D] float32
     """Attention to all positions up to each query's own; zeros where nothing is read.
 
@@ -70,8 +71,11 @@ def attend(
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
     states = q.new_empty(B * H * G * T * -(-S // PART), 2 + D + TILE)
     assert k.is_contiguous() and v.is_contiguous() and start.is_contiguous()
-    sizes = Call(B, H, G * T, T, S, window, cap, torch.get_num_threads())
-    pointers = (t.data_ptr() for t in (q, k, v, out, states, start))
+    mask = None if mask is None else mask.contiguous()
+    n_masks = 1 if mask is None else mask.shape[1]
+    sizes = Call(B, H, G * T, T, S, n_masks, window, cap, torch.get_num_threads())
+    tensors = (q, k, v, out, states, start, mask)
+    pointers = (None if t is None else t.data_ptr() for t in tensors)
     build(D, k.dtype)(ctypes.byref(sizes), *pointers)
     return out
 

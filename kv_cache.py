@@ -73,7 +73,8 @@ class Span(NamedTuple):
     """What a few queries see, for the operator of `cpu_attention.py`: the newest of the text."""
 
     start: Tensor  # [B] int64, position of the first query; -T: the row is finished
-    window: int  # newest tokens that a query sees
+    window: int = ALL  # newest tokens that a query sees
+    mask: Tensor | None = None  # [B, 1 or Hkv, G * T, S] bool, what queries see instead
 
 
 class Access(NamedTuple):
@@ -338,7 +339,11 @@ class SparseKVCache:
         chosen = iter(fold_mask(self.visible(pos), G))  # of layers without a window, at once
         local = [n_recent for (_, n_recent), w in zip(self.parts, windows, strict=True) if w]
         masks = iter(once_each(lambda n: fold_mask(self.in_ring(pos, n), G), local))
-        return [Access(next(chosen if window is None else masks)) for window in windows]
+        seen = [next(chosen if window is None else masks) for window in windows]
+        if self.spec.operator:
+            start = pos[:, 0].contiguous()
+            return [Access(Span(start, mask=mask)) for mask in seen]
+        return [Access(mask) for mask in seen]
 
     def in_ring(self, pos: Tensor, n_recent: int) -> Tensor:  # [B, T] -> [B, 1, T, ring_size] bool
         """Which slots of a layer's ring queries at these positions see."""

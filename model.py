@@ -127,7 +127,7 @@ def attend(
     q = q * scale  # here, not in the kernel: flex on the CPU wants a computed query
     if isinstance(mask, Span):
         q5 = q.view(B, Hkv, G, T, D).float()
-        y = cpu_attention.attend(q5, k, v, mask.start, mask.window, cap or 0.0).to(q.dtype)
+        y = cpu_attention.attend(q5, k, v, *mask[:2], cap or 0.0, mask.mask).to(q.dtype)
         return y.permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
     if not k.is_cuda or not isinstance(mask, BlockMask):  # flex on CUDA converts tiles as it reads
         k, v = k.to(q.dtype), v.to(q.dtype)

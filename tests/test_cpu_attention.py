@@ -83,6 +83,21 @@ def test_threads_change_nothing():
     assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("G, T, S", [(1, 1, 39), (2, 2, 32), (4, 1, 134)])
+def test_a_mask_says_what_is_seen(G, T, S, heads, dtype):
+    """Of a draft's cache, whose slots do not fill a tile. Who sees nothing gets zeros."""
+    q, k, v = inputs(2, 3, G, T, 16, S, dtype)
+    mask = torch.rand(2, heads, G * T, S) < 0.5
+    mask[1, 0, -1] = False
+    scores = (q.double() @ k.double().transpose(-1, -2)[:, :, None]).flatten(2, 3)
+    probs = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).nan_to_num(0)
+    ours = attend(q, k, v, torch.tensor([7, 7]), ALL, 0.0, mask).flatten(2, 3)
+    assert (ours - probs @ v.double()).abs().max() < 1e-5
+    assert not ours[1, 0, -1].any()
+
+
 def test_what_is_not_seen_may_be_anything():
     q, k, v = inputs(1, 1, 1, 2, 16, 256)
     start, ours = torch.tensor([40]), []

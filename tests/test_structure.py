@@ -27,7 +27,7 @@ ALGORITHM = {  # ten chapters, and what they stand on
     "device": (140, ""),
     "kernels": (120, ""),
     "cpu_attention": (90, ""),
-    "kv_cache": (375, "cpu_attention kernels"),
+    "kv_cache": (385, "cpu_attention kernels"),
     "model": (402, "config cpu_attention kernels kv_cache"),
     "sampling": (290, ""),
     "batch": (265, "sampling"),
@@ -79,6 +79,7 @@ MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3000, 8100  # of a file, of CHAPTERS, 
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")
 MANY_PARAMETERS = {  # function: why it has more
+    "cpu_attention.attend": "what an operator is given are tensors and numbers, not structures",
     "spec_decode.__init__": "an engine is made of seven independent things",
 }
 TEXT_STATE = {  # of batch.Batch
