@@ -31,7 +31,7 @@ from policies import Strategy
 from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time
 from spec_decode import Engine
 
-GAMMAS = (2, 5)  # compiled draft lengths on the CPU
+GAMMAS = (2, 5, 12)  # compiled draft lengths on the CPU (LOG.md has other menus)
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
@@ -249,20 +249,23 @@ class Auto:
 
         A trial is short: at most PROBE_SHARE of the tokens to come. It is skipped if its cost
         exceeds HOPE times the best saving, and stopped after a quarter if the candidate cannot win
-        any more. A draft that was asked for by name has one in any case.
+        any more. Its first quarter has the second longest drafts: the longest are tried where all
+        of these are kept. A draft that was asked for by name has a trial in any case.
         """
-        batch, gamma = self.engine.batch, max(self.gammas)
+        batch, first = self.engine.batch, self.gammas[-2:][0]
         to_come = float((batch.limit - batch.seq_len).float().mean())
-        n = math.ceil(PROBE_DRAFTS / (gamma * batch.n_rows) / 4)  # rounds of a quarter
+        n = math.ceil(PROBE_DRAFTS / (first * batch.n_rows) / 4)  # rounds of a quarter
         n = max(min(n, int(PROBE_SHARE * to_come / 4)), 1)
         best = max([1.0, *(c.best(verify).speedup for c in self.candidates if c.record.places)])
         for c in sorted(self.candidates, key=lambda c: -c.best(verify).speedup):
             saving = to_come / best - to_come / c.best(verify).speedup  # in plain steps
-            hopeless = HOPE * saving < n * (c.round_cost(gamma, verify) - 1)
+            hopeless = HOPE * saving < n * (c.round_cost(first, verify) - 1)
             if c.drafter.judges_itself or (hopeless and not self.named):
                 continue
+            gamma = first
             for _ in range(4):
                 c.record = c.record.after(*(yield from self.run(c, gamma, n)))
+                gamma = c.best(verify, threshold=0.0).gamma
                 if not c.best(verify, 0.9 * best).gamma:
                     break
             best = max(best, c.best(verify).speedup)
@@ -334,9 +337,9 @@ def draft_lengths(device_type: str, n_group: int) -> tuple[int, ...]:
     """The values of gamma that are worth compiling, ascending; n_group is G, heads per KV head.
 
     CUDA computes attention in tiles of 16, 32 or 64 queries, whatever G * (gamma + 1) is. Drafts
-    that fill a tile are free. More than 11 are rarely kept.
+    that fill a tile are free. More than 12 are rarely kept.
     """
     if device_type != "cuda":
         return GAMMAS
-    n_tokens = {2, 4} | {min(tile // n_group, 12) for tile in (16, 32, 64)}
+    n_tokens = {2, 4} | {min(tile // n_group, GAMMAS[-1] + 1) for tile in (16, 32, 64)}
     return tuple(sorted(n - 1 for n in n_tokens if n > 1))

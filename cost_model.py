@@ -373,7 +373,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32, 128])
     p.add_argument("--prefix_len", type=int, nargs="+", default=[4096, 32768])
     p.add_argument("--draft_budget", type=int, nargs="+", default=[256, 512, 1024, 2048])
-    p.add_argument("--gamma", type=int, nargs="+", default=list(range(1, 9)))
+    p.add_argument("--gamma", type=int, nargs="+", default=list(range(1, 13)))
     p.add_argument("--draft_model", nargs="+", default=[], help="also consider these as drafts")
     p.add_argument("--kv_itemsize", type=int, default=2, choices=(1, 2),
                    help="bytes of a number in the KV cache; 1: float8")  # fmt: skip

@@ -63,9 +63,21 @@ DRAFTERS: dict[tuple[str, bool], type[Drafter]] = {  # by policy, and whether by
 }
 
 
+def check_name(policy: str) -> None:
+    """ValueError for a policy by which nobody drafts, with a draft model or without one."""
+    others = dict.fromkeys(name for name, _ in DRAFTERS if name not in (ANY_POLICY, *POLICIES))
+    known = ["none", *POLICIES, *others]
+    if policy not in known:
+        raise ValueError(
+            f"draft policy {policy!r} is unknown; known: {', '.join(known)}, and for --draft also "
+            f"auto"
+        )
+
+
 def drafter_class(strategy: Strategy, own_model: bool) -> type[Drafter]:
     """Who does it. ValueError if nobody does, with a draft model or without one."""
     name = strategy.policy
+    check_name(name)
     kind = DRAFTERS.get((name, own_model))
     if kind is None and name in POLICIES:
         kind = DRAFTERS[ANY_POLICY, own_model]
@@ -76,13 +88,7 @@ def drafter_class(strategy: Strategy, own_model: bool) -> type[Drafter]:
             f"draft policy {name} needs a draft model (--draft_checkpoint_path): the target "
             "itself, with all of its KV, would draft no faster than it decodes"
         )
-    if (name, False) in DRAFTERS or name == "none":
-        raise ValueError(f"draft policy {name} has no use for a draft model")
-    others = dict.fromkeys(name for name, _ in DRAFTERS if name not in (ANY_POLICY, *POLICIES))
-    raise ValueError(
-        f"draft policy {name!r} is unknown; known: {', '.join(['none', *POLICIES, *others])}, and "
-        f"for --draft also auto"
-    )
+    raise ValueError(f"draft policy {name} has no use for a draft model")
 
 
 def check_strategy(strategy: Strategy, draft: ModelConfig | None, max_len: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from checkpoint import DEMO_CHECKPOINT, DTYPES, KV_DTYPES, check_writable
 from config import is_random
 from cost_model import Parser
+from drafters import check_name
 from policies import POLICIES, Strategy
 from sampling import Sampling
 
@@ -86,6 +87,8 @@ class Options:
         for wrong, why in self.refusals():
             if wrong:
                 raise ValueError(why)
+        if self.draft != "auto":
+            check_name(self.draft)
 
     def refusals(self) -> tuple[tuple[object, str], ...]:
         """What may be wrong with the values and their combinations, and what is said of it."""
@@ -111,6 +114,8 @@ class Options:
             (self.max_gap is not None and not self.max_gap > 0,
              f"--max_gap {self.max_gap} must be a number of seconds above 0"),
             (not 0 <= self.seed < 2**63, f"--seed {self.seed} must be in 0..2**63 - 1"),
+            ((self.reselect_every or 0) < 0,
+             f"--reselect_every {self.reselect_every} must be at least 0 (0: never)"),
             (not context_fits, f"--max_context {self.max_context} must be at least 2"),
             (self.interactive and is_random(self.checkpoint_path),
              "--interactive needs a tokenizer, which random weights do not have"),

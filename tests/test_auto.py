@@ -121,7 +121,7 @@ def test_a_named_draft_is_used_from_the_first_round_to_the_last(monkeypatch, pol
     auto = prefilled(candidates(policy), {0: 1.0, 1: 2.5, 3: 6.0}, monkeypatch, named=True)
     stats = decode(auto.engine, auto=auto)
     assert stats.drafted_histogram[0] <= 4  # the last round of a row has room for no draft
-    assert (len(stats.drafted_histogram) == 4) == (policy == "streaming")  # the probe's gamma
+    assert len(stats.drafted_histogram) == 2  # also in the trial
     (c,) = auto.candidates
     assert auto.first[:2] == (c, 1) and auto.engine.drafter is c.drafter
     assert 0 < auto.first.speedup < 1
@@ -250,7 +250,8 @@ def trials(auto: Auto, monkeypatch, **accepted: list[int]) -> list[tuple[str, in
         runs.append((c.strategy.policy, gamma, n))
         counts = accepted[c.strategy.policy]
         yield
-        return counts, [0, 0, 0, sum(counts)]
+        kept = [*counts[:gamma], sum(counts[gamma:])]
+        return kept, [0] * gamma + [sum(counts)]
 
     monkeypatch.setattr(auto, "run", run)
     for _ in auto.probe(auto.verify_seconds()):
@@ -258,23 +259,36 @@ def trials(auto: Auto, monkeypatch, **accepted: list[int]) -> list[tuple[str, in
     return runs
 
 
-@pytest.mark.parametrize("to_come, n", [(60, 1), (300, 3), (9999, 5)])
+@pytest.mark.parametrize("to_come, n", [(60, 1), (300, 3), (9999, 13)])
 def test_a_trial_is_short_where_little_is_to_come(monkeypatch, to_come, n):
     """4% of the tokens to come, or 200 drafts for 4 rows, in quarters."""
     auto = prefilled(candidates("streaming"), CHEAP, monkeypatch)
     auto.engine.batch.limit.copy_(auto.engine.batch.seq_len + to_come)
-    assert trials(auto, monkeypatch, streaming=[0, 0, 0, 9]) == [("streaming", 3, n)] * 4
+    quarters = [("streaming", gamma, n) for gamma in (1, 3, 3, 3)]
+    assert trials(auto, monkeypatch, streaming=[0, 0, 0, 9]) == quarters
+
+
+@pytest.mark.parametrize(
+    "kept, gammas", [(12, (5, 12, 12, 12)), (5, (5, 12, 5, 5)), (1, (5, 2, 2, 2))]
+)
+def test_the_longest_drafts_are_tried_where_the_others_are_kept(monkeypatch, kept, gammas):
+    """What 5 drafts say of 12 is held against what became of 12."""
+    auto = prefilled(candidates("streaming"), {0: 1.0, 2: 1.1, 5: 1.2, 12: 1.6}, monkeypatch)
+    auto.gammas = 2, 5, 12
+    auto.engine.batch.limit.add_(9999)
+    counts = [0] * kept + [9] + [0] * (12 - kept)
+    assert tuple(gamma for _, gamma, _ in trials(auto, monkeypatch, streaming=counts)) == gammas
 
 
 def test_a_trial_ends_after_a_quarter_if_the_draft_cannot_win(monkeypatch):
     auto = prefilled(candidates("streaming"), {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch)
-    assert trials(auto, monkeypatch, streaming=[9, 0, 0, 0]) == [("streaming", 3, 1)]
+    assert trials(auto, monkeypatch, streaming=[9, 0, 0, 0]) == [("streaming", 1, 1)]
 
 
 @pytest.mark.parametrize("to_come, tried", [(36, False), (38, True)])
 def test_a_trial_is_worth_it_if_what_it_costs_is_less_than_hoped(monkeypatch, to_come, tried):
     """A round takes 1.9 plain steps. With 3.7 tokens it saves 49% of what is to come; 5% of it."""
-    verify = {0: 1.0, 3: 1.9}
+    verify = {0: 1.0, 1: 1.9, 3: 1.9}
     auto = prefilled(candidates("streaming"), verify, monkeypatch)
     auto.engine.batch.limit.copy_(auto.engine.batch.seq_len + to_come)
     saved = to_come * (1 - 1.9 / omega(3, 0.95))
@@ -528,9 +542,20 @@ def test_a_short_calibration_has_more_sweeps(monkeypatch, seconds, sweeps):
 
 
 @pytest.mark.parametrize("G, gammas", [
-    (1, (1, 3, 11)), (2, (1, 3, 7, 11)), (3, (1, 3, 4, 9, 11)), (4, (1, 3, 7, 11)),
+    (1, (1, 3, 12)), (2, (1, 3, 7, 12)), (3, (1, 3, 4, 9, 12)), (4, (1, 3, 7, 12)),
     (7, (1, 3, 8)), (8, (1, 3, 7)), (16, (1, 3)), (64, (1, 3)),
 ])  # fmt: skip
 def test_on_cuda_drafts_fill_a_tile_of_queries(G, gammas):
     assert draft_lengths("cuda", G) == gammas
-    assert draft_lengths("cpu", G) == (2, 5)
+    assert draft_lengths("cpu", G) == (2, 5, 12)
+
+
+def test_a_record_of_long_matches_asks_for_long_drafts():
+    """By the times of the demo, B = 16: 12 drafts pay where 11 of 12 are kept, 5 where 5 are."""
+    verify = {0: 45e-3, 2: 50e-3, 5: 58e-3, 12: 80e-3}
+    for t_draft in (0.0, 6e-3):
+        c = Candidate(Strategy("ngram", 12), t_draft=t_draft)
+        c.drafter = SimpleNamespace(select_every=0)
+        for kept, gamma in ((11, 12), (5, 5), (1, 2)):
+            c.record = saw([0] * kept + [9] + [0] * (12 - kept))
+            assert c.best(verify)[:2] == (c, gamma)

@@ -70,6 +70,8 @@ def test_help_names_every_flag(capsys):
         ({"max_context": 1}, "--max_context 1"),
         ({"chat": True}, "--chat needs"),
         ({"draft": "none", "compare": True}, "--compare needs a draft"),
+        ({"reselect_every": -1}, "--reselect_every -1 must be at least 0"),  # some could do without
+        ({"draft": "foo", "speculate_k": 0}, "draft policy 'foo' is unknown"),  # nobody drafts
     ],
 )
 def test_options_made_by_hand_are_checked_too(values, word):

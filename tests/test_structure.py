@@ -59,7 +59,7 @@ IN_AND_OUT = {
 PROGRAM = {
     "report": (265, ""),
     "measure": (225, "auto config device kv_cache report sampling spec_decode"),
-    "options": (215, "checkpoint config cost_model policies sampling"),
+    "options": (215, "checkpoint config cost_model drafters policies sampling"),
     "load": (
         180,
         "auto batch checkpoint config device drafters kernels measure model options policies"
