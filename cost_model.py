@@ -74,7 +74,7 @@ def round_cost(gamma: int, t_target: float, t_draft: float, t_verify: float) -> 
 class Strategy:
     """A way to draft: who, reading how much, how far. Policies have the names of `--draft`."""
 
-    policy: str  # none, streaming, snapkv, full, ngram
+    policy: str  # none, streaming, snapkv, mixed, full, ngram
     gamma: int = 0
     budget: int = 0  # tokens of draft KV per row; unused by none, full and ngram
     model: ModelConfig | None = None  # None: self-speculation
@@ -104,7 +104,7 @@ class Strategy:
             rounds = max((m.max_seq_len - self.budget) // (self.gamma + 1), 1)
             again = forward_time(m, hw, w, self.budget, self.budget).total
             seconds += again / rounds / self.gamma
-        if self.policy == "snapkv" and self.select_every:
+        if self.policy in ("snapkv", "mixed") and self.select_every:
             seconds += self.selection_seconds(m, hw, w) / self.select_every / self.gamma
         return seconds
 
@@ -244,8 +244,8 @@ def read_acceptance(path: Path) -> Acceptance:
         plan, stats = run["plan"], run["speculative"]
         if "predicted_speedup" in plan:
             raise ValueError("its plan has predicted_speedup")
-        policies = dict.fromkeys(("streaming", "snapkv", "full", "ngram"))  # all_strategies'
-        lookup_name(policies, plan["strategy"], "draft")
+        known = "streaming", "snapkv", "mixed", "full", "ngram"  # all_strategies'
+        lookup_name(dict.fromkeys(known), plan["strategy"], "draft")
         return Acceptance(
             plan["strategy"],
             "draft_model" in run,
@@ -312,6 +312,7 @@ def all_strategies(
     every = [PLAIN]
     for gamma in gammas:
         every.append(Strategy("ngram", gamma))
+        every += [Strategy("mixed", gamma, budget) for budget in budgets]
         every += [Strategy("full", gamma, 0, m, name) for name, m in models.items()]
         for budget, policy in itertools.product(budgets, ("streaming", "snapkv")):
             every.append(Strategy(policy, gamma, budget))

@@ -2,20 +2,32 @@
 
     SelfDrafter              the target's weights with a sparse cache of the target's own K and V
     LookupDrafter            no model: what followed these tokens the last time (prompt lookup)
+    MixedDrafter             both at once: in every row the one that is expected to keep more
+
+**Two drafters in one round.** Beside a self-draft prompt lookup costs nothing. So `MixedDrafter`
+lets both propose. A row whose newest NGRAM tokens occurred before takes what lookup says, others
+take the self-draft. The next round knows the text that both should have foreseen. From that a row
+learns how many drafts more lookup keeps, and believes it only while that is not negative. Both are
+judged, whichever was taken: a row returns to lookup when that would have been right again.
 
 `draft_models.py` has the three with a small model. A `Strategy` says how to draft, `DRAFTERS` which
 class does it. A new drafter is one class (its interface: `drafter.py`) and one line in `DRAFTERS`.
 """
 
+import torch
 from torch import Tensor
 
 from config import ModelConfig
 from draft_models import ModelDrafter, SparseModelDrafter, StreamingModelDrafter
 from drafter import Drafter, Pick, Target
-from kv_cache import KVCache
+from kv_cache import NEVER, KVCache
 from lookup import NGRAM, Histograms, look_back, lookup
 from model import Caches, Transformer
 from policies import POLICIES, Strategy
+
+OPTIMISM = 0.5  # drafts that lookup is believed to keep more, before a row has learned
+RATE = 0.1  # weight of the latest round in what it has learned
+NO_TOKEN = -1
 
 
 class SelfDrafter(Drafter):
@@ -43,7 +55,7 @@ class LookupDrafter(Drafter):
     judges_itself = True
 
     def propose(self, gamma: int, pick: Pick) -> Tensor:
-        return lookup(self.batch.tokens, self.batch.seq_len, gamma)
+        return lookup(self.batch.tokens, self.batch.seq_len, gamma)[0]
 
     def label(self, model_name: str) -> str:
         return f"prompt lookup, matches of at most {NGRAM} tokens"
@@ -53,6 +65,46 @@ class LookupDrafter(Drafter):
         return look_back(self.batch.tokens, self.batch.seq_len, self.batch.finished, gamma)
 
 
+class MixedDrafter(SelfDrafter):
+    """In every row prompt lookup or the self-draft, by what both would have kept there so far."""
+
+    reads = "prompt lookup where it keeps more, else " + SelfDrafter.reads
+
+    def __init__(self, strategy: Strategy, target: Target, draft_model: None = None) -> None:
+        super().__init__(strategy, target)
+        seq_len = self.batch.seq_len
+        self.proposed = seq_len.new_zeros(2, len(seq_len), strategy.gamma)  # by lookup, by itself,
+        self.place = torch.empty_like(seq_len)  # [B], for this place and the next ones; or NEVER
+        self.gain = torch.empty_like(seq_len, dtype=torch.float32)  # [B], drafts that lookup keeps
+        self.catch_up(self.n_read)  # more, an average
+
+    def catch_up(self, n_read: Tensor, b: int | None = None) -> None:
+        rows = slice(None) if b is None else slice(b, b + 1)
+        self.place[rows], self.gain[rows] = NEVER, OPTIMISM
+
+    def rewind(self) -> None:
+        super().rewind()
+        self.catch_up(self.n_read)
+
+    def propose(self, gamma: int, pick: Pick) -> Tensor:
+        self.learn()
+        copied, match = lookup(self.batch.tokens, self.batch.seq_len, gamma)
+        drafts = torch.stack((copied, super().propose(gamma, pick)))
+        self.proposed.fill_(NO_TOKEN)[..., :gamma] = drafts
+        found = match == NGRAM
+        self.place.copy_(torch.where(found, self.batch.seq_len, NEVER))
+        return torch.where((found & (self.gain >= 0))[:, None], *drafts)
+
+    def learn(self) -> None:
+        """Compare what both proposed last with what was decided; nothing where that is nothing."""
+        tokens, seq_len = self.batch.tokens, self.batch.seq_len[:, None]
+        place = self.place[:, None] + torch.arange(self.strategy.gamma, device=tokens.device)
+        right = self.proposed == tokens.gather(1, place.clamp_max(tokens.shape[1] - 1))
+        copied, own = (right & (place < seq_len)).cumprod(dim=2).sum(dim=2)
+        decided = self.place < self.batch.seq_len
+        self.gain.add_(RATE * decided * (copied - own - self.gain))
+
+
 ANY_POLICY = "a name in POLICIES"
 DRAFTERS: dict[tuple[str, bool], type[Drafter]] = {  # by policy, and whether by a draft model
     ("full", True): ModelDrafter,
@@ -60,6 +112,7 @@ DRAFTERS: dict[tuple[str, bool], type[Drafter]] = {  # by policy, and whether by
     (ANY_POLICY, True): SparseModelDrafter,
     (ANY_POLICY, False): SelfDrafter,
     ("ngram", False): LookupDrafter,
+    ("mixed", False): MixedDrafter,
 }
 
 
@@ -79,7 +132,7 @@ def drafter_class(strategy: Strategy, own_model: bool) -> type[Drafter]:
     name = strategy.policy
     check_name(name)
     kind = DRAFTERS.get((name, own_model))
-    if kind is None and name in POLICIES:
+    if kind is None and name in POLICIES and (name, False) not in DRAFTERS:
         kind = DRAFTERS[ANY_POLICY, own_model]
     if kind is not None:
         return kind

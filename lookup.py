@@ -6,8 +6,9 @@ are looked for in the row's own text. What followed their latest earlier occurre
     ... def read ( path ) : ... ... def read (        the newest 3 tokens: "def read ("
         ^^^^^^^^^^ followed by "path ) :"              proposed: path ) :
 
-It costs next to nothing, and has nothing to say about text that is new. And it can be judged in
-hindsight: what it would have proposed at any place of a text is known without a single forward.
+It costs next to nothing, and has nothing to say about text that is new: the length of the match
+tells how far it may be trusted. And it can be judged in hindsight: what it would have proposed at
+any place of a text is known without a single forward.
 """
 
 import torch
@@ -19,23 +20,26 @@ NGRAM = 3  # prompt lookup matches the newest 3 tokens, or as many as it can
 Histograms = tuple[list[int], list[int]]
 
 
-def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> Tensor:  # [B, S], [B] -> [B, gamma]
+def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> tuple[Tensor, Tensor]:
     """What followed the latest earlier occurrence of the newest tokens, the longest match first.
 
+    tokens [B, S] and seq_len [B] to drafts [B, gamma] and the length of the match [B], 0 to NGRAM.
     Where the occurrence is so near that the copy runs into the end of the text, it goes on
     periodically. Without any occurrence the newest token is repeated.
     """
-    newest = seq_len[:, None] - 1
-    end = torch.arange(tokens.shape[1], device=tokens.device)  # where an occurrence would end
-    same, matched = end < newest, torch.zeros_like(tokens)
+    newest, S = seq_len[:, None] - 1, tokens.shape[1]
+    end = torch.arange(S, device=tokens.device)  # where an occurrence would end
+    earlier = end < newest
+    same, matched = earlier.clone(), torch.zeros_like(tokens, dtype=torch.int8)
     for n in range(NGRAM):
         key = tokens.gather(1, (newest - n).clamp_min(0))
-        same = same & (tokens.roll(n, dims=1) == key) & (end >= n) & (newest >= n)
+        same[:, n:] &= tokens[:, : S - n] == key
+        same[:, :n] = False
         matched += same
-    rank = torch.where(end < newest, matched * tokens.shape[1] + end, -1)
-    end = rank.argmax(dim=1, keepdim=True)
+    length = matched.amax(dim=1, keepdim=True)
+    end = torch.where(earlier & (matched == length), end, -1).amax(dim=1, keepdim=True)
     copied = torch.arange(gamma, device=tokens.device) % (newest - end)
-    return tokens.gather(1, end + 1 + copied)
+    return tokens.gather(1, end + 1 + copied), length[:, 0].long()
 
 
 def look_back(
@@ -55,7 +59,7 @@ def look_back(
     length = length.clamp_min(2).reshape(-1, 1)  # [B * n, 1]
     tokens = tokens.repeat_interleave(n, dim=0)
     actual = tokens.gather(1, length + torch.arange(gamma, device=device))
-    same = lookup(tokens, length[:, 0], gamma) == actual
+    same = lookup(tokens, length[:, 0], gamma)[0] == actual
     kept = same.long().cumprod(dim=1).sum(dim=1).view(-1, n)
     kept = kept.masked_fill(~exists, -1)[~finished]
     histogram = [0] * (gamma + 1)

@@ -19,7 +19,7 @@ from drafters import check_name
 from policies import POLICIES, Strategy
 from sampling import Sampling
 
-AUTO_POLICIES = ("ngram", "streaming", "snapkv")  # what --draft auto chooses from
+AUTO_POLICIES = ("ngram", "streaming", "mixed")  # what --draft auto chooses from
 SAMPLING, STRATEGY = Sampling(), Strategy()  # whose defaults are the flags'
 
 

@@ -113,9 +113,11 @@ def select_snapkv(layer: Layer, n_selected: int) -> Tensor:  # [B, Hkv, n_select
     return pos.masked_fill(score < 0, NEVER)
 
 
+SNAPKV = Policy(select_snapkv, recent_share=0.5, observes=True)
 POLICIES = {
     "streaming": Policy(select_streaming, recent_share=1.0, reselect_every=0),
-    "snapkv": Policy(select_snapkv, recent_share=0.5, observes=True),
+    "snapkv": SNAPKV,
+    "mixed": SNAPKV,  # of the self-draft beside prompt lookup, see `drafters.py`
 }
 NO_POLICY = Policy(select_streaming, recent_share=1.0, reselect_every=0, obs_window=1)
 

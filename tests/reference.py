@@ -154,14 +154,14 @@ def snapkv_scores(queries: list, keys: list, obs_window: int, pool: int) -> list
     return scores
 
 
-def latest_match(tokens: list[int], n_most: int, gamma: int) -> list[int]:
-    """What followed the latest earlier occurrence of the newest n tokens, n from n_most to 1."""
+def latest_match(tokens: list[int], n_most: int, gamma: int) -> tuple[list[int], int]:
+    """What followed the latest earlier occurrence of the newest n tokens, n from n_most to 1; n."""
     for n in range(min(n_most, len(tokens) - 1), 0, -1):
         for start in range(len(tokens) - n - 1, -1, -1):
             if tokens[start : start + n] == tokens[-n:]:
                 copy = tokens[start + n :]
-                return [copy[i % len(copy)] for i in range(gamma)]
-    return [tokens[-1]] * gamma
+                return [copy[i % len(copy)] for i in range(gamma)], n
+    return [tokens[-1]] * gamma, 0
 
 
 def plain(

@@ -180,6 +180,7 @@ def test_what_drafting_costs():
     snapkv = Strategy("snapkv", 3, 512, select_every=8)
     extra = snapkv.draft_seconds(LLAMA, A100, w) - streaming
     assert extra == pytest.approx(snapkv.selection_seconds(LLAMA, A100, w) / 8 / 3) and extra > 0
+    assert replace(snapkv, policy="mixed").draft_seconds(LLAMA, A100, w) == streaming + extra
     assert replace(snapkv, select_every=0).draft_seconds(LLAMA, A100, w) == streaming
     assert Strategy("ngram", 3).draft_seconds(LLAMA, A100, w) == 0
     own = Strategy("streaming", 3, 512, tiny).draft_seconds(LLAMA, A100, w)
@@ -192,7 +193,7 @@ def test_what_drafting_costs():
 
 def test_the_plan_ranks_and_never_loses():
     drafts = all_strategies({"tiny": MODELS["tinyllama-1.1b"]}, (256, 512), range(1, 6))
-    assert len(drafts) == 1 + 5 * (1 + 1 + 2 * 4)
+    assert len(drafts) == 1 + 5 * (1 + 1 + 2 + 2 * 4)
     for w in (Workload(1, 256), Workload(32, 4000, 8), Workload(64, 64000, 8)):
         ranked = plan(LLAMA, A100, w, drafts)
         times = [1 / p.speedup for p in ranked]

@@ -45,6 +45,7 @@ def draft_model(context: int = 4096, vocab_size: int = 97, seed: int = 5) -> Tra
     return tiny_model(2, 1, vocab_size, seed, max_seq_len=context)
 
 
+OF_MODELS = [name for name in POLICIES if (name, False) not in DRAFTERS]  # draft models', too
 RESELECTING = [name for name, policy in POLICIES.items() if policy.reselect_every]
 
 
@@ -60,14 +61,19 @@ STRATEGIES = {
         p: (p, settings_of(p, reselect_every=2 if p in RESELECTING else None), None)
         for p in POLICIES
     },
-    **{f"{p} once": (p, settings_of(p, reselect_every=0), None) for p in RESELECTING},
+    **{
+        f"{p} once": (p, settings_of(p, reselect_every=0), None)
+        for p in RESELECTING
+        if p in OF_MODELS
+    },
     **{
         f"draft model, {name}" if own_model else name: (name, {}, 4096 if own_model else None)
         for name, own_model in DRAFTERS
         if name not in (ANY_POLICY, *POLICIES)
     },
     **{
-        f"draft model, {p}": (p, settings_of(p), 30 if p == "streaming" else 4096) for p in POLICIES
+        f"draft model, {p}": (p, settings_of(p), 30 if p == "streaming" else 4096)
+        for p in OF_MODELS
     },
 }
 
@@ -118,7 +124,7 @@ def test_sampled_output_is_the_models_own(strategy):
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=5)])
 @pytest.mark.parametrize("own_model", [False, True])
-@pytest.mark.parametrize("policy", [*POLICIES, "full"])
+@pytest.mark.parametrize("policy", [*OF_MODELS, "full"])
 def test_a_draft_that_sees_everything_is_always_accepted(policy, own_model, sampling):
     """The target drafts for itself, from its own cache or, as a draft model, from another one.
 
@@ -325,7 +331,7 @@ def test_a_streaming_draft_model_sees_sinks_and_window_at_positions_of_its_own(l
         engine.drafter.select()
 
 
-@pytest.mark.parametrize("policy", ["full", *POLICIES])
+@pytest.mark.parametrize("policy", ["full", *OF_MODELS])
 @pytest.mark.parametrize("vocab_size", [60, 97, 128])
 def test_padded_vocabularies_are_cut_to_the_targets(vocab_size, policy):
     """A draft with fewer rows never proposes the rest; one with more never proposes its own."""
@@ -439,6 +445,7 @@ def test_a_draft_model_reads_only_what_is_new_too(policy, monkeypatch):
         (lambda: Strategy("snapkv", reselect_every=-1), "at least 0"),
         (lambda: engine("full", None), "needs a draft model"),
         (lambda: engine("ngram", 4096), "no use for a draft model"),
+        (lambda: engine("mixed", 4096), "draft policy mixed has no use for a draft model"),
         (lambda: engine("full", 99), "context is 99 tokens, the text may have 100"),
         (lambda: engine("snapkv", 99), "--draft streaming needs"),
         (lambda: engine("streaming", 130), "with 5 drafts use 124 or less"),

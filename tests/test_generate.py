@@ -111,10 +111,10 @@ def test_every_way_to_draft_from_the_command_line(checkpoint, draft_checkpoint, 
 @pytest.mark.parametrize(
     "flags, names",
     [
-        ([], ["ngram", "streaming 40", "snapkv 40"]),
+        ([], ["ngram", "streaming 40", "mixed 40"]),
         (["--draft", "streaming"], ["streaming 40"]),
-        (["--speculate_k", "2"], ["ngram", "streaming 40", "snapkv 40"]),
-        (["--draft_budget", "10"], ["ngram", "streaming 10"]),  # too little for snapkv
+        (["--speculate_k", "2"], ["ngram", "streaming 40", "mixed 40"]),
+        (["--draft_budget", "10"], ["ngram", "streaming 10"]),  # too little for mixed
     ],
 )
 def test_automatic_choices_are_explained(
@@ -135,11 +135,11 @@ def test_automatic_choices_are_explained(
     considered = [c["draft"] for c in plan["candidates"]]
     assert sorted(considered + [d.split(":")[0] for d in plan["dropped"]]) == sorted(names)
     if flags[:1] == ["--draft"]:  # this one, from the first round on, whether it pays or not
-        assert plan["gamma"] in (2, 5) and considered == names
+        assert plan["gamma"] in (2, 5, 12) and considered == names
         assert "(the draft as asked)" in out and "no draft" not in out
         assert result["speculative"]["accepted_histogram"][0] > 0
     else:
-        assert plan["predicted_speedup"] >= 1 and plan["gamma"] in (0, 2, 5)
+        assert plan["predicted_speedup"] >= 1 and plan["gamma"] in (0, 2, 5, 12)
         assert "or no draft" in out
     assert {"speculative", "baseline", "speedup"} <= result.keys()
 
@@ -381,8 +381,13 @@ BAD_FLAGS = [
     (["--no_such_flag"], "no_such_flag"),
     (["--draft", "snapkv", "--draft_budget", "12"], "n_sink + obs_window + 1 = 13"),
     (["--draft", "snapkv", "--obs_window", "0"], "obs_window 0"),
-    (["--draft", "streaming", "--reselect_every", "5"], "nothing to reselect; use it with snapkv"),
+    (
+        ["--draft", "streaming", "--reselect_every", "5"],
+        "nothing to reselect; use it with snapkv, ",
+    ),
     (["--draft", "full"], "--draft_checkpoint_path"),
+    (["--draft", "foo", "--speculate_k", "0"], "draft policy 'foo' is unknown; known: none, "),
+    (["--draft", "auto", "--reselect_every", "-1"], "--reselect_every -1 must be at least 0"),
     (["--draft_checkpoint_path", "/nowhere/draft"], "/nowhere/draft/config.json does not exist"),
     (["--draft_checkpoint_path", "x", "--draft", "none"], "needs a draft"),
     (["--batch_size", "1000000000", "--prompt", "a"], "GiB free; use a smaller --batch_size"),

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from lookup import look_back, lookup
+from lookup import NGRAM, look_back, lookup
 from tests.reference import latest_match
 
 
@@ -17,8 +17,9 @@ def test_lookup_against_a_loop():
         for b, row in enumerate(rows):
             tokens[b, : len(row)] = torch.tensor(row)
         for gamma in (1, 4):
-            got = lookup(tokens, seq_len, gamma).tolist()
-            assert got == [latest_match(row, 3, gamma) for row in rows]
+            drafts, lengths = lookup(tokens, seq_len, gamma)
+            got = zip(drafts.tolist(), lengths.tolist(), strict=True)
+            assert [*got] == [latest_match(row, NGRAM, gamma) for row in rows]
 
 
 def judged(rows: list[list[int]], finished: list[bool], gamma: int) -> tuple[list[int], list[int]]:

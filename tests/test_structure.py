@@ -32,10 +32,10 @@ ALGORITHM = {  # ten chapters, and what they stand on
     "sampling": (290, ""),
     "batch": (265, "sampling"),
     "policies": (190, "batch kv_cache"),
-    "lookup": (70, ""),
+    "lookup": (75, ""),
     "drafter": (230, "batch kv_cache lookup model policies"),
     "draft_models": (170, "config drafter kv_cache model policies"),
-    "drafters": (130, "config draft_models drafter kv_cache lookup model policies"),
+    "drafters": (180, "config draft_models drafter kv_cache lookup model policies"),
     "graphs": (110, "batch"),
     "spec_decode": (
         450,
@@ -88,7 +88,7 @@ TEXT_STATE = {  # of batch.Batch
 }  # fmt: skip
 SHAPE = r"\[(\.{3}|\d+|[A-Z]\w*|n|dim|gamma|)([, +*-][^][]*)?\]"  # [B, T], [..., V], [2 * dim], []
 REGISTRY = "drafter_class"  # the function that looks a strategy's name up in DRAFTERS
-STRATEGIES = {"none", "full", "ngram", "model", "streaming", "snapkv"}
+STRATEGIES = {"none", "full", "ngram", "model", "streaming", "snapkv", "mixed"}
 
 
 class Source(NamedTuple):
