@@ -127,12 +127,17 @@ def check_name(policy: str) -> None:
         )
 
 
+def shared_policies() -> list[str]:
+    """Those by which a draft model drafts as well as the target itself."""
+    return [name for name in POLICIES if (name, False) not in DRAFTERS]
+
+
 def drafter_class(strategy: Strategy, own_model: bool) -> type[Drafter]:
     """Who does it. ValueError if nobody does, with a draft model or without one."""
     name = strategy.policy
     check_name(name)
     kind = DRAFTERS.get((name, own_model))
-    if kind is None and name in POLICIES and (name, False) not in DRAFTERS:
+    if kind is None and name in shared_policies():
         kind = DRAFTERS[ANY_POLICY, own_model]
     if kind is not None:
         return kind

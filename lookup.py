@@ -33,8 +33,8 @@ def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> tuple[Tensor, Tensor]
     same, matched = earlier.clone(), torch.zeros_like(tokens, dtype=torch.int8)
     for n in range(NGRAM):
         key = tokens.gather(1, (newest - n).clamp_min(0))
-        same[:, n:] &= tokens[:, : S - n] == key
-        same[:, :n] = False
+        same[:, n:].logical_and_(tokens[:, : S - n] == key)
+        same[:, :n].fill_(False)
         matched += same
     length = matched.amax(dim=1, keepdim=True)
     end = torch.where(earlier & (matched == length), end, -1).amax(dim=1, keepdim=True)

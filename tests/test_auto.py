@@ -92,7 +92,7 @@ def test_a_candidates_speedup_is_the_formula():
 @pytest.mark.parametrize("verify", [CHEAP, DEAR])
 def test_whatever_it_decides_the_output_is_the_models_own(monkeypatch, verify):
     model = tiny_model()
-    auto = prefilled(candidates("ngram", "streaming", "snapkv"), verify, monkeypatch)
+    auto = prefilled(candidates("ngram", "streaming", "mixed"), verify, monkeypatch)
     expected = [plain_greedy(model, p, 60) for p in PROMPTS]
     for _ in range(2):
         auto.engine.rewind()

@@ -70,7 +70,7 @@ def test_greedy_output_is_the_models_own(strategy, heads):
         assert decode(engine) == stats and engine.batch.outputs() == expected
 
 
-@pytest.mark.parametrize("strategy", [None, "streaming", "snapkv", "ngram"])
+@pytest.mark.parametrize("strategy", [None, "streaming", "mixed", "ngram"])
 def test_replays_equal_eager_rounds(strategy):
     """State by state, for 200 rounds; no row ends."""
     model = on_gpu(tiny_model())

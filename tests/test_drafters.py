@@ -8,7 +8,7 @@ import torch
 
 import policies
 from draft_models import StreamingModelDrafter
-from drafters import ANY_POLICY, DRAFTERS
+from drafters import ANY_POLICY, DRAFTERS, shared_policies
 from kernels import compile_blocks
 from kv_cache import NEVER, CacheSpec
 from measure import decode
@@ -45,7 +45,7 @@ def draft_model(context: int = 4096, vocab_size: int = 97, seed: int = 5) -> Tra
     return tiny_model(2, 1, vocab_size, seed, max_seq_len=context)
 
 
-OF_MODELS = [name for name in POLICIES if (name, False) not in DRAFTERS]  # draft models', too
+SHARED = shared_policies()
 RESELECTING = [name for name, policy in POLICIES.items() if policy.reselect_every]
 
 
@@ -62,19 +62,14 @@ STRATEGIES = {
         for p in POLICIES
     },
     **{
-        f"{p} once": (p, settings_of(p, reselect_every=0), None)
-        for p in RESELECTING
-        if p in OF_MODELS
+        f"{p} once": (p, settings_of(p, reselect_every=0), None) for p in RESELECTING if p in SHARED
     },
     **{
         f"draft model, {name}" if own_model else name: (name, {}, 4096 if own_model else None)
         for name, own_model in DRAFTERS
         if name not in (ANY_POLICY, *POLICIES)
     },
-    **{
-        f"draft model, {p}": (p, settings_of(p), 30 if p == "streaming" else 4096)
-        for p in OF_MODELS
-    },
+    **{f"draft model, {p}": (p, settings_of(p), 30 if p == "streaming" else 4096) for p in SHARED},
 }
 
 
@@ -124,7 +119,7 @@ def test_sampled_output_is_the_models_own(strategy):
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=5)])
 @pytest.mark.parametrize("own_model", [False, True])
-@pytest.mark.parametrize("policy", [*OF_MODELS, "full"])
+@pytest.mark.parametrize("policy", [*SHARED, "full"])
 def test_a_draft_that_sees_everything_is_always_accepted(policy, own_model, sampling):
     """The target drafts for itself, from its own cache or, as a draft model, from another one.
 
@@ -331,7 +326,7 @@ def test_a_streaming_draft_model_sees_sinks_and_window_at_positions_of_its_own(l
         engine.drafter.select()
 
 
-@pytest.mark.parametrize("policy", ["full", *OF_MODELS])
+@pytest.mark.parametrize("policy", ["full", *SHARED])
 @pytest.mark.parametrize("vocab_size", [60, 97, 128])
 def test_padded_vocabularies_are_cut_to_the_targets(vocab_size, policy):
     """A draft with fewer rows never proposes the rest; one with more never proposes its own."""

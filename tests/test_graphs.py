@@ -10,7 +10,7 @@ from scripts.cuda_offline.graphs import NEW_TOKENS, PROMPTS, engine_for, strateg
 from tests.reference import plain_greedy, tiny_model
 
 
-@pytest.mark.parametrize("name", ["none", "ngram", "streaming", "snapkv by a draft model"])
+@pytest.mark.parametrize("name", ["none", "ngram", "mixed", "streaming", "snapkv by a draft model"])
 def test_replays_are_the_models_own_text(name):
     """A graph keeps what Python decided while it was captured; nothing of that may be a length."""
     made, (strategy, context) = [], strategies()[name]

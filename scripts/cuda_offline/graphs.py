@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from drafters import shared_policies
 from graphs import LAG, Graphs, Watch
 from policies import POLICIES, Strategy
 from refill import generate
@@ -150,8 +151,9 @@ def strategies() -> dict[str, tuple[Strategy, int | None]]:
     for policy in POLICIES:
         strategy = Strategy(policy, 3, 24, 3, obs_window=7)
         found[policy] = (strategy, None)
-        context = 40 if policy == "streaming" else 4096  # so short that it anchors anew
-        found[f"{policy} by a draft model"] = (strategy, context)
+        if policy in shared_policies():
+            context = 40 if policy == "streaming" else 4096  # so short that it anchors anew
+            found[f"{policy} by a draft model"] = (strategy, context)
     found["full by a draft model"] = (Strategy("full", 3), 4096)
     return found
 

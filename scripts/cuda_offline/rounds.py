@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 from config import ModelConfig
+from drafters import shared_policies
 from policies import POLICIES, Strategy
 from sampling import Sampling
 from scripts.cuda_offline import pretend
@@ -24,7 +25,7 @@ DRAFT = ModelConfig(64, 1, 4, 2, 16, 128, 990, max_seq_len=8192)
 SHORT = ModelConfig(64, 1, 4, 2, 16, 128, 990, max_seq_len=200)  # cannot read the whole text
 STRATEGIES = [
     ("none", None), ("ngram", None), *((policy, None) for policy in POLICIES),
-    ("full", DRAFT), *((policy, DRAFT) for policy in POLICIES if policy != "streaming"),
+    ("full", DRAFT), *((policy, DRAFT) for policy in shared_policies() if policy != "streaming"),
     ("streaming", SHORT),
 ]  # fmt: skip
 
