@@ -37,6 +37,7 @@ from cost_model import (
     main,
     memory_bytes,
     omega,
+    parse_args,
     plan,
     read_acceptance,
     round_cost,
@@ -207,6 +208,15 @@ def test_the_plan_ranks_and_never_loses():
     own = [d for d in drafts if d.model is None]
     assert plan(LLAMA, A100, Workload(1, 256), own)[0].strategy == PLAIN
     assert plan(LLAMA, A100, Workload(64, 64000, 8), drafts)[0].speedup > 1.4
+
+
+def test_where_drafts_are_cheap_and_kept_the_plan_has_long_ones():
+    """The default gammas reach 12, and at a usual acceptance no such round is proposed."""
+    gammas, w = parse_args([]).gamma, Workload(64, 64000, 8)
+    for alpha, longest in ((0.98, True), (0.8, False)):
+        table = [Acceptance("mixed", False, 512, 64000, alpha, "")]
+        best = plan(LLAMA, A100, w, all_strategies({}, [512], gammas), table)[0].strategy
+        assert (best.policy, best.gamma == max(gammas) == 12) == ("mixed", longest)
 
 
 def test_acceptance_comes_from_the_nearest_measurement():
