@@ -10,12 +10,12 @@ from spec_decode import Engine
 from tests.reference import tiny_model
 from tests.test_spec_decode import GREEDY, PROMPTS
 
-GAMMA, WRONG = 3, 96
+GAMMA, WRONG = 3, 999
 KEY = [*range(1, NGRAM + 2)]
 START = 2 * len(KEY) + 1  # so many tokens end with a key that occurred before
 MISLEADING = [token for i in range(40) for token in (*KEY, 20 + i)]  # lookup is wrong after a key
 PERIODIC = KEY * 50
-NEW = [10 + i % 80 for i in range(80)]  # nothing repeats so soon
+NEW = [*range(300, 500)]  # nothing repeats
 
 
 class Game:
@@ -77,16 +77,17 @@ def test_a_row_in_which_lookup_is_wrong_gives_it_up_and_comes_back(monkeypatch):
     ([MISLEADING, MISLEADING], [True, True]), ([PERIODIC, PERIODIC], [False, False]),
 ])  # fmt: skip
 def test_it_is_as_good_as_the_better_part_in_every_row(monkeypatch, texts, right):
-    """In tokens of 15 rounds, but for those in which a row learns whom to believe."""
+    """In tokens of 45 rounds, but for the few in which a misled row learns whom to believe."""
     tokens = {}
     for kind in (MixedDrafter, LookupDrafter, SelfDrafter):
         game = Game(monkeypatch, texts, right, kind)
-        for _ in range(15):
+        for _ in range(45):
             game.round()
         tokens[kind] = game.batch.seq_len - START
     mixed, copied, own = tokens.values()
-    assert (mixed >= copied.maximum(own) - 5 * GAMMA).all()
-    assert mixed[-1] == copied.maximum(own)[-1] or texts[-1] is MISLEADING
+    better = copied.maximum(own)
+    assert (mixed >= 0.9 * better).all()
+    assert all(mixed[b] == better[b] for b in range(2) if texts[b] is not MISLEADING)
 
 
 def test_a_row_that_begins_anew_has_learned_nothing(monkeypatch):
