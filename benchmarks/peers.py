@@ -3,7 +3,7 @@
     python3 -m venv peers
     peers/bin/pip install -r requirements.txt transformers gguf
     CMAKE_ARGS="-DGGML_NATIVE=ON" peers/bin/pip install llama-cpp-python  # some minutes
-    peers/bin/python benchmarks/peers.py          # needs 10 GB of memory
+    peers/bin/python benchmarks/peers.py          # needs 16 GB of memory
     peers/bin/python benchmarks/peers.py --smoke  # tiny sizes, nothing compiled: does it run?
 
 An environment of its own, because this program needs none of the others. llama.cpp is compiled for
@@ -13,8 +13,8 @@ Every program decodes the demo checkpoint greedily in float32 on the CPU, with a
 torch has: rows of one length, the beginnings of standard modules. The first new token belongs to
 the prefill, which is not counted; a step is one token of every row, with speculation one round.
 
-transformers     `generate`, as it is by default, and with its static cache, compiled
-gpt-fast style   `gpt_fast.py`
+transformers     `generate`, as it is by default, and compiled with its static cache
+gpt-fast style   `gpt_fast.py`; both also *unfused*, without PyTorch's kernel for attention
 llama.cpp        a sequence per row and one token of each per batch, with and without flash
                  attention; K and V in float32 as all others have them, and in float16, its default
 
@@ -129,9 +129,9 @@ def stepped(task: Task, first: list[int], step: Callable[[list[int], int], list[
     return Sweep(differences(at), [list(row) for row in zip(*tokens, strict=True)])
 
 
-def gpt_fast(task: Task) -> Callable[[], Sweep]:
+def gpt_fast(task: Task, fused: bool) -> Callable[[], Sweep]:
     """See `gpt_fast.py`."""
-    decoder = GptFast(load(), len(task.prompts), task.length, task.compiled)
+    decoder = GptFast(load(), len(task.prompts), task.length, fused, task.compiled)
     first = decoder.prefill(torch.tensor(task.prompts)).tolist()
     return lambda: stepped(
         task, first, lambda tokens, pos: decoder.decode_one(torch.tensor(tokens), pos).tolist()
@@ -152,13 +152,15 @@ class Clock:
         """Called when all is done."""
 
 
-def transformers(task: Task, static: bool) -> Callable[[], Sweep]:
+def transformers(task: Task, static: bool, attention: str = "sdpa") -> Callable[[], Sweep]:
     """`generate`, which reads the prompts again in every sweep."""
     from transformers import AutoModelForCausalLM, CompileConfig, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(DEMO_CHECKPOINT, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        DEMO_CHECKPOINT, dtype=torch.float32, attn_implementation=attention
+    )
     model.generation_config.eos_token_id = None
     ids = torch.tensor(task.prompts)
     how = {"attention_mask": torch.ones_like(ids), "do_sample": False}
@@ -197,7 +199,9 @@ PROGRAMS: dict[str, Program] = {
     f"this program, streaming, gamma {GAMMA}": partial(this_program, gamma=GAMMA),
     "transformers": partial(transformers, static=False),
     "transformers, static cache, compiled": partial(transformers, static=True),
-    "gpt-fast style": gpt_fast,
+    "transformers, the same, unfused": partial(transformers, static=True, attention="eager"),
+    "gpt-fast style": partial(gpt_fast, fused=True),
+    "gpt-fast style, unfused": partial(gpt_fast, fused=False),
 } | {
     f"llama.cpp, {kv} KV{', flash attention' * flash}": partial(llama_cpp, kv=kv, flash=flash)
     for kv in ("F32", "F16")

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def run_main(tmp_path, monkeypatch):
     ("strategies", {"topics", "recall", "long", "quarters", "grid"}),
     ("auto", {"cells"}),
     ("offline", {"runs", "sharing", "prediction_error"}),
+    ("peers", {"programs", "failed"}),
 ])  # fmt: skip
 def test_smoke(run_main, name, keys):
     out = run_main(name, "--smoke")
@@ -53,6 +55,8 @@ def test_smoke(run_main, name, keys):
             assert all(r["identical"] == r["rows"] == 2 for r in workload["results"])
     elif name == "offline":
         check_offline(result)
+    elif name == "peers":
+        check_peers(result)
 
 
 def check_offline(result: dict) -> None:
@@ -65,6 +69,26 @@ def check_offline(result: dict) -> None:
         assert ours["row_rounds"] == theirs["row_rounds"] and ours["rounds"] < theirs["rounds"]
         assert ours["busy_share"] > theirs["busy_share"]
     assert runs["static, plain"]["row_rounds"] == runs["static, plain"]["decoded_tokens"]
+
+
+def check_peers(result: dict) -> None:
+    """Whatever is installed finds this program's tokens; what is not says so."""
+    done, failed = result["programs"], result["failed"]
+    assert done.keys() >= {"this program", "gpt-fast style", "gpt-fast style, unfused"}
+    assert len(done) + len(failed) == 11
+    assert all("No module named" in why for why in failed.values())
+    for r in done.values():
+        assert r["identical"] == r["rows"] == 2 and r["same_tokens"] == [6, 6]
+        assert r["ms_per_step"] > 0 and r["tokens_per_s"] > 0
+    plain, drafted = (r for name, r in done.items() if name.startswith("this program"))
+    assert plain["speedup"] == 1 and drafted["steps"] <= plain["steps"] == 5
+
+
+def test_a_program_that_fails_in_its_process_is_told_in_one_line():
+    from benchmarks.peers import caller
+
+    with ExitStack() as stack, pytest.raises(RuntimeError, match="^KeyError: 'no program'$"):
+        caller("no program", None, stack)()
 
 
 def test_usual_lengths_are_those_of_rows_that_run():
