@@ -1,10 +1,10 @@
 """Plain decoding of this program beside other programs: one model, one sitting, one table.
 
-    python3 -m venv peers
-    peers/bin/pip install -r requirements.txt transformers gguf
-    CMAKE_ARGS="-DGGML_NATIVE=ON" peers/bin/pip install llama-cpp-python  # some minutes
-    peers/bin/python benchmarks/peers.py          # needs 16 GB of memory
-    peers/bin/python benchmarks/peers.py --smoke  # tiny sizes, nothing compiled: does it run?
+    python3 -m venv ../peers
+    ../peers/bin/pip install -r requirements.txt transformers gguf
+    CMAKE_ARGS="-DGGML_NATIVE=ON" ../peers/bin/pip install llama-cpp-python  # some minutes
+    ../peers/bin/python benchmarks/peers.py          # needs 16 GB of memory
+    ../peers/bin/python benchmarks/peers.py --smoke  # tiny sizes, nothing compiled: does it run?
 
 An environment of its own, because this program needs none of the others. llama.cpp is compiled for
 this machine and wants a C++ compiler and cmake, which `pip install cmake` has.
