@@ -30,6 +30,7 @@ from drafter import Drafter, Target, within_vocabulary
 from kv_cache import KVCache
 from model import Caches, Transformer
 from policies import Strategy
+from selection import Selection
 
 
 class ModelDrafter(Drafter):
@@ -94,14 +95,19 @@ class SparseModelDrafter(ModelDrafter):
         self.sparse = self.read = self.caches[1]
         self.write = (self.sparse, self.full)
         self.n_selected = self.sparse.n_selected
+        self.selection = Selection(strategy, draft_model, self.full, self.sparse)
 
     @staticmethod
     def build(strategy, spec, capacity, finished=None) -> Caches:
         full = KVCache.empty(spec, capacity, finished)
         return full, strategy.sparse_cache(spec, full.capacity)
 
+    def renew(self, b: int | None = None) -> None:
+        tokens = within_vocabulary(self.own_model, self.batch.tokens)
+        self.selection.renew(tokens, self.batch.seq_len - 2 - self.offset, b)
+
     def select(self, b: int | None = None) -> None:
-        self.load(self.sparse, self.full, self.batch.seq_len - 2, b)
+        self.selection.select(self.batch.seq_len - 2 - self.offset, b)
 
 
 class StreamingModelDrafter(SparseModelDrafter):
@@ -131,6 +137,9 @@ class StreamingModelDrafter(SparseModelDrafter):
     def catch_up(self, n_read: Tensor, b: int | None = None) -> None:
         """Nothing to do: it never reads the whole text."""
 
+    def renew(self, b: int | None = None) -> None:
+        """Nothing to do: every selection does."""
+
     def select(self, b: int | None = None) -> None:
         """Re-anchor: read sinks and newest tokens again, from position 0."""
         K, n_sink, n_cached = self.strategy.budget, self.strategy.n_sink, self.batch.seq_len - 2
@@ -143,4 +152,5 @@ class StreamingModelDrafter(SparseModelDrafter):
         tokens = self.batch.tokens[rows].gather(1, pos.clamp_max(self.batch.tokens.shape[1] - 1))
         tokens = within_vocabulary(self.own_model, tokens)
         self.own_model.hidden(tokens, own_pos.expand_as(tokens), full)
-        self.load(self.sparse, self.full, n_cached - self.offset, b)
+        super().renew(b)
+        super().select(b)

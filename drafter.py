@@ -12,19 +12,18 @@ has read of each row, `refresh` reads the rest, and lets the policy select again
 A row with a new prompt is told twice: `forget` when its reading begins, `start` when it runs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from batch import Batch
-from kv_cache import CacheSpec, KVCache, SparseKVCache
+from kv_cache import CacheSpec, KVCache
 from lookup import Histograms
 from model import Caches, Transformer
-from policies import Layer, Strategy, observed
+from policies import Strategy
 
 
 class Target(NamedTuple):
@@ -107,6 +106,9 @@ class Drafter:
     def catch_up(self, n_read: Tensor, b: int | None = None) -> None:  # [B]
         """Read the decided text behind the first n_read tokens of every row, or of row b."""
 
+    def renew(self, b: int | None = None) -> None:
+        """Make anew what rounds keep up to date for selecting, in every row or in row b."""
+
     def select(self, b: int | None = None) -> None:
         """Load, from all of the decided text, what drafting reads, in every row or in row b."""
 
@@ -125,6 +127,8 @@ class Drafter:
         """
         self.read_missed()
         last, every, short = self.selected_at, self.select_every, self.n_selected
+        if last is None:
+            self.renew()
         if (
             last is None
             or (every and now - last >= every)
@@ -159,36 +163,12 @@ class Drafter:
         self.waiting.discard(b)
         if not self.away:
             self.catch_up(self.n_read, b)
+            self.renew(b)
             self.select(b)
 
     def rewind(self) -> None:
         """The text ends behind the prompts again."""
         self.n_read, self.selected_at = self.n_read.minimum(self.batch.prompt_len), None
-
-    def load(
-        self,
-        sparse: SparseKVCache,
-        full: KVCache,
-        n_cached: Tensor,  # [B]
-        b: int | None,
-    ) -> None:
-        """Let the policy choose, layer by layer, what `sparse` keeps of row b's n_cached tokens.
-
-        None: of all rows.
-        """
-        tokens, policy, n_sink = self.batch.tokens, self.strategy.entry, self.strategy.n_sink
-        if b is not None:
-            sparse, full = sparse.row(b), full.row(b)
-            tokens, n_cached = tokens[b : b + 1], n_cached[b : b + 1]
-        queries: Iterator[Tensor | None] = repeat(None)
-        windows, model = full.spec.windows, self.own_model or self.target.model
-        if policy.observes and None in windows:
-            pos = observed(n_cached, self.strategy.n_observed)
-            queries = model.queries(within_vocabulary(model, tokens.gather(1, pos)), pos, full)
-        for i, (window, q) in enumerate(zip(windows, queries, strict=False)):
-            layer = Layer(full.k[i], full.v[i], n_cached, n_sink, q)
-            selected = policy.select(layer, sparse.n_selected) if window is None else None
-            sparse.fill(i, full, selected, n_cached)
 
 
 def within_vocabulary(model: Transformer, tokens: Tensor) -> Tensor:  # [B, T] int64, both

@@ -24,6 +24,7 @@ from kv_cache import NEVER, KVCache
 from lookup import NGRAM, Histograms, look_back, lookup
 from model import Caches, Transformer
 from policies import POLICIES, Strategy
+from selection import Selection
 
 OPTIMISM = 0.5  # drafts that lookup is believed to keep more, before a row has learned
 RATE = 0.1  # weight of the latest round in what it has learned
@@ -37,13 +38,17 @@ class SelfDrafter(Drafter):
         super().__init__(strategy, target)
         (self.sparse,) = self.writes = self.caches
         self.n_selected = self.sparse.n_selected
+        self.selection = Selection(strategy, target.model, target.full, self.sparse)
 
     @staticmethod
     def build(strategy, spec, capacity, finished=None) -> Caches:
         return (strategy.sparse_cache(spec, capacity),)
 
+    def renew(self, b: int | None = None) -> None:
+        self.selection.renew(self.batch.tokens, self.batch.seq_len - 1, b)
+
     def select(self, b: int | None = None) -> None:
-        self.load(self.sparse, self.target.full, self.batch.seq_len - 1, b)
+        self.selection.select(self.batch.seq_len - 1, b)
 
     def logits(self, i: int, token: Tensor) -> Tensor:
         return self.target.model(token, self.batch.seq_len[:, None] - 1 + i, self.sparse)[:, -1]

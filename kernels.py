@@ -37,6 +37,12 @@ def compiler_runs(device: torch.device) -> bool:
     return True
 
 
+def compile_options(device: torch.device) -> dict | None:
+    """Settings of Inductor. On CUDA nothing is autotuned, see `compile_blocks`."""
+    one_version = {"triton.autotune_pointwise": False, "deterministic": True}
+    return one_version if device.type == "cuda" else None
+
+
 def compile_blocks(model) -> None:  # a model.Transformer
     """Compile every block, in place, into one shared function per (T, cache geometry).
 
@@ -47,9 +53,7 @@ def compile_blocks(model) -> None:  # a model.Transformer
     # One entry per T and cache: few, but more than the default of 8. It is for the whole process,
     # because it counts where a new shape is run for the first time, in anybody's code.
     torch._dynamo.config.recompile_limit = 64
-    device = model.norm.weight.device
-    one_version = {"triton.autotune_pointwise": False, "deterministic": True}
-    options = one_version if device.type == "cuda" else None
+    options = compile_options(model.norm.weight.device)
     for layer in model.layers:
         layer.compile(fullgraph=True, dynamic=False, options=options)
     model.compiled = True

@@ -39,8 +39,10 @@ because it is fed two tokens at once, and the second is written before the first
 The rest of gamma + 1 is a margin.
 
 A *policy* (`policies.py`) returns the positions to keep of one layer, ``[B, Hkv, n_selected]``, and
-`SparseKVCache.fill` gathers them. A layer with a window offers no choice: there a draft sees the
-newest min(K, window) tokens.
+`Selected.fill` gathers them. A layer with a window offers no choice: there a draft sees the
+newest min(K, window) tokens. A policy that observes is shown the newest tokens' queries. Who writes
+K and V into this cache has computed them, so they go into one more ring, of as many slots as it
+observes and the same slack: what was rejected has not overwritten those that count.
 
 **Read one, write several.** A forward reads one cache and writes the K and V of its tokens into any
 number of them. In self-speculation a verification reads the full cache and writes both, so the
@@ -84,6 +86,16 @@ class Access(NamedTuple):
     kernel_options: dict | None = None  # for flex_attention
 
 
+class Write(NamedTuple):
+    """Where one layer puts what it computes of the tokens of a forward."""
+
+    k: Tensor  # [B, Hkv, S, D]
+    v: Tensor  # [B, Hkv, S, D]
+    slot: Tensor  # [B, T]
+    q: Tensor | None = None  # [B, H, n_ring, D], of scaled queries; None: nobody asks for them
+    q_slot: Tensor | None = None  # [B, T]
+
+
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
     """Geometry of a cache: everything but its number of slots."""
@@ -115,6 +127,11 @@ class CacheSpec:
     def stored_dtype(self) -> torch.dtype:
         """Of K and V in the buffers."""
         return self.kv_dtype or self.dtype
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of what is multiplied with K, or computed from it: that of K, of 16 bits at least."""
+        return self.stored_dtype if self.stored_dtype.itemsize > 1 else torch.bfloat16
 
     @property
     def prefill_chunk(self) -> int:
@@ -231,6 +248,10 @@ class KVCache:
         return once_each(lambda ring: pos % ring if ring in self.rings else pos,
                          (k.shape[2] for k in self.k))  # fmt: skip
 
+    def writes(self, pos: Tensor) -> list[Write]:  # [B, T]
+        """The same with the buffers, layer by layer."""
+        return [Write(*layer) for layer in zip(self.k, self.v, self.slots(pos), strict=True)]
+
     def access(self, pos: Tensor) -> list[Access]:  # [B, T], consecutive within a row
         """How queries at these positions read each layer."""
 
@@ -304,34 +325,85 @@ class KVCache:
         )
 
 
+class Selected(NamedTuple):
+    """Where the selection of one layer is."""
+
+    k: Tensor  # [B, Hkv, slots, D], in the first n_selected slots
+    v: Tensor  # [B, Hkv, slots, D]
+    pos: Tensor  # [B, Hkv, n_selected] int64, NEVER: nothing
+
+    def fill(self, k: Tensor, v: Tensor, pos: Tensor, n_cached: Tensor) -> None:
+        """Load tokens from a layer of the full cache, in place.
+
+        k and v are [B, Hkv, S, D]; positions [B, Hkv, n_selected] that it does not hold yet
+        (>= n_cached [B]) stay invisible for good.
+        """
+        (B, Hkv, n), device = pos.shape, pos.device
+        b, h, slot = (torch.arange(size, device=device) for size in (B, Hkv, n))
+        b, h = b[:, None, None], h[:, None]
+        unknown = pos >= n_cached[:, None, None]
+        self.pos.copy_(pos.masked_fill(unknown, NEVER))
+        known = pos.masked_fill(unknown, 0)
+        self.k[b, h, slot] = k[b, h, known]  # compiled, this is one pass
+        self.v[b, h, slot] = v[b, h, known]
+
+
 class SparseKVCache:
     """The draft's cache: selected tokens and a ring of the newest; see the module docstring."""
 
-    def __init__(self, spec: CacheSpec, n_selected: int, n_recent: int, gamma: int) -> None:
+    def __init__(
+        self,
+        spec: CacheSpec,
+        n_selected: int,
+        n_recent: int,
+        gamma: int,
+        n_observed: int = 0,  # newest tokens whose queries are kept too
+        summary: tuple[int, ...] = (),  # shape of what a policy keeps of a row's KV head and layer
+    ) -> None:
         self.spec, self.slack, K = spec, gamma + 1, n_selected + n_recent
         self.n_selected, self.n_recent = n_selected, n_recent  # of layers without a window
+        self.n_observed = n_observed
         self.parts = [(n_selected, n_recent) if w is None else (0, min(K, w)) for w in spec.windows]
         n_slots = [sum(part) + self.slack for part in self.parts]
         self.k, self.v = allocate(spec, n_slots), allocate(spec, n_slots)
+        ring = (spec.n_kv_head * spec.n_group, n_observed + self.slack, spec.head_dim)
+        self.q = self.beside(*(ring if n_observed else ()))  # [B, H, n_ring, D]
+        self.summary = self.beside(*((spec.n_kv_head, *summary) if summary else ()))
         shape = (spec.windows.count(None), spec.batch_size, spec.n_kv_head, n_selected)
         self.selected_pos = torch.full(shape, NEVER, device=self.k[0].device)
 
+    def beside(self, *shape: int) -> list[Tensor | None]:
+        """A zeroed tensor [B, ...] of that shape for each layer without a window; None if empty."""
+        size = self.spec.batch_size, *shape
+        like = {"dtype": self.spec.wide, "device": self.k[0].device}
+        whole = [w is None and bool(shape) for w in self.spec.windows]
+        return [torch.zeros(size, **like) if wanted else None for wanted in whole]
+
     @property
     def n_bytes(self) -> int:
-        """Bytes of K and V in all buffers."""
-        return sum(t.nbytes for t in self.k + self.v)
+        """Bytes of all buffers but the selected positions."""
+        every = self.k + self.v + self.q + self.summary
+        return sum(t.nbytes for t in every if t is not None)
 
     def row(self, b: int) -> "SparseKVCache":
         """Row b alone, a view that shares its memory."""
         rows, part = slice(b, b + 1), copy(self)
         part.spec = replace(self.spec, batch_size=1)
-        part.k, part.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
+        for name in ("k", "v", "q", "summary"):
+            buffers = getattr(self, name)
+            setattr(part, name, [None if t is None else t[rows] for t in buffers])
         part.selected_pos = self.selected_pos[:, rows]
         return part
 
     def slots(self, pos: Tensor) -> list[Tensor]:  # [B, T] -> per layer [B, T]
         """Where tokens at these positions are written."""
         return once_each(lambda part: part[0] + pos % (part[1] + self.slack), self.parts)
+
+    def writes(self, pos: Tensor) -> list[Write]:  # [B, T]
+        """The same with the buffers, layer by layer, and where their queries are."""
+        q_slot = pos % (self.n_observed + self.slack)
+        layers = zip(self.k, self.v, self.slots(pos), self.q, strict=True)
+        return [Write(k, v, slot, q, None if q is None else q_slot) for k, v, slot, q in layers]
 
     def access(self, pos: Tensor) -> list[Access]:  # [B, T], consecutive within a row
         """How queries at these positions read each layer."""
@@ -357,24 +429,16 @@ class SparseKVCache:
         ring = self.in_ring(pos, self.n_recent).expand(*selected.shape[:-1], -1)
         return torch.cat((selected, ring), dim=-1)
 
-    def fill(self, i: int, full: KVCache, selected_pos: Tensor | None, n_cached: Tensor) -> None:
-        """Load selection and window of layer i from the full cache, in place.
+    def follow(self, full: KVCache, n_cached: Tensor) -> None:  # [B]
+        """Load the window of every layer from the full cache, in place."""
+        rows = torch.arange(len(n_cached), device=n_cached.device)[:, None]
+        for i, (n_selected, n_recent) in enumerate(self.parts):
+            slot = torch.arange(n_recent + self.slack, device=n_cached.device)
+            pos = ring_pos(n_cached[:, None] - 1, slot, len(slot)).clamp_min(0)
+            for own, source in ((self.k[i], full.k[i]), (self.v[i], full.v[i])):
+                own[:, :, n_selected:] = source[rows, :, pos % source.shape[2]].transpose(1, 2)
 
-        selected_pos [B, Hkv, n_selected] are positions, in a policy's answer; those that the full
-        cache does not hold yet (>= n_cached [B]) stay invisible for good. None: the layer has a
-        window.
-        """
-        slot = torch.arange(self.parts[i][1] + self.slack, device=n_cached.device)
-        pos = ring_pos(n_cached[:, None, None] - 1, slot, len(slot))
-        pos = pos.expand(-1, self.spec.n_kv_head, -1)
-        if selected_pos is not None:
-            unknown = selected_pos >= n_cached[:, None, None]
-            rank = self.spec.windows[:i].count(None)
-            self.selected_pos[rank] = selected_pos.masked_fill(unknown, NEVER)
-            pos = torch.cat((selected_pos, pos), dim=-1)
-        index = pos.clamp_min(0) % full.k[i].shape[2]
-        index = index[..., None].expand(-1, -1, -1, self.spec.head_dim)
-        for source, target in ((full.k[i], self.k[i]), (full.v[i], self.v[i])):
-            if source.dtype.itemsize == 1:  # of float8 only the bits can be gathered
-                source, target = source.view(torch.uint8), target.view(torch.uint8)
-            torch.gather(source, 2, index, out=target)
+    def selected(self, i: int) -> Selected:
+        """Where the selection of layer i goes, which has no window."""
+        rank = self.spec.windows[:i].count(None)
+        return Selected(self.k[i], self.v[i], self.selected_pos[rank])

@@ -43,7 +43,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 import cpu_attention
 from config import ModelConfig
 from kernels import flex_runs
-from kv_cache import Access, KVCache, Span, SparseKVCache, fold_mask, once_each, seen
+from kv_cache import Access, KVCache, Span, SparseKVCache, Write, fold_mask, once_each, seen
 
 SHORT = 64  # tokens per forward, at least, where few of a text are new
 TAIL = 0.6  # of a chunk: it is faster than short forwards for more tokens than this (LOG.md)
@@ -51,7 +51,6 @@ Caches = tuple[KVCache | SparseKVCache, ...]
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [B, T, 1, D/2] float32
 # K and V of a layer [B, Hkv, S, D], or None for those of the tokens themselves; and who sees what.
 Read = tuple[Tensor | None, Tensor | None, Access]
-Write = tuple[Tensor, Tensor, Tensor]  # K and V of a layer [B, Hkv, S, D], and slots [B, T]
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -181,21 +180,15 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         rows = torch.arange(B, device=x.device)[:, None]
-        for k_buffer, v_buffer, slot in write:
-            k_buffer[rows, :, slot] = k.to(k_buffer.dtype)  # stays in place under torch.compile
-            v_buffer[rows, :, slot] = v.to(v_buffer.dtype)
+        for to in write:
+            to.k[rows, :, to.slot] = k.to(to.k.dtype)  # stays in place under torch.compile
+            to.v[rows, :, to.slot] = v.to(to.v.dtype)
+            if to.q is not None:
+                to.q[rows, :, to.q_slot] = (q * c.attention_scale).to(to.q.dtype)
         k_read, v_read, access = read
         if k_read is None:
             k_read, v_read = k.transpose(1, 2), v.transpose(1, 2)
         return self.wo(attend(q, k_read, v_read, access, c.attention_scale, c.attention_cap))
-
-    def queries(self, x: Tensor, rope: Rope) -> Tensor:
-        """The queries alone, [B, T, H, D], rotated; their products with keys are the scores."""
-        c = self.config
-        width = c.n_head * c.head_dim
-        bias = self.wqkv.bias[:width] if c.qkv_bias else None
-        q = F.linear(x, self.wqkv.weight[:width], bias).unflatten(-1, (-1, c.head_dim))
-        return rotate(self.q_norm(q) if c.qk_norm else q, *rope) * c.attention_scale
 
 
 class FeedForward(nn.Module):
@@ -298,19 +291,6 @@ class Transformer(nn.Module):
             x = layer(x, rope, *part)
         return x
 
-    def queries(
-        self,
-        tokens: Tensor,  # [B, T]
-        pos: Tensor,  # [B, T]
-        read: KVCache,  # holds K and V of these tokens, and is not written
-    ) -> Iterator[Tensor]:
-        """Layer by layer the queries [B, T, H, D] of the tokens, see `Attention.queries`."""
-        x = self.embed(tokens)
-        memory = self.memory(pos, read, ())
-        for layer, rope, part in zip(self.layers, self.ropes(pos), memory, strict=True):
-            yield layer.attention.queries(layer.attention_norm(x), rope)
-            x = layer(x, rope, *part)
-
     def embed(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, dim]
         """What enters the first layer. The scale is rounded as the weights are."""
         x, scale = self.tok_embeddings(tokens), self.config.embedding_scale
@@ -327,11 +307,9 @@ class Transformer(nn.Module):
             accesses = once_each(lambda w: self.causal(pos, w), self.config.windows)
             return [((None, None, access), []) for access in accesses]
         write = (read,) if write is None else write
-        slots = [cache.slots(pos) for cache in write]
-        return [
-            ((k, v, access), [(c.k[i], c.v[i], s[i]) for c, s in zip(write, slots, strict=True)])
-            for i, (k, v, access) in enumerate(zip(read.k, read.v, read.access(pos), strict=True))
-        ]
+        writes = [cache.writes(pos) for cache in write]
+        reads = zip(read.k, read.v, read.access(pos), strict=True)
+        return [(layer, [w[i] for w in writes]) for i, layer in enumerate(reads)]
 
     def causal(self, pos: Tensor, window: int | None) -> Access:
         """How [B, T] tokens see each other without a cache; a mask only where it takes one."""

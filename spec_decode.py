@@ -337,6 +337,7 @@ class Engine:
                     for n_read in (0, 1):  # it may have missed a prompt, or some rounds
                         self.drafter.catch_up(torch.full_like(self.batch.seq_len, n_read))
                     for b in (None, 0) if refills else (None,):
+                        self.drafter.renew(b)
                         self.drafter.select(b)
                 for gamma in {0, self.gamma}:
                     self.eager_round(gamma)

@@ -131,7 +131,7 @@ def reference_logits(
 
 
 def snapkv_scores(queries: list, keys: list, obs_window: int, pool: int) -> list[list[float]]:
-    """Per KV head, the pooled attention that each token before the window receives from it.
+    """Per KV head, the pooled attention that each token receives from the newest ones.
 
     queries [token][head] and keys [token][KV head] are those of one layer.
     """
@@ -140,16 +140,16 @@ def snapkv_scores(queries: list, keys: list, obs_window: int, pool: int) -> list
     scores = []
     for h in range(Hkv):
         stacked = torch.stack([key[h] for key in keys]) / math.sqrt(len(keys[0][h]))
-        received = [0.0] * start
+        received = [0.0] * n
         for head in range(H):
             if head // (H // Hkv) != h:
                 continue
             for q in range(start, n):
                 x = [math.exp(v) for v in (stacked[: q + 1] @ queries[q][head]).tolist()]
-                for p in range(start):
+                for p in range(q + 1):
                     received[p] += x[p] / sum(x) / (H // Hkv) / (n - start)
         reach = pool // 2
-        around = [received[max(p - reach, 0) : p + reach + 1] for p in range(start)]
+        around = [received[max(p - reach, 0) : p + reach + 1] for p in range(n)]
         scores.append([sum(values) / pool for values in around])
     return scores
 

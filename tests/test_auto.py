@@ -29,6 +29,7 @@ from policies import POLICIES, Strategy
 from refill import generate
 from roofline import HARDWARE, Workload, forward_time
 from sampling import Sampling
+from selection import Selection
 from spec_decode import Engine
 from tests.reference import plain_greedy, tiny_model
 from tests.test_spec_decode import PROMPTS
@@ -454,7 +455,7 @@ def test_a_draft_that_did_not_pay_is_not_tried_for_what_one_acceptance_would_say
 
 
 MACHINE = replace(HARDWARE["cpu"], flop_efficiency=0.05, layer_seconds=1e-6)
-T_SELECT = 0.5  # seconds of a selection's forward
+T_SELECT = 0.5  # seconds of a selection
 
 
 def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) -> list[float]:
@@ -463,7 +464,7 @@ def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) ->
     A draft step reads 24 tokens. No time passes otherwise. Returns the clock.
     """
     clock, model, config = [0.0], engine.model, engine.model.config
-    hidden, queries = model.hidden, model.queries
+    hidden, select = model.hidden, Selection.select
 
     def timed_hidden(tokens, pos, read=None, write=None):
         w, T = Workload(len(tokens), int(pos[0, 0]) + 1, itemsize=4), tokens.shape[1]
@@ -471,12 +472,12 @@ def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) ->
         clock[0] += forward_time(config, MACHINE, w, T, context).total * (share or 1.0)
         return hidden(tokens, pos, read, write)
 
-    def timed_queries(*args):
-        clock[0] += T_SELECT
-        return queries(*args)
+    def timed_select(self, *args):
+        clock[0] += T_SELECT * bool(self.sparse.n_observed)
+        return select(self, *args)
 
     monkeypatch.setattr(model, "hidden", timed_hidden)
-    monkeypatch.setattr(model, "queries", timed_queries)
+    monkeypatch.setattr(Selection, "select", timed_select)
     monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     return clock
 

@@ -379,7 +379,7 @@ BAD_FLAGS = [
     (["--interactive", "--max_new_tokens", "300"], "context of 300"),
     (["--device", "cuda:99"], "cuda:99"),
     (["--no_such_flag"], "no_such_flag"),
-    (["--draft", "snapkv", "--draft_budget", "12"], "n_sink + obs_window + 1 = 13"),
+    (["--draft", "snapkv", "--draft_budget", "5"], "n_sink + obs_window + 1 = 6"),
     (["--draft", "snapkv", "--obs_window", "0"], "obs_window 0"),
     (
         ["--draft", "streaming", "--reselect_every", "5"],

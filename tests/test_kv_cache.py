@@ -50,10 +50,13 @@ def prefill(
 
 
 def fill_streaming(sparse: SparseKVCache, full: KVCache, n_cached: torch.Tensor) -> None:
+    sparse.follow(full, n_cached)
     for i, window in enumerate(full.spec.windows):
-        layer = Layer(full.k[i], full.v[i], n_cached, sparse.n_selected, None)
-        first = None if window else select_streaming(layer, sparse.n_selected)
-        sparse.fill(i, full, first, n_cached)
+        if window is None:
+            beside = sparse.n_selected, sparse.n_recent, None, None
+            layer = Layer(full.k[i], full.v[i], n_cached, *beside)
+            pos = select_streaming(layer, sparse.n_selected)
+            sparse.selected(i).fill(full.k[i], full.v[i], pos, n_cached)
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (7, 1)])

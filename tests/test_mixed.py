@@ -127,11 +127,14 @@ def test_what_it_learns_is_the_difference_of_what_both_would_have_kept(monkeypat
 
 
 def test_the_engines_own_rounds_teach_it():
-    """Random weights soon repeat themselves: more is kept than by the self-draft alone."""
-    rounds = {}
+    """Random weights soon repeat themselves: more is kept than by the self-draft alone.
+
+    Rounds would not show it: they are those of the slowest row.
+    """
+    kept = {}
     for policy in ("mixed", "snapkv"):
         engine = Engine(tiny_model(), 4, 180, Strategy(policy, 3, 24, 3, obs_window=7), GREEDY)
         engine.prefill(PROMPTS, [100] * 4)
         engine.run()
-        rounds[policy] = engine.batch.stats().rounds
-    assert rounds["mixed"] < rounds["snapkv"]
+        kept[policy] = engine.batch.stats().draft_acceptance_rate
+    assert kept["mixed"] > kept["snapkv"]

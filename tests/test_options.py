@@ -15,7 +15,7 @@ def test_what_is_drafted_follows_from_the_flags():
         return [strategy.policy for strategy in found]
 
     assert policies() == ["ngram", "streaming", "mixed"]
-    assert policies("--draft_budget", "10") == ["ngram", "streaming"]
+    assert policies("--draft_budget", "5") == ["ngram", "streaming"]
     assert policies("--draft", "snapkv") == ["snapkv"]
     assert policies("--draft", "none") == ["none"]
     again = parse_args(["--reselect_every", "3"]).strategies(2)

@@ -7,6 +7,7 @@ import policies
 from kv_cache import NEVER, CacheSpec
 from policies import POLICIES, POOL, Policy, Strategy, attention_received, observed, select_snapkv
 from refill import generate
+from selection import newest_queries
 from spec_decode import Engine
 from tests.reference import plain_greedy, reference_logits, snapkv_scores, tiny_model
 from tests.test_drafters import ROOT
@@ -32,11 +33,14 @@ def test_snapkv_selects_what_a_loop_selects(heads, chunk):
         for i, (queries, keys) in enumerate(trace):
             for h, scores in enumerate(snapkv_scores(queries, keys, 9, POOL)):
                 got = [p for p in sparse.selected_pos[i, b, h].tolist() if p != NEVER]
-                assert len(set(got)) == len(got) == min(12, len(scores))
-                assert set(range(min(3, len(scores)))) <= set(got)
+                n = len(prompt)
+                assert len(set(got)) == len(got) == min(12, n)
+                assert set(range(min(3, n))) <= set(got)
+                scores = scores[: max(n - 12, 0)]  # what the window holds comes last
                 left_out = [s for p, s in enumerate(scores) if p not in got]
-                kept = [scores[p] for p in got if p >= 3]
+                kept = [scores[p] for p in got if 3 <= p < len(scores)]
                 if left_out:
+                    assert max(got) < len(scores)
                     assert min(kept) > max(left_out) - 1e-7
                     assert max(kept) == pytest.approx(max(scores[3:]), abs=1e-7)
                 for slot, p in enumerate(sparse.selected_pos[i, b, h].tolist()):
@@ -57,15 +61,15 @@ def test_policies_select_in_layers_without_a_window_only(window):
     sparse, full, trace = engine.drafter.sparse, engine.full, []
     reference_logits(model, prompt, trace=trace)
     pos = observed(torch.tensor([50]), W)
-    ours = list(model.queries(torch.tensor([prompt])[:, -W:], pos, full))
-    queries, keys = trace[1]
-    got = attention_received(full.k[1], ours[1], torch.tensor([50]))[0, :, : 50 - W]
+    ours, (queries, keys) = newest_queries(sparse.q[1], pos), trace[1]
+    assert sparse.q[0] is sparse.q[2] is None and sparse.n_recent == 8
+    got = attention_received(full.k[1], ours, torch.tensor([50]))[0, :, :50]
     expected = torch.tensor(snapkv_scores(queries, keys, W, 1))
     assert (got - expected).abs().max() < 1e-5
     pooled = torch.tensor(snapkv_scores(queries, keys, W, POOL))
     for h in range(2):
         kept = sparse.selected_pos[0, 0, h]
-        left_out = [p for p in range(n_sink, 50 - W) if p not in kept]
+        left_out = [p for p in range(n_sink, 50 - 8) if p not in kept]
         assert set(range(n_sink)) < set(kept.tolist())
         assert pooled[h, kept[kept >= n_sink]].min() > pooled[h, left_out].max() - 1e-6
     assert len(sparse.selected_pos) == 1
@@ -90,14 +94,14 @@ def test_snapkv_scores_do_not_depend_on_how_rows_are_split(monkeypatch):
 
 
 def test_a_policy_brings_the_number_of_tokens_that_it_observes(monkeypatch):
-    """What is asked for comes first; without either it is 8, as for snapkv."""
+    """What is asked for comes first; without either it is 1, as for snapkv."""
     seen = []
 
     def select(layer, n_selected):
         seen.append(layer.queries.shape[1])
         return select_snapkv(layer, n_selected)
 
-    for own, asked, n in [({"obs_window": 5}, None, 5), ({"obs_window": 5}, 7, 7), ({}, None, 8)]:
+    for own, asked, n in [({"obs_window": 5}, None, 5), ({"obs_window": 5}, 7, 7), ({}, None, 1)]:
         policy = Policy(select, recent_share=0.1, observes=True, **own)
         monkeypatch.setitem(POLICIES, "mine", policy)
         strategy = Strategy("mine", 3, n + 4, n_sink=3, obs_window=asked)
