@@ -43,6 +43,8 @@ from config import (
 from families import load_config
 from roofline import HARDWARE, Hardware, Workload, forward_time, kv_bytes_on_gpu, layer_windows
 
+# Policies that select again: after how many rounds, and of how many tokens' keys it reads one mean.
+SELECTS = {"snapkv": (4, 1), "chunks": (1, 16), "mixed": (4, 1)}
 MAX_COUNT = 10**9  # of anything that is counted in what a user gives
 
 
@@ -74,13 +76,12 @@ def round_cost(gamma: int, t_target: float, t_draft: float, t_verify: float) -> 
 class Strategy:
     """A way to draft: who, reading how much, how far. Policies have the names of `--draft`."""
 
-    policy: str  # none, streaming, snapkv, mixed, full, ngram
+    policy: str  # none, streaming, snapkv, chunks, mixed, full, ngram
     gamma: int = 0
     budget: int = 0  # tokens of draft KV per row; unused by none, full and ngram
     model: ModelConfig | None = None  # None: self-speculation
     model_name: str = ""
-    select_every: int = 16  # snapkv: rounds from one selection to the next; 0: never again
-    obs_window: int = 8  # snapkv: newest tokens that a selection observes
+    select_every: int | None = None  # rounds to the next selection; 0: never; None: as in SELECTS
 
     @property
     def has_cache(self) -> bool:
@@ -104,19 +105,20 @@ class Strategy:
             rounds = max((m.max_seq_len - self.budget) // (self.gamma + 1), 1)
             again = forward_time(m, hw, w, self.budget, self.budget).total
             seconds += again / rounds / self.gamma
-        if self.policy in ("snapkv", "mixed") and self.select_every:
-            seconds += self.selection_seconds(m, hw, w) / self.select_every / self.gamma
+        own = SELECTS.get(self.policy, (0, 1))[0]
+        if own and (every := own if self.select_every is None else self.select_every):
+            seconds += self.selection_seconds(m, hw, w) / every / self.gamma
         return seconds
 
     def selection_seconds(self, m: ModelConfig, hw: Hardware, w: Workload) -> float:
-        """Seconds of one SnapKV selection: a forward of the observed tokens, and their scores.
+        """Seconds to select by the newest query: it reads keys, and copies what it chooses.
 
-        The scores read K once more, and are themselves written and read a few times in float32.
+        The scores are themselves written and read a few times in float32.
         """
-        look = forward_time(m, hw, w, self.obs_window).total
-        tokens = w.batch_size * w.prefix_len
-        score_bytes = 4 * 4 * m.n_layer * m.n_head * self.obs_window * tokens / w.num_gpus
-        return look + (tokens * kv_bytes_on_gpu(m, w) / 2 + score_bytes) / hw.bandwidth
+        n = w.prefix_len / SELECTS[self.policy][1]  # keys, or their means
+        kv = (n / 2 + 2 * min(self.budget, w.prefix_len)) * kv_bytes_on_gpu(m, w)
+        score_bytes = 4 * 4 * m.n_layer * m.n_head * n / w.num_gpus
+        return w.batch_size * (kv + score_bytes) / hw.bandwidth
 
     def memory_bytes(self, target: ModelConfig, w: Workload, capacity: int) -> float:
         """Bytes of the draft's caches and model on each GPU, for texts of `capacity` tokens."""
@@ -128,7 +130,9 @@ class Strategy:
         if self.policy == "full":
             n = full
         elif self.model:  # and what it selects or reads again from
-            n += {"snapkv": full, "streaming": self.budget}.get(self.policy, 0)
+            n += {"streaming": self.budget}.get(self.policy, full)
+        size = SELECTS.get(self.policy, (0, 1))[1]
+        n += full / size / 2 if size > 1 else 0  # the mean keys
         weights = total_params(m) * w.itemsize / w.num_gpus if self.model else 0
         return w.batch_size * n * kv_bytes_on_gpu(m, w) + weights
 
@@ -244,7 +248,7 @@ def read_acceptance(path: Path) -> Acceptance:
         plan, stats = run["plan"], run["speculative"]
         if "predicted_speedup" in plan:
             raise ValueError("its plan has predicted_speedup")
-        known = "streaming", "snapkv", "mixed", "full", "ngram"  # all_strategies'
+        known = "streaming", *SELECTS, "full", "ngram"  # all_strategies'
         lookup_name(dict.fromkeys(known), plan["strategy"], "draft")
         return Acceptance(
             plan["strategy"],
@@ -314,7 +318,7 @@ def all_strategies(
         every.append(Strategy("ngram", gamma))
         every += [Strategy("mixed", gamma, budget) for budget in budgets]
         every += [Strategy("full", gamma, 0, m, name) for name, m in models.items()]
-        for budget, policy in itertools.product(budgets, ("streaming", "snapkv")):
+        for budget, policy in itertools.product(budgets, ("streaming", "snapkv", "chunks")):
             every.append(Strategy(policy, gamma, budget))
             every += [Strategy(policy, gamma, budget, m, name) for name, m in models.items()]
     return every

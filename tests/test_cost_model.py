@@ -44,7 +44,7 @@ from cost_model import (
 )
 from kv_cache import CacheSpec, KVCache
 from model import Transformer
-from roofline import HARDWARE, Workload, forward_time
+from roofline import HARDWARE, Workload, forward_time, kv_bytes_on_gpu
 from sampling import Sampling
 from spec_decode import Engine
 from tests.test_roofline import A100, LLAMA, ROUND, SMALL
@@ -153,9 +153,9 @@ def test_the_winning_length_against_trying_all():
             for dim, n_layer, full_every in [(8, 4, rng.choice([None, 2])),
                                              (1, 3, rng.choice([None, 3]))]
         )  # fmt: skip
-        policy = rng.choice(["streaming", "streaming", "snapkv", "full"])
+        policy = rng.choice(["streaming", "chunks", "snapkv", "full"])
         model = small if policy == "full" else rng.choice([None, small])
-        draft = Strategy(policy, rng.choice([1, 3]), rng.choice([5, 40]), model, "", 8, 3)
+        draft = Strategy(policy, rng.choice([1, 3]), rng.choice([5, 40]), model, "", 8)
         hw = replace(ROUND, layer_seconds=0.01, peak_flops=10 ** rng.uniform(3, 6))
         w = Workload(rng.choice([1, 9]), 1)
         alpha = rng.uniform(0.3, 1)
@@ -183,6 +183,12 @@ def test_what_drafting_costs():
     assert extra == pytest.approx(snapkv.selection_seconds(LLAMA, A100, w) / 8 / 3) and extra > 0
     assert replace(snapkv, policy="mixed").draft_seconds(LLAMA, A100, w) == streaming + extra
     assert replace(snapkv, select_every=0).draft_seconds(LLAMA, A100, w) == streaming
+    both = Strategy("snapkv", 3, 512), Strategy("chunks", 3, 512)
+    often, chunks = (s.draft_seconds(LLAMA, A100, w) for s in both)
+    assert often - streaming == pytest.approx(2 * extra)  # by default every fourth round
+    assert streaming < chunks < often
+    k_read = w.batch_size * w.prefix_len * kv_bytes_on_gpu(LLAMA, w) / 2 / A100.bandwidth
+    assert k_read < snapkv.selection_seconds(LLAMA, A100, w) < 1.5 * k_read < full / 2
     assert Strategy("ngram", 3).draft_seconds(LLAMA, A100, w) == 0
     own = Strategy("streaming", 3, 512, tiny).draft_seconds(LLAMA, A100, w)
     assert (
@@ -194,7 +200,7 @@ def test_what_drafting_costs():
 
 def test_the_plan_ranks_and_never_loses():
     drafts = all_strategies({"tiny": MODELS["tinyllama-1.1b"]}, (256, 512), range(1, 6))
-    assert len(drafts) == 1 + 5 * (1 + 1 + 2 + 2 * 4)
+    assert len(drafts) == 1 + 5 * (1 + 1 + 2 + 2 * 6)
     for w in (Workload(1, 256), Workload(32, 4000, 8), Workload(64, 64000, 8)):
         ranked = plan(LLAMA, A100, w, drafts)
         times = [1 / p.speedup for p in ranked]
