@@ -55,7 +55,7 @@ ACCEPTED = (  # policy, budget, acceptance of each draft: arXiv 2408.11049, at 3
     ("snapkv", 2048, 0.895),
 )
 POLICY_GAMMA = 5  # draft caches are made for it and serve all smaller ones
-ROUNDS = 16  # that are timed together; a policy selects again every 16
+ROUNDS = 16  # that are timed together; a policy selects again every 4
 NEW_TOKENS = ROUNDS * (POLICY_GAMMA + 1) + 2  # per row: none is finished meanwhile
 
 

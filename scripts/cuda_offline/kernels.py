@@ -1,10 +1,10 @@
 """The Triton kernels of the model's blocks, as Inductor generates and ptxas compiles them.
 
 Two kinds of cases. *Blocks* are the real ones of Llama-3.1-8B, of Qwen3-8B's kind and of the demo,
-with the caches of every part of a round: all their kernels are compiled. *Attention* are narrow
-blocks with attention's real geometry, for many head ratios and lengths: the kernels of attention
-alone are compiled. And two whole rounds are generated, to see that everything that is compiled on
-a GPU can be, once for all rounds; the launches that are left are counted.
+with the caches of every part of a round: all their kernels are compiled, and those of a selection.
+*Attention* are narrow blocks with attention's real geometry, for many head ratios and lengths: the
+kernels of attention alone are compiled. And two whole rounds are generated, to see that everything
+that is compiled on a GPU can be, once for all rounds; the launches that are left are counted.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ import torch
 from config import ModelConfig
 from kernels import compile_blocks
 from kv_cache import CacheSpec, KVCache, SparseKVCache
-from policies import Strategy
+from policies import POLICIES, Strategy
 from sampling import Sampling
 from scripts.cuda_offline import inductor, pretend
 from scripts.cuda_offline.inductor import Kernel, Recorder
@@ -36,7 +36,7 @@ def full(spec: CacheSpec) -> KVCache:
 
 
 def sparse(spec: CacheSpec) -> SparseKVCache:
-    return SparseKVCache(spec, n_selected=4, n_recent=508, gamma=5)
+    return SparseKVCache(spec, n_selected=4, n_recent=508, gamma=5, n_observed=1)
 
 
 def full_alone(spec: CacheSpec) -> Caches:
@@ -55,7 +55,7 @@ def verifying(spec: CacheSpec) -> Caches:
 
 
 def observing(spec: CacheSpec) -> Caches:
-    return full(spec), ()
+    return full(spec), (sparse(spec),)
 
 
 def own_sparse(spec: CacheSpec) -> Caches:
@@ -96,7 +96,7 @@ def blocks() -> Iterator[Case]:
     """Real blocks, all of their kernels."""
     parts = [("plain", 8, 1, full_alone), ("plain", 24, 1, full_alone), ("verify", 8, 6, verifying),
              ("draft", 8, 1, sparse_alone), ("draft model", 8, 2, own_sparse),
-             ("observe", 8, 8, observing), ("prefill", 1, CHUNK, full_alone)]  # fmt: skip
+             ("observe", 8, 1, observing), ("prefill", 1, CHUNK, full_alone)]  # fmt: skip
     for what, B, T, caches in parts:
         name = f"block Llama {what} bfloat16 B {B} T {T}"
         yield Case(name, LLAMA, "bfloat16", B, T, caches, True)
@@ -215,6 +215,27 @@ def one(report: Report, case: Case, recorder: Recorder) -> None:
         said.append(f"{len(recorder.launches) // 4} Triton launches a layer")
 
 
+def selecting(report: Report, name: str, policy: str, recorder: Recorder) -> None:
+    """A selection at the geometry of Llama-3.1-8B: no kernel spills, and K is not copied."""
+    recorder.clear()
+    recorder.builds = "all"
+    torch._dynamo.reset()
+    with report.case(name) as said, pretend.gpu():
+        model = pretend.model_on_gpu(LLAMA, torch.bfloat16)
+        compile_blocks(model)
+        engine = Engine(model, 8, SLOTS, Strategy(policy, 5, 512), Sampling())
+        engine.drafter.select()
+        recorder.launches.clear()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            engine.drafter.select()
+        for kernel in recorder.kernels:
+            check_kernel(report, Case(name, LLAMA, "bfloat16", 8, 1), kernel)
+        largest = max(recorder.allocated)
+        if largest >= engine.full.k[0].nbytes / 8:
+            report.fail(f"{name} allocates {largest} bytes")
+        said.append(f"{len(recorder.launches) // 2} Triton launches a layer, {largest} bytes")
+
+
 def whole_round(report: Report, name: str, sampling: Sampling, recorder: Recorder) -> None:
     """A round of a compiled engine, with what is compiled around the blocks."""
     recorder.clear()
@@ -238,6 +259,9 @@ def check(match: str) -> list[str]:
     for case in (*blocks(), *attentions()):
         if report.wants(case.name):
             one(report, case, recorder)
+    for policy in (policy for policy in POLICIES if POLICIES[policy].observes):
+        if report.wants(name := f"block selection {policy}"):
+            selecting(report, name, policy, recorder)
     for how, sampling in {"greedy": Sampling(), "sampled": Sampling(0.8, 50, 0.9)}.items():
         if report.wants(name := f"block whole round {how}"):
             whole_round(report, name, sampling, recorder)

@@ -1,7 +1,8 @@
 """Whole rounds of every drafter on tensors without data: would they run, could they be captured?
 
 Attention through flex_attention is left out (it is always compiled, see `kernels`), and what it
-would launch with it. Selections are not captured; they may touch the CPU, and only must run.
+would launch with it. Selections are not captured, and could be; to make anew what they start from
+waits for nobody but may touch the CPU, and only must run.
 """
 
 import itertools
@@ -73,7 +74,12 @@ def one(report: Report, name: str, strategy: tuple, dtype: torch.dtype, sampling
         for where in watch.on_cpu:
             report.fail(f"{name}: a round touches the CPU: {where}")
         if engine.drafter:
-            engine.drafter.select()
+            engine.drafter.renew()
+            with Watch() as watch:
+                engine.drafter.select()
+            for where in watch.on_cpu:
+                report.fail(f"{name}: a selection touches the CPU: {where}")
+            said.append(f"{watch.kernels} eager kernels select")
         said.append(
             f"{outside_blocks(engine, models)} eager kernels of a round are outside of blocks"
         )
