@@ -252,6 +252,7 @@ def is_random(checkpoint_dir: Path) -> bool:
 PREFILL_CHUNK = 2048  # prompt tokens per forward on a GPU, as in kv_cache.CacheSpec
 # Bytes that sampling holds at once for a logit, with top-p; measured on a CPU, 4 and 41.
 SAMPLING_COMPILED, SAMPLING_EAGER = 8, 41
+WEIGHT_BYTES = {"bf16": 2, "fp8": 1, "int8": 1}  # of a number, by kind of a twin (quantize.py)
 
 
 def layer_params(m: ModelConfig) -> int:

@@ -34,7 +34,9 @@ from config import (
     MODELS,
     PREFILL_CHUNK,
     SAMPLING_COMPILED,
+    WEIGHT_BYTES,
     ModelConfig,
+    layer_params,
     lookup_name,
     total_params,
     visible_tokens,
@@ -45,6 +47,7 @@ from roofline import HARDWARE, Hardware, Workload, forward_time, kv_bytes_on_gpu
 
 # Policies that select again: after how many rounds, and of how many tokens' keys it reads one mean.
 SELECTS = {"snapkv": (4, 1), "chunks": (1, 16), "mixed": (4, 1)}
+LOW_LOSS = 0.01  # of acceptance, by drafting with low-precision weights; the demo: at most 0.007
 MAX_COUNT = 10**9  # of anything that is counted in what a user gives
 
 
@@ -82,6 +85,7 @@ class Strategy:
     model: ModelConfig | None = None  # None: self-speculation
     model_name: str = ""
     select_every: int | None = None  # rounds to the next selection; 0: never; None: as in SELECTS
+    weights: str = "same"  # self-speculation: of the target's blocks, or a kind of WEIGHT_BYTES
 
     @property
     def has_cache(self) -> bool:
@@ -92,7 +96,8 @@ class Strategy:
         if not self.has_cache:
             return self.policy
         who = self.model_name or ("draft model" if self.model else "self")
-        return f"{who}, {self.policy}" + (f" {self.budget}" if self.budget else "")
+        weights = f" {self.weights}" if self.weights != "same" else ""
+        return f"{who}, {self.policy}" + (f" {self.budget}" if self.budget else "") + weights
 
     def draft_seconds(self, target: ModelConfig, hw: Hardware, w: Workload) -> float:
         """T_D: seconds per draft token, with its share of selecting or reading again."""
@@ -100,7 +105,7 @@ class Strategy:
             return 0.0
         m = self.model or target
         context = w.prefix_len if self.policy == "full" else min(self.budget, w.prefix_len)
-        seconds = forward_time(m, hw, w, 1, context).total
+        seconds = forward_time(m, hw, w, 1, context, WEIGHT_BYTES.get(self.weights)).total
         if self.policy == "streaming" and self.model:  # read again before its own context ends
             rounds = max((m.max_seq_len - self.budget) // (self.gamma + 1), 1)
             again = forward_time(m, hw, w, self.budget, self.budget).total
@@ -133,8 +138,9 @@ class Strategy:
             n += {"streaming": self.budget}.get(self.policy, full)
         size = SELECTS.get(self.policy, (0, 1))[1]
         n += full / size / 2 if size > 1 else 0  # the mean keys
-        weights = total_params(m) * w.itemsize / w.num_gpus if self.model else 0
-        return w.batch_size * n * kv_bytes_on_gpu(m, w) + weights
+        weights = total_params(m) * w.itemsize if self.model else 0
+        weights += m.n_layer * layer_params(m) * WEIGHT_BYTES.get(self.weights, 0)
+        return w.batch_size * n * kv_bytes_on_gpu(m, w) + weights / w.num_gpus
 
     def expected_acceptance(self, length: int, table: Iterable["Acceptance"]) -> float | None:
         """Alpha of the measured entry nearest in length, of those with the budget nearest below.
@@ -148,7 +154,8 @@ class Strategy:
         def distance(a: Acceptance) -> tuple[float, float]:
             return -a.budget, abs(math.log(a.prefix_len / length))
 
-        return min(alike, key=distance).alpha if alike else None
+        loss = LOW_LOSS if self.weights != "same" else 0.0
+        return min(alike, key=distance).alpha - loss if alike else None
 
 
 PLAIN = Strategy("none")
@@ -310,16 +317,19 @@ def crossing_length(target: ModelConfig, hw: Hardware, w: Workload, gamma: int) 
 
 
 def all_strategies(
-    models: dict[str, ModelConfig], budgets: Iterable[int], gammas: Iterable[int]
+    models: dict[str, ModelConfig],  # draft models by name
+    budgets: Iterable[int],
+    gammas: Iterable[int],
+    weights: Iterable[str] = ("same",),  # of self-speculation
 ) -> list[Strategy]:
-    """Every strategy of this project; models are draft models by name."""
+    """Every strategy of this project."""
     every = [PLAIN]
     for gamma in gammas:
         every.append(Strategy("ngram", gamma))
-        every += [Strategy("mixed", gamma, budget) for budget in budgets]
+        every += [Strategy("mixed", gamma, K, weights=kind) for K in budgets for kind in weights]
         every += [Strategy("full", gamma, 0, m, name) for name, m in models.items()]
         for budget, policy in itertools.product(budgets, ("streaming", "snapkv", "chunks")):
-            every.append(Strategy(policy, gamma, budget))
+            every += [Strategy(policy, gamma, budget, weights=kind) for kind in weights]
             every += [Strategy(policy, gamma, budget, m, name) for name, m in models.items()]
     return every
 
@@ -379,9 +389,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--prefix_len", type=int, nargs="+", default=[4096, 32768])
     p.add_argument("--draft_budget", type=int, nargs="+", default=[256, 512, 1024, 2048])
     p.add_argument("--gamma", type=int, nargs="+", default=list(range(1, 13)))
+    p.add_argument("--draft_weights", nargs="+", default=["same"], choices=["same", *WEIGHT_BYTES],
+                   help="of self-speculation, one or several")  # fmt: skip
     p.add_argument("--draft_model", nargs="+", default=[], help="also consider these as drafts")
-    p.add_argument("--kv_itemsize", type=int, default=2, choices=(1, 2),
-                   help="bytes of a number in the KV cache; 1: float8")  # fmt: skip
+    p.add_argument("--kv_itemsize", type=int, default=2, choices=(1, 2), help="1: float8 K and V")
     p.add_argument("--acceptance", type=Path, nargs="+", metavar="JSON",
                    help="from these runs of generate.py --json, not from the paper")  # fmt: skip
     args = p.parse_args(argv)
@@ -397,13 +408,12 @@ def report(args: argparse.Namespace) -> None:
     """Print a line per length and batch. ValueError if none of them fits into memory."""
     hw = lookup_name(HARDWARE, args.hardware, "hardware")
     acceptance = [read_acceptance(path) for path in args.acceptance or ()] or ACCEPTANCE
-    if args.checkpoint_path:
-        target = load_config(args.checkpoint_path)
-    else:
-        target = lookup_name(MODELS, args.model, "model")
+    path = args.checkpoint_path
+    target = load_config(path) if path else lookup_name(MODELS, args.model, "model")
     models = {name: lookup_name(MODELS, name, "model") for name in args.draft_model}
-    strategies, some_fit = all_strategies(models, args.draft_budget, args.gamma), False
-    print(f"{args.checkpoint_path or args.model} on {args.num_gpus} x {hw.name}, 16 bit\n{HEAD}")
+    sizes, some_fit = (args.draft_budget, args.gamma, args.draft_weights), False
+    strategies = all_strategies(models, *sizes)
+    print(f"{path or args.model} on {args.num_gpus} x {hw.name}, 16 bit\n{HEAD}")
     for S, B in itertools.product(args.prefix_len, args.batch_size):
         w = Workload(B, S, args.num_gpus, kv_itemsize=args.kv_itemsize)
         if (rows := largest_batch(target, hw, w)) < B:

@@ -74,7 +74,7 @@ class ModelDrafter(Drafter):
         if not self.away:
             self.catch_up(self.batch.prompt_len)  # what its cache has overwritten
 
-    def logits(self, i: int, token: Tensor) -> Tensor:
+    def logits(self, i: int | Tensor, token: Tensor) -> Tensor:
         """Of the target's vocabulary: padding rows are added, with no probability, or cut off."""
         pos = self.batch.seq_len[:, None] - 1 + i
         if i == 0:

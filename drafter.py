@@ -24,6 +24,7 @@ from kv_cache import CacheSpec, KVCache
 from lookup import Histograms
 from model import Caches, Transformer
 from policies import Strategy
+from quantize import Twins
 
 
 class Target(NamedTuple):
@@ -32,9 +33,10 @@ class Target(NamedTuple):
     model: Transformer
     full: KVCache  # K and V of all decided tokens but the newest
     batch: Batch
+    twins: Twins  # of the model
 
 
-Pick = Callable[[Tensor, int], Tensor]  # logits [B, V] of the i-th draft -> its tokens [B]
+Pick = Callable[[Tensor, int | Tensor], Tensor]  # logits [B, V] of the i-th draft -> tokens [B]
 
 
 class Drafter:
@@ -43,6 +45,7 @@ class Drafter:
     reads = "{policy} draft cache of {budget} tokens ({n_sink} sinks)"  # for people, see `label`
     judges_itself = False  # by `look_back`: what it would have got right, without any rounds
     look_back: Callable[[int], Histograms]
+    has_twin = False  # whether it drafts with `Strategy.weights`
     n_selected = 0  # tokens of a row that `select` keeps by choice
     caches: tuple[Any, ...]  # what `build` made
     writes: Caches = ()  # what a verification writes besides the target's own cache
@@ -86,7 +89,7 @@ class Drafter:
         """Its own caches."""
         return ()
 
-    def logits(self, i: int, token: Tensor) -> Tensor:  # [B, 1] -> [B, V]
+    def logits(self, i: int | Tensor, token: Tensor) -> Tensor:  # [], [B, 1] -> [B, V]
         """After the i-th token of this round: the newest decided one, or a draft."""
         raise NotImplementedError
 
@@ -94,8 +97,12 @@ class Drafter:
         """The next gamma tokens of every row. Decides nothing: it may be called again."""
         tokens = [self.batch.newest()[0]]
         for i in range(gamma):
-            tokens.append(pick(self.logits(i, tokens[-1]), i)[:, None])
+            tokens.append(self.step(tokens[-1], i, pick))
         return torch.cat(tokens[1:], dim=1)
+
+    def step(self, token: Tensor, i: int | Tensor, pick: Pick) -> Tensor:  # [B, 1], [] -> [B, 1]
+        """The token after the i-th of this round."""
+        return pick(self.logits(i, token), i)[:, None]
 
     def label(self, model_name: str) -> str:
         """For people: who drafts, and from what. `model_name` is that of its own model."""

@@ -1,6 +1,7 @@
 """Who drafts: the table of all drafters, and those without a model of their own.
 
-    SelfDrafter              the target's weights with a sparse cache of the target's own K and V
+    SelfDrafter              the target's weights, or a low-precision copy of them, with a sparse
+                             cache of the target's own K and V
     LookupDrafter            no model: what followed these tokens the last time (prompt lookup)
     MixedDrafter             both at once: in every row the one that is expected to keep more
 
@@ -14,16 +15,20 @@ judged, whichever was taken: a row returns to lookup when that would have been r
 class does it. A new drafter is one class (its interface: `drafter.py`) and one line in `DRAFTERS`.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from config import ModelConfig
 from draft_models import ModelDrafter, SparseModelDrafter, StreamingModelDrafter
 from drafter import Drafter, Pick, Target
+from kernels import compile_step
 from kv_cache import NEVER, KVCache
 from lookup import NGRAM, Histograms, look_back, lookup
 from model import Caches, Transformer
 from policies import POLICIES, Strategy
+from quantize import emulated
 from selection import Selection
 
 OPTIMISM = 0.5  # drafts that lookup is believed to keep more, before a row has learned
@@ -32,10 +37,15 @@ NO_TOKEN = -1
 
 
 class SelfDrafter(Drafter):
-    """Self-speculation: the target itself, reading a few of its own K and V."""
+    """Self-speculation: the target itself or its twin, reading a few of the target's K and V."""
+
+    has_twin = True
 
     def __init__(self, strategy: Strategy, target: Target, draft_model: None = None) -> None:
         super().__init__(strategy, target)
+        self.model = target.twins.get(strategy.weights)
+        self.places = torch.arange(strategy.gamma, device=self.batch.seq_len.device)  # [gamma]
+        self.one_graph = compile_step(Drafter.step, self.model)
         (self.sparse,) = self.writes = self.caches
         self.n_selected = self.sparse.n_selected
         self.selection = Selection(strategy, target.model, target.full, self.sparse)
@@ -50,8 +60,19 @@ class SelfDrafter(Drafter):
     def select(self, b: int | None = None) -> None:
         self.selection.select(self.batch.seq_len - 1, b)
 
-    def logits(self, i: int, token: Tensor) -> Tensor:
-        return self.target.model(token, self.batch.seq_len[:, None] - 1 + i, self.sparse)[:, -1]
+    def label(self, model_name: str) -> str:
+        kind, model = self.strategy.weights, self.target.model
+        how = " emulated" * emulated(kind, model.config, model.norm.weight.device)
+        copy = f", with weights in{how} {kind}" if kind != "same" else ""
+        return super().label(model_name) + copy
+
+    def step(self, token: Tensor, i: int | Tensor, pick: Pick) -> Tensor:
+        if self.one_graph is None:
+            return super().step(token, i, pick)
+        return self.one_graph(self, token, self.places[i], pick)
+
+    def logits(self, i: int | Tensor, token: Tensor) -> Tensor:
+        return self.model(token, self.batch.seq_len[:, None] - 1 + i, self.sparse)[:, -1]
 
 
 class LookupDrafter(Drafter):
@@ -154,10 +175,25 @@ def drafter_class(strategy: Strategy, own_model: bool) -> type[Drafter]:
     raise ValueError(f"draft policy {name} has no use for a draft model")
 
 
+def with_weights(strategy: Strategy, kind: str, own_model: bool) -> Strategy:
+    """The same with draft weights of that kind, if it drafts with the target. Raises as above."""
+    if strategy.enabled and drafter_class(strategy, own_model).has_twin:
+        return replace(strategy, weights=kind)
+    return strategy
+
+
 def check_strategy(strategy: Strategy, draft: ModelConfig | None, max_len: int) -> None:
     """ValueError if the strategy does not go with the draft model, or with texts of max_len."""
+    kind = None
     if strategy.enabled or draft is not None:
-        drafter_class(strategy, draft is not None).check(strategy, draft, max_len)
+        kind = drafter_class(strategy, draft is not None)
+        kind.check(strategy, draft, max_len)
+    if strategy.weights != "same" and not (kind and kind.has_twin):
+        who = "a draft model" if draft else f"draft policy {strategy.policy}"
+        raise ValueError(
+            f"draft_weights {strategy.weights} is for self-speculation: {who} does not draft with "
+            f"the target's weights"
+        )
 
 
 def draft_cache_bytes(

@@ -10,6 +10,7 @@ programs that run at once. No time has been measured yet.
 """
 
 import shutil
+from collections.abc import Callable
 
 import torch
 
@@ -17,6 +18,7 @@ Q_BLOCK = 128  # queries per flex_attention block
 # Programs of the split-KV kernel that a multiprocessor of Hopper runs at once, by tile of queries:
 # as many as its shared memory holds, and for 128 its registers (D = 128, 16 bits).
 PROGRAMS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1}
+STEP_LAYERS = 8  # most that are compiled into one function
 
 
 def flex_runs(device: torch.device) -> bool:
@@ -57,6 +59,19 @@ def compile_blocks(model) -> None:  # a model.Transformer
     for layer in model.layers:
         layer.compile(fullgraph=True, dynamic=False, options=options)
     model.compiled = True
+
+
+def compile_step(step: Callable, model) -> Callable | None:  # what a drafter does with that model
+    """A whole draft step as one compiled function; None where blocks alone are compiled.
+
+    On a CPU each call of a compiled function first checks what it was compiled for, block by block,
+    and between blocks there is Python: a sixth of a draft step of the demo. Compiling takes longer
+    with every layer. On a GPU a captured round has neither.
+    """
+    on_cpu = model.norm.weight.device.type == "cpu"
+    if not (model.compiled and on_cpu and len(model.layers) <= STEP_LAYERS):
+        return None
+    return torch.compile(step, fullgraph=True, dynamic=False)
 
 
 def query_tile(n_query: int) -> int:

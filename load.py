@@ -6,6 +6,7 @@ the strategies that the flags allow. So whatever is wrong is said before anythin
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -17,12 +18,13 @@ from batch import MAX_EOS
 from checkpoint import DTYPES, KV_DTYPES, Checkpoint, open_checkpoint
 from config import kv_bytes
 from device import check_fits, dtype_name, find_device
-from drafters import check_strategy
+from drafters import check_strategy, with_weights
 from kernels import compile_blocks, compiler_runs
 from measure import Job, Progress
 from model import Transformer
 from options import Options
 from policies import Strategy
+from quantize import emulated, resolve
 from sampling import Sampling
 from spec_decode import Engine
 
@@ -93,13 +95,16 @@ def make_engine(
     check_size(opened, n_rows, longest)
     automatic = o.drafts and "auto" in (o.draft, o.speculate_k)
     gammas = o.gammas(draft_lengths(device.type, checkpoint.config.n_group))
-    strategies = o.strategies(max(gammas))
+    strategies = weighed(o, opened, o.strategies(max(gammas)))
     if len(strategies) == 1:
         check_strategy(strategies[0], draft.config if draft else None, longest)
     compiling = o.compile and compiler_runs(device)
     if o.compile and not compiling:
         print("generate.py: no working compiler for torch.compile on this machine (the CPU needs "
               "g++): running eagerly, which is slower", file=sys.stderr)  # fmt: skip
+    if any(emulated(d.weights, checkpoint.config, device) for d in strategies):
+        print(f"generate.py: {o.draft_weights} draft weights have no kernel here: they are "
+              "emulated, which is no faster", file=sys.stderr)  # fmt: skip
     model = load_weights(checkpoint, device, dtype, compiling)
     model.kv_dtype = kv_dtype
     draft_model = load_weights(draft, device, dtype, compiling) if draft else None
@@ -109,8 +114,21 @@ def make_engine(
     named = "streaming" if o.draft == "auto" else o.draft
     candidates = [Candidate(d) for d in strategies if not draft_model or o.draft == "auto"]
     if draft_model:
-        candidates += [Candidate(d, draft_model) for d in strategies if d.policy == named]
+        same = (replace(d, weights="same") for d in strategies if d.policy == named)
+        candidates += [Candidate(d, draft_model) for d in same]
     return engine, Auto(engine, candidates, gammas, named=o.draft != "auto")
+
+
+def weighed(o: Options, opened: Opened, strategies: list[Strategy]) -> list[Strategy]:
+    """The same with the draft weights that were asked for, or the automatic ones where they serve.
+
+    ValueError for bfloat16 beside bfloat16.
+    """
+    kind = resolve(o.draft_weights, opened.checkpoint.config, opened.device, opened.dtype)
+    if o.lower_weights and len(strategies) == 1:
+        return [replace(strategies[0], weights=kind)]  # refused later if it has no use for them
+    own_model = opened.draft is not None and o.draft != "auto"
+    return [with_weights(d, kind, own_model) for d in strategies]
 
 
 def read_rows(o: Options, checkpoint: Checkpoint, max_context: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from config import is_random
 from cost_model import Parser
 from drafters import check_name
 from policies import POLICIES, Strategy
+from quantize import KINDS
 from sampling import Sampling
 
 AUTO_POLICIES = ("ngram", "streaming", "mixed")  # what --draft auto chooses from
@@ -66,6 +67,9 @@ class Options:
     speculate_k: int | str = flag("auto", "draft tokens per round; 0: plain decoding",
                                   "--gamma", type=int_or_auto, metavar="N|auto")  # fmt: skip
     draft_budget: int = flag(STRATEGY.budget, "tokens of KV that a draft reads per row, with sinks")
+    draft_weights: str = flag("auto", "of self-speculation: auto, same, or a copy of the target's "
+                                      "in bf16, fp8 or int8", choices=("auto", *KINDS),
+                              metavar=None)  # fmt: skip
     n_sink: int = flag(STRATEGY.n_sink)
     obs_window: int | None = flag(None, "newest tokens observed; default: the policy's own")
     reselect_every: int | None = flag(None, "rounds until the KV is selected again; 0: never")
@@ -103,6 +107,7 @@ class Options:
             (self.check_lossless and not self.drafts, f"--check_lossless {drafts}"),
             (self.compare and not self.drafts, f"--compare {drafts}"),
             (self.draft_checkpoint_path and not self.drafts, f"--draft_checkpoint_path {drafts}"),
+            (self.lower_weights and not self.drafts, f"--draft_weights {drafts}"),
             (self.interactive and (self.compares or self.json or self.profile),
              "--interactive has no --compare, --check_lossless, --json or --profile"),
             (self.check_lossless and not self.compares,
@@ -134,6 +139,11 @@ class Options:
     def drafts(self) -> bool:
         """Whether anything is drafted at all."""
         return self.draft != "none" and self.speculate_k != 0
+
+    @property
+    def lower_weights(self) -> str:
+        """The kind of low-precision draft weights that was asked for; none: an empty name."""
+        return self.draft_weights if self.draft_weights not in ("auto", "same") else ""
 
     @property
     def compares(self) -> bool:

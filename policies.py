@@ -28,6 +28,7 @@ from torch import Tensor
 
 from batch import MAX_GAMMA
 from kv_cache import NEVER, CacheSpec, SparseKVCache, fold_mask
+from quantize import KINDS
 
 POOL = 31  # SnapKV's scores are averaged over this many neighbours, an odd number (LOG.md)
 CHUNK = 16  # tokens that an entry of a summary is made of
@@ -172,6 +173,7 @@ class Strategy:
     n_sink: int = 4  # of them, always the first ones of the text
     obs_window: int | None = None  # newest tokens whose queries are observed; None: the policy's
     reselect_every: int | None = None  # rounds; 0: never; None: the policy's own default
+    weights: str = "same"  # of the target's copy that drafts for it: a kind of `quantize.py`
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= MAX_GAMMA:
@@ -180,6 +182,8 @@ class Strategy:
             raise ValueError(f"n_sink {self.n_sink} must be at least 0")
         if not 1 <= self.n_observed <= 128:
             raise ValueError(f"obs_window {self.n_observed} must be in 1..128")
+        if self.weights not in KINDS:
+            raise ValueError(f"draft_weights {self.weights!r} must be one of {', '.join(KINDS)}")
         observes = self.entry.observes
         min_budget = self.n_sink + 1 + (self.n_observed if observes else 0)
         if self.budget < min_budget:
@@ -227,7 +231,9 @@ class Strategy:
     def describe(self) -> dict[str, str | int]:
         """What the JSON says of it."""
         named: dict[str, str | int] = {"strategy": self.policy, "gamma": self.gamma}
-        return named | ({"draft_budget": self.budget} if self.policy in POLICIES else {})
+        named |= {"draft_budget": self.budget} if self.policy in POLICIES else {}
+        return named | ({"draft_weights": self.weights} if self.weights != "same" else {})
 
     def __str__(self) -> str:
-        return f"{self.policy} {self.budget}" if self.policy in POLICIES else self.policy
+        budget = f" {self.budget}" if self.policy in POLICIES else ""
+        return self.policy + budget + (f" {self.weights}" if self.weights != "same" else "")

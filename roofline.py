@@ -23,7 +23,13 @@ import math
 import statistics
 from dataclasses import dataclass, replace
 
-from config import ModelConfig, kv_bytes_per_token, matrix_params, visible_tokens
+from config import (
+    ModelConfig,
+    kv_bytes_per_token,
+    layer_params,
+    matrix_params,
+    visible_tokens,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +152,22 @@ def kv_bytes_on_gpu(m: ModelConfig, w: Workload) -> float:
     return kv_bytes_per_token(m, w.cached_itemsize) / min(w.num_gpus, m.n_kv_head)
 
 
+def weight_bytes(m: ModelConfig, w: Workload, weight_itemsize: int | None = None) -> int:
+    """Bytes of all matrices; those of the blocks may have numbers of another size."""
+    blocks = m.n_layer * layer_params(m)
+    output = matrix_params(m) - blocks
+    return blocks * (weight_itemsize or w.itemsize) + output * w.itemsize
+
+
 def forward_time(
-    m: ModelConfig, hw: Hardware, w: Workload, T: int = 1, context: int | None = None
+    m: ModelConfig,
+    hw: Hardware,
+    w: Workload,
+    T: int = 1,  # new tokens per row
+    context: int | None = None,  # tokens that they see; None: the prefix
+    weight_itemsize: int | None = None,  # bytes of a number in the blocks; None: the workload's
 ) -> ForwardTime:
-    """Seconds of a forward of T new tokens per row that see `context` tokens; None: the prefix."""
+    """Seconds of a forward."""
     rows = w.batch_size * T
     new_bytes = rows * activation_bytes(m, w.itemsize, w.cached_itemsize)
     S = visible_tokens(m, w.prefix_len if context is None else context) / m.n_layer
@@ -159,7 +177,7 @@ def forward_time(
         n_bytes = rows * m.dim * w.itemsize * 2 * (w.num_gpus - 1) / w.num_gpus
         all_reduce = 2 * m.n_layer * (hw.all_reduce_seconds + n_bytes / hw.link_bandwidth)
     return ForwardTime(
-        weights=matrix_params(m) * w.itemsize / w.num_gpus / hw.bandwidth,
+        weights=weight_bytes(m, w, weight_itemsize) / w.num_gpus / hw.bandwidth,
         linear_compute=2 * matrix_params(m) * rows / w.num_gpus / hw.flops,
         kv=w.batch_size * S * kv_bytes_on_gpu(m, w) / hw.bandwidth,
         attention_compute=attention_flops / hw.flops,

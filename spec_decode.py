@@ -45,6 +45,7 @@ from graphs import LAG, Graphs, Watch
 from kv_cache import CacheSpec, KVCache
 from model import Transformer, short_chunk
 from policies import Strategy
+from quantize import Twins
 from sampling import Sampling, judge, pick, row_seed
 
 SHARED = 256  # tokens that a prompt must have in common with another row's text to copy their KV
@@ -83,11 +84,11 @@ class Engine:
         draft_model: Transformer | None = None,  # None: the strategy needs none
     ) -> None:
         """Allocates the caches; ValueError if they will not fit into the memory that is free."""
-        if batch_size < 1 or max_len < 1:
+        if min(batch_size, max_len) < 1:
             raise ValueError(f"batch_size {batch_size} and max_len {max_len} must be at least 1")
         spec = CacheSpec.for_model(model, batch_size)
-        self.model, self.sampling, self.max_len, self.seed = model, sampling, max_len, seed
-        self.device = spec.device
+        self.model, self.twins, self.sampling = model, Twins(model), sampling
+        self.max_len, self.seed, self.device = max_len, seed, spec.device
         self.prefill_chunk = min(spec.prefill_chunk, max_len)
         n_slots = max_len + MAX_GAMMA + 1  # a round may overshoot
         unallocated = KVCache.empty(replace(spec, allocated=False), n_slots)
@@ -102,9 +103,8 @@ class Engine:
         self.graphs = Graphs(self.batch) if model.compiled and on_gpu else None
         self.watch = Watch(self.batch.finished, LAG if self.graphs else 0)
         self.captured: dict[tuple[Drafter | None, int], Callable[[], object]] = {}  # captured
-        self.around = Around()
-        if model.compiled and (on_gpu or not sampling.greedy):
-            self.around = self.around.compiled()
+        pays = model.compiled and (on_gpu or not sampling.greedy)
+        self.around = Around().compiled() if pays else Around()
         self.use(strategy, draft_model)
 
     @property
@@ -121,15 +121,16 @@ class Engine:
     ) -> None:
         """ValueError if these do not go together, or need more memory than is free."""
         check_strategy(strategy, draft_model and draft_model.config, self.max_len)
-        spec, gamma = full.spec, strategy.gamma if strategy.enabled else 0
+        spec, gamma = full.spec, strategy.gamma * strategy.enabled
         per_logit = SAMPLING_COMPILED if self.model.compiled else SAMPLING_EAGER
-        sampled = not self.sampling.greedy
-        sizes = gamma, self.prefill_chunk, spec.dtype.itemsize, per_logit * sampled
-        chunk, work = (work_bytes(self.model.config, B, *sizes) for B in (0, spec.batch_size))
+        per_logit *= not self.sampling.greedy
+        sizes = gamma, self.prefill_chunk, spec.dtype.itemsize, per_logit
+        twin, rows = self.twins.n_bytes(strategy.weights), (0, spec.batch_size)
+        fixed, work = (work_bytes(self.model.config, B, *sizes) + twin for B in rows)
         needed = other_bytes + work + draft_cache_bytes(strategy, full, draft_model)
 
         def remedy(share: float) -> str:
-            rows = (round(share * needed) - chunk) * spec.batch_size // (needed - chunk)
+            rows = (round(share * needed) - fixed) * spec.batch_size // (needed - fixed)
             fewer = f"--batch_size {rows} (the most that fits) or " if rows > 0 else ""
             return fewer + "a smaller --max_context"
 
@@ -146,7 +147,7 @@ class Engine:
     def make(self, strategy: Strategy, draft_model: Transformer | None) -> Drafter:
         """The same, unchecked."""
         kind = drafter_class(strategy, draft_model is not None)
-        drafter = kind(strategy, Target(self.model, self.full, self.batch), draft_model)
+        drafter = kind(strategy, Target(self.model, self.full, self.batch, self.twins), draft_model)
         self.drafters.append(drafter)
         return drafter
 
@@ -162,6 +163,7 @@ class Engine:
         if drafter is not None and drafter not in self.drafters:
             raise ValueError(f"{drafter.strategy} is not one of this engine's drafters")
         self.drafter = drafter
+        self.twins.keep({d.strategy.weights for d in self.drafters})
 
     def use(self, strategy: Strategy, draft_model: Transformer | None = None) -> None:
         """Draft like this from here on, instead of all drafters that there were.
@@ -362,7 +364,7 @@ class Engine:
         if not gamma or self.drafter is None:
             return self.batch.tokens[:, :0]
 
-        def pick_draft(logits: Tensor, i: int) -> Tensor:
+        def pick_draft(logits: Tensor, i: int | Tensor) -> Tensor:
             pos = self.batch.seq_len[:, None] + i
             return self.around.pick(logits[:, None], pos, self.batch.sampling, self.sampling)[:, 0]
 

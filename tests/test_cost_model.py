@@ -26,6 +26,7 @@ from config import (
     work_bytes,
 )
 from cost_model import (
+    LOW_LOSS,
     PLAIN,
     Acceptance,
     Prediction,
@@ -196,6 +197,43 @@ def test_what_drafting_costs():
     )  # re-anchoring costs something
     own_full = Strategy("full", 3, 0, tiny).draft_seconds(LLAMA, A100, w)
     assert own_full == forward_time(tiny, A100, w).total > own
+
+
+def test_draft_weights_of_fewer_bytes_are_read_faster_and_take_memory():
+    """Half of the bytes in the blocks, none of the output layer's; the copy is counted."""
+    w = Workload(24, 32768)
+    blocks = matrix_params(LLAMA) - LLAMA.dim * LLAMA.vocab_size
+    same, fp8, bf16 = (replace(STREAMING, weights=kind) for kind in ("same", "fp8", "bf16"))
+    saved = same.draft_seconds(LLAMA, A100, w) - fp8.draft_seconds(LLAMA, A100, w)
+    assert saved == pytest.approx(blocks / A100.bandwidth)
+    assert bf16.draft_seconds(LLAMA, A100, w) == same.draft_seconds(LLAMA, A100, w)
+    copies = [s.memory_bytes(LLAMA, w, 999) - same.memory_bytes(LLAMA, w, 999) for s in (fp8, bf16)]
+    assert copies == [blocks, 2 * blocks]
+    on_cpu = replace(w, itemsize=4)
+    saved = same.draft_seconds(LLAMA, A100, on_cpu) - bf16.draft_seconds(LLAMA, A100, on_cpu)
+    assert saved == pytest.approx(2 * blocks / A100.bandwidth)
+    table = [Acceptance("streaming", False, 512, 32768, 0.8, "measured")]
+    assert fp8.expected_acceptance(32768, table) == pytest.approx(0.8 - LOW_LOSS)
+
+
+def test_a_plan_chooses_the_draft_weights():
+    """Where they fit: on a GPU that the target fills, there is no room for a copy."""
+    h200, w = HARDWARE["h200"], Workload(24, 32768)
+    strategies = all_strategies({}, (512,), (4, 5), ("same", "fp8"))
+    assert sum(s.weights == "fp8" for s in strategies) == 6  # three policies, two gammas
+    best, *others = plan(LLAMA, h200, w, strategies)
+    assert best.strategy.weights == "fp8" and str(best.strategy) == "self, streaming 512 fp8"
+    assert best.speedup > 1.1 * max(p.speedup for p in others if p.strategy.weights == "same")
+    small = replace(h200, memory=memory_bytes(LLAMA, w, STREAMING) + 5e9)
+    assert plan(LLAMA, small, w, strategies)[0].strategy.weights == "same"
+
+
+def test_the_command_knows_draft_weights(capsys):
+    flags = ["--hardware", "h200", "--batch_size", "24", "--prefix_len", "32768"]
+    assert main([*flags, "--draft_weights", "same", "fp8"]) == 0
+    assert "self, streaming 512 fp8" in capsys.readouterr().out
+    assert main([*flags, "--draft_weights", "fp9"]) == 2
+    assert "fp9" in capsys.readouterr().err
 
 
 def test_the_plan_ranks_and_never_loses():

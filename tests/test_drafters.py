@@ -1,15 +1,17 @@
 """Every drafting strategy: lossless, exact where it must be, and selecting what it says."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import policies
 from draft_models import StreamingModelDrafter
 from drafters import ANY_POLICY, DRAFTERS, shared_policies
-from kernels import compile_blocks
+from kernels import STEP_LAYERS, compile_blocks, compile_step
 from kv_cache import NEVER, CacheSpec
 from measure import decode
 from model import Transformer
@@ -61,6 +63,7 @@ STRATEGIES = {
         p: (p, settings_of(p, reselect_every=2 if p in RESELECTING else None), None)
         for p in POLICIES
     },
+    "streaming int8": ("streaming", settings_of("streaming", weights="int8"), None),
     **{
         f"{p} once": (p, settings_of(p, reselect_every=0), None) for p in RESELECTING if p in SHARED
     },
@@ -105,6 +108,37 @@ def test_greedy_output_is_the_same_compiled(strategy, monkeypatch):
         compile_blocks(m)
     engine = compiled_engine(model, Strategy(policy, 3, n_sink=3, **settings), draft=draft)
     assert generate(engine, PROMPTS, 45)[0] == greedy_of((4, 2), 45)
+
+
+def test_a_draft_step_is_one_compiled_function():
+    """With the choice of the token, for all steps and rounds; and it copies no buffer of a cache.
+
+    A model of more layers than are worth it has its blocks compiled, one by one.
+    """
+    model = tiny_model()
+    compile_blocks(model)
+    strategy = Strategy("streaming", 3, COMPILED_BUDGET, 3, weights="int8")
+    engine = compiled_engine(model, strategy, Sampling(0.8, top_k=5))
+    with engine.pretend(50):
+        one_function(engine)
+    model = tiny_model(n_layer=STEP_LAYERS + 1)
+    model.compiled = True
+    assert compile_step(len, model) is None
+    model.layers = model.layers[:-1]
+    assert compile_step(len, model) is not None
+
+
+def one_function(engine: Engine) -> None:
+    torch._dynamo.utils.counters.clear()
+    draft, code = run_and_get_code(engine.draft, 1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(code) == 1
+    sizes = re.findall(r"= empty_strided_cpu\(\(([0-9, ]+)\)", code[0])
+    assert sizes and draft.shape == (4, 1)
+    largest = max(math.prod(int(n) for n in size.split(",") if n.strip()) for size in sizes)
+    assert largest < engine.drafter.sparse.k[0].numel()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(engine.draft(3)[:, :1], draft)
+        engine.draft(2)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -33,11 +33,10 @@ FIXED = ["--draft", "streaming", "--gamma", "5"]  # where the choice must not fo
 
 
 def run(checkpoint: Path, *flags: str) -> tuple[int, dict]:
-    """Exit status and JSON of an eager run."""
+    """Exit status and JSON of an eager run, with draft weights that are the same everywhere."""
     file = checkpoint / "out.json"
-    status = main(
-        ["--checkpoint_path", str(checkpoint), "--no-compile", "--json", str(file), *flags]
-    )
+    given = ["--checkpoint_path", str(checkpoint), "--no-compile", "--draft_weights", "same"]
+    status = main([*given, "--json", str(file), *flags])
     return status, json.loads(file.read_text())
 
 

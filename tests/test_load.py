@@ -38,8 +38,9 @@ def test_flags_become_an_engine(checkpoint):
         assert opened.max_context == 99 and opened.end_ids == ((2,) if not o.ignore_eos else ())
         return make_engine(o, opened, 3, 77, Sampling(0.5, 9))
 
-    engine, auto = made("--draft", "streaming", "--gamma", "4", "--draft_budget", "20")
-    assert auto is None and engine.drafter.strategy == Strategy("streaming", 4, 20)
+    named = ("--draft", "streaming", "--gamma", "4", "--draft_budget", "20")
+    engine, auto = made(*named, "--draft_weights", "int8")
+    assert auto is None and engine.drafter.strategy == Strategy("streaming", 4, 20, weights="int8")
     assert (engine.batch.n_rows, engine.max_len, engine.sampling) == (3, 77, Sampling(0.5, 9))
     engine, auto = made("--draft_budget", "20", "--ignore_eos")
     assert engine.drafter is None and auto.engine is engine and not auto.named

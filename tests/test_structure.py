@@ -29,23 +29,27 @@ ALGORITHM = {  # ten chapters, and what they stand on
     "cpu_attention": (90, ""),
     "kv_cache": (445, "cpu_attention kernels"),
     "model": (402, "config cpu_attention kernels kv_cache"),
+    "quantize": (225, "config kernels model"),
     "sampling": (290, ""),
     "batch": (265, "sampling"),
-    "policies": (240, "batch kv_cache"),
+    "policies": (240, "batch kv_cache quantize"),
     "selection": (150, "kernels kv_cache model policies"),
     "lookup": (75, ""),
-    "drafter": (230, "batch kv_cache lookup model policies"),
+    "drafter": (235, "batch kv_cache lookup model policies quantize"),
     "draft_models": (170, "config drafter kv_cache model policies selection"),
-    "drafters": (190, "config draft_models drafter kv_cache lookup model policies selection"),
+    "drafters": (
+        215,
+        "config draft_models drafter kernels kv_cache lookup model policies quantize selection",
+    ),
     "graphs": (110, "batch"),
     "spec_decode": (
         450,
-        "batch config device drafter drafters graphs kv_cache model policies sampling",
+        "batch config device drafter drafters graphs kv_cache model policies quantize sampling",
     ),
 }
 ECONOMICS = {
-    "roofline": (225, "config"),
-    "cost_model": (440, "config families roofline"),
+    "roofline": (240, "config"),
+    "cost_model": (450, "config families roofline"),
     "auto": (345, "cost_model device drafter model policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
@@ -60,11 +64,11 @@ IN_AND_OUT = {
 PROGRAM = {
     "report": (265, ""),
     "measure": (225, "auto config device kv_cache report sampling spec_decode"),
-    "options": (215, "checkpoint config cost_model drafters policies sampling"),
+    "options": (225, "checkpoint config cost_model drafters policies quantize sampling"),
     "load": (
-        180,
+        200,
         "auto batch checkpoint config device drafters kernels measure model options policies"
-        " prompts sampling spec_decode",
+        " prompts quantize sampling spec_decode",
     ),
     "serve": (
         255,
@@ -74,10 +78,10 @@ PROGRAM = {
     "generate": (215, "*"),  # everything; nobody imports it
 }
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
-CHAPTERS = ("kernels", "cpu_attention", "kv_cache", "model", "sampling", "batch", "policies",
-            "selection", "lookup", "drafter", "draft_models", "drafters", "graphs",
+CHAPTERS = ("kernels", "cpu_attention", "kv_cache", "model", "quantize", "sampling", "batch",
+            "policies", "selection", "lookup", "drafter", "draft_models", "drafters", "graphs",
             "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3100, 8100  # of a file, of CHAPTERS, of all files
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 8700  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")
 MANY_PARAMETERS = {  # function: why it has more
@@ -427,8 +431,8 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
     files_are_short: (HOUSE, {
         f"batch.py has {TABLE['batch'][0] + 1} lines": {"batch": "\n" * (TABLE["batch"][0] + 1)},
         "a.py has 451 lines": {"a": "\n" * 451},
-        "the algorithm: 3101": {"kv_cache": "\n" * 2000, "graphs": "\n" * 1101, "auto": "\n" * 9},
-        "all files: 8101": {"a": "\n" * 4000, "b": "\n" * 4101},
+        "the algorithm: 3501": {"kv_cache": "\n" * 2000, "graphs": "\n" * 1501, "auto": "\n" * 9},
+        "all files: 8701": {"a": "\n" * 4000, "b": "\n" * 4701},
     }),
     functions_are_short: (HOUSE, {
         "a.f has 61 lines": {"a": LONG},

@@ -17,6 +17,7 @@ import torch
 from torch._dynamo import device_interface
 from torch._inductor import config
 from torch._inductor.fx_passes import fuse_attention
+from torch._subclasses.fake_impls import register_op_impl
 
 from scripts.cuda_offline import pretend
 from scripts.cuda_offline.report import scratch
@@ -181,6 +182,7 @@ def install() -> Recorder:
     hook_wrapper(recorder)
     hook_device_interface()
     trace_patterns_on_cpu()
+    know_scaled_products()
     return recorder
 
 
@@ -218,3 +220,13 @@ def trace_patterns_on_cpu() -> None:
             torch.cuda.is_available = available
 
     fuse_attention._sfdp_init = on_cpu
+
+
+def know_scaled_products() -> None:
+    """Fake tensors have the rules of a scaled product, but not for one into a given tensor."""
+    product = torch.ops.aten._scaled_mm
+
+    @register_op_impl(product.out)
+    def into(mode, func, *args, out: torch.Tensor, **kwargs) -> torch.Tensor:
+        assert product.default(*args, **kwargs).shape == out.shape
+        return out

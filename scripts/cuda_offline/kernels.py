@@ -16,6 +16,7 @@ from config import ModelConfig
 from kernels import compile_blocks
 from kv_cache import CacheSpec, KVCache, SparseKVCache
 from policies import POLICIES, Strategy
+from quantize import Twins
 from sampling import Sampling
 from scripts.cuda_offline import inductor, pretend
 from scripts.cuda_offline.inductor import Kernel, Recorder
@@ -74,6 +75,7 @@ class Case:
     caches: Callable[[CacheSpec], Caches] = full_alone
     all_kernels: bool = False  # not only those of attention
     kv_dtype: torch.dtype | None = None  # of the caches, if another
+    weights: str = "same"  # of the blocks, or a kind of twin
 
     @property
     def splits(self) -> bool:
@@ -103,6 +105,8 @@ def blocks() -> Iterator[Case]:
     for what, B, T, caches in (parts[0], parts[2]):
         name = f"block Llama {what} bfloat16, KV float8 B {B} T {T}"
         yield Case(name, LLAMA, "bfloat16", B, T, caches, True, torch.float8_e4m3fn)
+    name = "block Llama draft fp8 weights B 24 T 1"
+    yield Case(name, LLAMA, "bfloat16", 24, 1, sparse_alone, True, weights="fp8")
     yield Case("block Qwen verify bfloat16 B 8 T 4", QWEN, "bfloat16", 8, 4, verifying, True)
     for T, B, caches in ((1, 8, full_alone), (6, 8, verifying)):  # a chunk is as large as a ring
         yield Case(f"block Gemma ring bfloat16 B {B} T {T}", GEMMA, "bfloat16", B, T, caches, True)
@@ -192,6 +196,8 @@ def one(report: Report, case: Case, recorder: Recorder) -> None:
         model = pretend.model_on_gpu(case.config, DTYPES[case.dtype])
         model.kv_dtype = case.kv_dtype
         compile_blocks(model)
+        if case.weights != "same":
+            model = Twins(model).get(case.weights)
         caches = case.caches(CacheSpec.for_model(model, case.B))
         forward(case, model, caches)
         with torch.compiler.set_stance("fail_on_recompile"):
