@@ -20,7 +20,8 @@ from policies import POLICIES, Strategy
 from quantize import KINDS
 from sampling import Sampling
 
-AUTO_POLICIES = ("ngram", "streaming", "mixed")  # what --draft auto chooses from
+# What --draft auto chooses from. Self-drafts alone are not: mixed accepts what they do, and more.
+AUTO_POLICIES = ("ngram", "mixed")
 SAMPLING, STRATEGY = Sampling(), Strategy()  # whose defaults are the flags'
 
 

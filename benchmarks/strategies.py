@@ -1,13 +1,15 @@
 """Every drafting strategy on the demo checkpoint: acceptance, step times, speedup.
 
-    python benchmarks/strategies.py              # all five parts, about 25 minutes on 2 cores
-    python benchmarks/strategies.py --part grid  # or topics, recall, long, quarters
+    python benchmarks/strategies.py              # all parts, about 30 minutes on 2 cores
+    python benchmarks/strategies.py --part grid  # or defaults, topics, recall, long, quarters
     python benchmarks/strategies.py --smoke      # tiny sizes, a minute: does it run?
 
 grid      strategy x budget x gamma over three workloads that end just below the demo's 4,096 tokens
           of context: *continuation* of held-out modules; *recall*, a text that ends by starting to
           repeat a passage from thousands of tokens back, so that the right continuation lies far
           outside any window; *mixed*, half of the rows each.
+defaults  the grid's workloads, every draft without a model of its own as `generate.py --draft NAME
+          --gamma 5` has it: budget 128, selections as often as its policy says, draft weights auto.
 topics    snapkv at several `reselect_every` on a text whose topic changes: the prompt is made of
           excerpts of ten modules and ends by repeating the end of one, so that the continuation
           goes on into the next excerpt.
@@ -41,6 +43,7 @@ from measure import decode, environment, step_times
 from model import Transformer
 from policies import POLICIES, Strategy
 from prompts import DEMO_LONGEST, DEMO_MODULES, demo_prompts, module_source
+from quantize import resolve
 from sampling import Sampling
 from spec_decode import Engine
 from tokenizer import Tokenizer, load_tokenizer
@@ -113,6 +116,14 @@ def strategies(sizes: Sizes, draft: Transformer) -> list[Setting]:
     return settings
 
 
+def defaults(model: Transformer) -> list[Setting]:
+    """Every draft without a model of its own, at gamma 5 and with the flags' other defaults."""
+    weight = model.norm.weight
+    kind = resolve("auto", model.config, weight.device, weight.dtype)
+    drafts = [Strategy("ngram", 5), *(Strategy(policy, 5, weights=kind) for policy in POLICIES)]
+    return [Setting(d.policy, d, None) for d in drafts]
+
+
 def prefilled(model: Transformer, prompts: list[list[int]], new_tokens: int) -> Engine:
     longest = max(map(len, prompts)) + new_tokens
     engine = Engine(model, len(prompts), longest, Strategy(), Sampling())
@@ -175,7 +186,9 @@ def measure(engine: Engine, setting: Setting, plain: Plain, repeats: int) -> dic
     }
 
 
-def grid(model, draft, tokenizer, sizes: Sizes, repeats: int) -> dict:
+def grid(
+    model: Transformer, tokenizer: Tokenizer, sizes: Sizes, settings: list[Setting], repeats: int
+) -> dict:
     """workload -> its plain speed and a list of results, one per strategy."""
     engines = {
         name: prefilled(model, prompts, sizes.new_tokens)
@@ -183,7 +196,7 @@ def grid(model, draft, tokenizer, sizes: Sizes, repeats: int) -> dict:
     }
     plain = {name: Plain([], []) for name in engines}
     results = {name: [] for name in engines}
-    for number, setting in enumerate(strategies(sizes, draft)):
+    for number, setting in enumerate(settings):
         torch._dynamo.reset()  # every geometry of a draft cache is compiled; few fit at a time
         for name, engine in engines.items():
             if number % 4 == 0:
@@ -312,7 +325,8 @@ def markdown(grid_results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--part", choices=("topics", "recall", "long", "quarters", "grid"))
+    parts = ("defaults", "topics", "recall", "long", "quarters", "grid")
+    parser.add_argument("--part", choices=parts)
     parser.add_argument("--draft_checkpoint_path", type=Path,
                         default=DEMO_CHECKPOINT.with_name("demo-draft"))  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -328,7 +342,9 @@ def main() -> None:
     draft = load_model(args.draft_checkpoint_path, device, dtype)
     for m in () if args.smoke else (model, draft):
         compile_blocks(m)
-    parts = {
+    repeats = 1 if args.smoke else args.repeats
+    work = {
+        "defaults": lambda: grid(model, tokenizer, sizes, defaults(model), repeats),
         "topics": lambda: reselect(
             model, topic_prompts(tokenizer, sizes), sizes, sizes.long_new_tokens // 8
         ),
@@ -342,16 +358,17 @@ def main() -> None:
             sizes.long_new_tokens,
         ),
         "quarters": lambda: quarters(model, draft, tokenizer, sizes),
-        "grid": lambda: grid(model, draft, tokenizer, sizes, 1 if args.smoke else args.repeats),
+        "grid": lambda: grid(model, tokenizer, sizes, strategies(sizes, draft), repeats),
     }
     date = time.strftime("%Y-%m-%d")
     result = {"command": " ".join(["python", *sys.argv]), "date": date}
     with torch.inference_mode():
         result["environment"] = environment(Engine(model, 1, 1, Strategy(), Sampling()))
         for name in [args.part] if args.part else parts:
-            result[name] = parts[name]()
+            result[name] = work[name]()
     part = f"_{args.part}" if args.part else ""
-    table = markdown(result["grid"]) if "grid" in result else None
+    tables = [markdown(result[name]) for name in ("defaults", "grid") if name in result]
+    table = "\n".join(tables) or None
     save(result, f"strategies{part}_{args.device}", args.out, table)
 
 

@@ -44,7 +44,7 @@ def test_flags_become_an_engine(checkpoint):
     assert (engine.batch.n_rows, engine.max_len, engine.sampling) == (3, 77, Sampling(0.5, 9))
     engine, auto = made("--draft_budget", "20", "--ignore_eos")
     assert engine.drafter is None and auto.engine is engine and not auto.named
-    assert [c.strategy.policy for c in auto.candidates] == ["ngram", "streaming", "mixed"]
+    assert [c.strategy.policy for c in auto.candidates] == ["ngram", "mixed"]
     engine, auto = made("--draft", "ngram")
     assert auto.named and [c.strategy.policy for c in auto.candidates] == ["ngram"]
 

@@ -14,7 +14,7 @@ def test_what_is_drafted_follows_from_the_flags():
         assert {strategy.gamma for strategy in found} == {7}
         return [strategy.policy for strategy in found]
 
-    assert policies() == ["ngram", "streaming", "mixed"]
+    assert policies() == ["ngram", "mixed"]
     assert policies("--draft_budget", "5") == ["ngram", "streaming"]
     assert policies("--draft", "snapkv") == ["snapkv"]
     assert policies("--draft", "none") == ["none"]
