@@ -158,24 +158,19 @@ class Options:
         return (self.speculate_k,) if isinstance(self.speculate_k, int) else worthwhile
 
     def strategies(self, gamma: int) -> list[Strategy]:
-        """What the flags allow: one way to draft, or with --draft auto all that are possible.
+        """What the flags allow: one way to draft, or all that --draft auto chooses from.
 
-        ValueError if none is. What a policy cannot reselect is then asked of the others only.
+        ValueError if one is impossible. What has nothing to reselect is then not asked to.
         """
         if not self.drafts:
             return [Strategy(gamma=gamma)]
-        possible, refusal, automatic = [], None, self.draft == "auto"
+        automatic, found = self.draft == "auto", []
         for policy in AUTO_POLICIES if automatic else (self.draft,):
             reselects = policy in POLICIES and POLICIES[policy].reselect_every
             every = self.reselect_every if reselects or not automatic else None
             sizes = self.draft_budget, self.n_sink, self.obs_window
-            try:
-                possible.append(Strategy(policy, gamma, *sizes, every))
-            except ValueError as e:
-                refusal = e
-        if refusal and not (automatic and any(d.policy in POLICIES for d in possible)):
-            raise refusal
-        return possible
+            found.append(Strategy(policy, gamma, *sizes, every))
+        return found
 
 
 def parse_args(argv: list[str] | None, description: str = "") -> Options:

@@ -220,7 +220,7 @@ def test_a_plan_chooses_the_draft_weights():
     """Where they fit: on a GPU that the target fills, there is no room for a copy."""
     h200, w = HARDWARE["h200"], Workload(24, 32768)
     strategies = all_strategies({}, (512,), (4, 5), ("same", "fp8"))
-    assert sum(s.weights == "fp8" for s in strategies) == 6  # three policies, two gammas
+    assert sum(s.weights == "fp8" for s in strategies) == 8  # four policies, two gammas
     best, *others = plan(LLAMA, h200, w, strategies)
     assert best.strategy.weights == "fp8" and str(best.strategy) == "self, streaming 512 fp8"
     assert best.speedup > 1.1 * max(p.speedup for p in others if p.strategy.weights == "same")

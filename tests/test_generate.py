@@ -354,6 +354,7 @@ BAD_FLAGS = [
     (["--temperature", "-1"], "temperature"),
     (["--top_k", "5"], "greedy"),
     (["--dtype", "float8"], "float8"),
+    (["--kv_dtype", "float8"], "--kv_dtype float8 needs a GPU; on a CPU use --kv_dtype bfloat16"),
     (["--device", "tpu9"], "tpu9"),
     (["--prompt", ""], "empty"),
     (["--prompt", "word " * 400], "leaves room for"),

@@ -45,7 +45,11 @@ def test_flags_become_an_engine(checkpoint):
     engine, auto = made("--draft_budget", "20", "--ignore_eos")
     assert engine.drafter is None and auto.engine is engine and not auto.named
     assert [c.strategy.policy for c in auto.candidates] == ["ngram", "mixed"]
-    engine, auto = made("--draft", "ngram")
+    spec = engine.full.spec
+    assert engine.full.k[0].dtype == spec.dtype == torch.float32
+    engine, auto = made("--draft", "ngram", "--kv_dtype", "bfloat16")
+    assert engine.full.k[0].dtype == torch.bfloat16
+    assert 2 * engine.full.n_bytes == sum(k.numel() for k in engine.full.k) * 2 * 4
     assert auto.named and [c.strategy.policy for c in auto.candidates] == ["ngram"]
 
 

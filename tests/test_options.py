@@ -15,13 +15,13 @@ def test_what_is_drafted_follows_from_the_flags():
         return [strategy.policy for strategy in found]
 
     assert policies() == ["ngram", "mixed"]
-    assert policies("--draft_budget", "5") == ["ngram", "streaming"]
+    assert policies("--draft_budget", "6") == ["ngram", "mixed"]
     assert policies("--draft", "snapkv") == ["snapkv"]
     assert policies("--draft", "none") == ["none"]
     again = parse_args(["--reselect_every", "3"]).strategies(2)
-    assert [strategy.reselect_every for strategy in again] == [None, None, 3]
-    with pytest.raises(ValueError, match="draft_budget 4 must be at least n_sink"):
-        policies("--draft_budget", "4")
+    assert [strategy.reselect_every for strategy in again] == [None, 3]
+    with pytest.raises(ValueError, match="draft_budget 5 must be at least n_sink"):
+        policies("--draft_budget", "5")
     with pytest.raises(ValueError, match="nothing to reselect"):
         policies("--draft", "ngram", "--reselect_every", "3")
 
