@@ -111,12 +111,13 @@ def make_engine(
     if not automatic:
         return Engine(model, n_rows, longest, strategies[0], sampling, o.seed, draft_model), None
     engine = Engine(model, n_rows, longest, Strategy(), sampling, o.seed)
-    named = "streaming" if o.draft == "auto" else o.draft
-    candidates = [Candidate(d) for d in strategies if not draft_model or o.draft == "auto"]
+    named = o.draft != "auto"
+    candidates = [Candidate(d) for d in strategies if not (draft_model and named)]
     if draft_model:
-        same = (replace(d, weights="same") for d in strategies if d.policy == named)
-        candidates += [Candidate(d, draft_model) for d in same]
-    return engine, Auto(engine, candidates, gammas, named=o.draft != "auto")
+        own = replace(strategies[-1], weights="same")
+        own = own if named else replace(own, policy="streaming", reselect_every=None)
+        candidates.append(Candidate(own, draft_model))
+    return engine, Auto(engine, candidates, gammas, named)
 
 
 def weighed(o: Options, opened: Opened, strategies: list[Strategy]) -> list[Strategy]:
