@@ -31,7 +31,7 @@ from policies import Strategy
 from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time
 from spec_decode import Engine
 
-GAMMAS = (2, 5, 12)  # compiled draft lengths on the CPU (LOG.md has other menus)
+GAMMAS, LONGEST = (2, 5), 12  # compiled draft lengths on the CPU (LOG.md); the most on a GPU
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
@@ -341,5 +341,5 @@ def draft_lengths(device_type: str, n_group: int) -> tuple[int, ...]:
     """
     if device_type != "cuda":
         return GAMMAS
-    n_tokens = {2, 4} | {min(tile // n_group, GAMMAS[-1] + 1) for tile in (16, 32, 64)}
+    n_tokens = {2, 4} | {min(tile // n_group, LONGEST + 1) for tile in (16, 32, 64)}
     return tuple(sorted(n - 1 for n in n_tokens if n > 1))
