@@ -265,8 +265,9 @@ class Auto:
             gamma = first
             for _ in range(4):
                 c.record = c.record.after(*(yield from self.run(c, gamma, n)))
-                gamma = c.best(verify, threshold=0.0).gamma
-                if not c.best(verify, 0.9 * best).gamma:
+                choice = c.best(verify, threshold=0.0)
+                gamma = choice.gamma
+                if choice.speedup <= 0.9 * best:
                     break
             best = max(best, c.best(verify).speedup)
 

@@ -115,7 +115,8 @@ static void part(const Call& c, const float* q, const KV* k, const KV* v, State*
           F x = score(q + r * D, keys + i * D, Ahead(next_k + i * D, r, c.R));
           if (c.cap) for (int l = 0; l < W; l++) x[l] = c.cap * std::tanh(x[l] / c.cap);
           I seen = (p <= at) & (p >= oldest);
-          if (mask) for (int l = 0, j = slot + i; l < W; l++, j++) seen[l] = -(j < c.S && mask[r * c.S + j]);
+          if (mask) for (int l = 0, j = slot + i; l < W; l++, j++)
+            seen[l] = -(j < c.S && mask[r * c.S + j]);
           scores[i / W] = seen ? x : F{} + HIDDEN;
         }
         softmax(states[r], scores);

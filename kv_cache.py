@@ -118,10 +118,9 @@ class CacheSpec:
         """The geometry that `model` (a model.Transformer) wants for `batch_size` rows."""
         c, weight = model.config, model.norm.weight
         heads, kinds = (c.n_kv_head, c.head_dim, c.n_group), (weight.dtype, weight.device)
-        operator = model.compiled and runs(
-            weight.device.type, c.head_dim, model.kv_dtype or weight.dtype
-        )
-        return cls(c.windows, batch_size, *heads, *kinds, model.flex, model.kv_dtype, operator)
+        kv_dtype = model.kv_dtype or weight.dtype
+        operator = model.compiled and runs(weight.device.type, c.head_dim, kv_dtype)
+        return cls(c.windows, batch_size, *heads, *kinds, model.flex, kv_dtype, operator)
 
     @property
     def stored_dtype(self) -> torch.dtype:

@@ -31,7 +31,7 @@ from measure import decode, environment, step_times, warm_up
 from options import AUTO_POLICIES
 from policies import Strategy
 from prompts import demo_prompts
-from roofline import Workload, forward_time
+from roofline import forward_time
 from sampling import Sampling
 from spec_decode import Engine
 from tokenizer import load_tokenizer
@@ -39,8 +39,8 @@ from tokenizer import load_tokenizer
 
 def predicted_against_timed(engine: Engine, auto: Auto, repeats: int) -> list[dict]:
     """T_T, T_V and T_D by the calibrated model and by the clock, after the prefill."""
-    B, S = engine.batch.n_rows, int(engine.batch.prompt_len.float().mean())
-    w = Workload(B, S, itemsize=engine.full.spec.dtype.itemsize)
+    S = int(engine.batch.prompt_len.float().mean())
+    w = auto.workload(S)
     config, hw, found = engine.model.config, auto.hardware, []
     for gamma in GAMMAS:
         engine.use(Strategy("streaming", gamma))

@@ -133,7 +133,9 @@ class Point:
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
         if not model.config.tie_embeddings:
             self.weight_bytes -= model.tok_embeddings.weight.nbytes  # of which B rows are read
-        self.slot_bytes = B * kv_bytes_per_token(model.config, self.engine.full.spec.dtype.itemsize)
+        self.slot_bytes = B * kv_bytes_per_token(
+            model.config, self.engine.full.spec.stored_dtype.itemsize
+        )
 
     def against_floor(self, ms: float, n_slots: int) -> dict:
         """With the floor: the time to read the weights and n_slots tokens of KV per row."""

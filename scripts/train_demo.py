@@ -21,6 +21,7 @@ import io
 import json
 import math
 import random
+import re
 import sys
 import sysconfig
 import time
@@ -86,6 +87,9 @@ DEMO = Recipe(
         Phase(2048, 2_500_000, (0.3, 0.2), recall=0.5),
         Phase(4096, 4_500_000, (0.2, 0.0), recall=0.5),
         Phase(4096, 1_500_000, (0.2, 0.0), recall=0.5, rope_theta=300_000.0),
+        Phase(1024, 8_000_000, (0.7, 0.7), recall=0.15),
+        Phase(1024, 6_000_000, (0.7, 0.4), recall=0.15),
+        Phase(4096, 4_500_000, (0.4, 0.0), recall=0.3),
     ),
 )  # fmt: skip
 DEMO_DRAFT = Recipe(
@@ -106,19 +110,31 @@ def is_prose(text: str) -> bool:
     return len(text) > 200 and letters > 0.7 * len(text) and len(text) < 100 * lines
 
 
+def is_written(text: str, seen: set[str]) -> bool:
+    """False for what a program wrote, repeats itself, or is mostly a copy of what was seen.
+
+    Lines are compared without their indentation; those of the text join the seen ones.
+    """
+    lines = [line for line in map(str.strip, text.split("\n")) if len(line) > 15]
+    new = set(lines) - seen
+    seen |= new
+    generated = re.search(r"generated (file|by|with|from)|do not (manually )?(edit|modify)",
+                          text[:600], re.IGNORECASE)  # fmt: skip
+    return not generated and len(set(lines)) > 0.4 * len(lines) and 2 * len(new) > len(set(lines))
+
+
 def sources() -> Iterator[tuple[str, str]]:
     """(kind, text) of every training file, kind "stdlib" or "package", each text once."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     site = Path(torch.__file__).resolve().parents[1]
-    seen: set[str] = set()
+    seen: set[str] = set()  # lines
     for kind, root in [("stdlib", stdlib), *(("package", site / p) for p in PACKAGES)]:
         for path in sorted(root.rglob("*.py")):
             names = set(path.relative_to(root).parts[:-1]) | {path.stem}
             if names & SKIPPED or any(h in (n.strip("_"), n) for n in names for h in DEMO_MODULES):
                 continue
             text = path.read_text(encoding="utf-8", errors="replace")
-            if text not in seen and "\ufffd" not in text and is_prose(text):
-                seen.add(text)
+            if "\ufffd" not in text and is_prose(text) and is_written(text, seen):
                 yield kind, text
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 # Files in the order of their arrows: each imports only files above it, so there is no circle.
 # file: (most lines, the files of ours that it imports)
-ALGORITHM = {  # ten chapters, and what they stand on
+ALGORITHM = {  # the chapters, and what they stand on
     "config": (320, ""),
     "families": (260, "config"),
     "device": (140, ""),
