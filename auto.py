@@ -12,27 +12,27 @@
 
 The engine keeps a drafter for every candidate, so a change costs nothing. A draft that the user
 named is used in any case: only its gamma is chosen. The choice follows the clock, but no text
-depends on it. Rows that begin while others run change nothing either: what is followed is the
-acceptance of whatever runs.
+depends on it.
 """
 
 import math
 import statistics
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
-from cost_model import round_cost
+import torch
+from torch import Tensor
+
 from device import median_seconds, timed
 from drafter import Drafter
+from forecast import Ahead, Record
 from model import Transformer
 from policies import Strategy
 from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time
 from spec_decode import Engine
 
-GAMMAS, LONGEST = (2, 5), 12  # compiled draft lengths on the CPU (LOG.md); the most on a GPU
-OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
+GAMMAS, LONGEST = (2, 5, 12), 12  # compiled draft lengths on the CPU (LOG.md); the most on a GPU
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each candidate
@@ -41,45 +41,7 @@ FOLLOW = 4  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 SHORT, MAX_SWEEPS = 0.3, 20  # seconds: while all sweeps took less, there are more
-MEMORY = 16  # rounds of a row: what all earlier ones count for, at most, when new ones come
-Trial = Generator[None, None, tuple[list[int], list[int]]]  # yields after each round
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Which drafts were kept, place by place: where four of a round were, the fifth mostly is."""
-
-    places: tuple[tuple[float, float], ...] = ()  # how often judged, and kept
-    rounds: float = 0.0  # of a row, that they rest on
-
-    def after(self, accepted: list[int], drafted: list[int], memory: float = MEMORY) -> "Record":
-        """With more rounds of rows: how many kept n drafts, and how many had n, at index n.
-
-        A draft is judged if all before it were kept. Earlier rounds count for `memory` at most.
-        """
-        if not any(drafted[1:]):
-            return self
-        share = min(self.rounds, memory) / self.rounds if self.rounds else 0.0
-        old = [(share * judged, share * kept) for judged, kept in self.places]
-        kept, had = ([sum(h[i:]) for i in range(len(h))] for h in (accepted, drafted))  # i or more
-        rooms = [b / max(a, 1) for a, b in pairwise(had)]  # of those with i - 1 drafts, had an i-th
-        new = [(max(a * room, b), b) for (a, b), room in zip(pairwise(kept), rooms, strict=True)]
-        pairs = zip_longest(old, new, fillvalue=(0.0, 0.0))
-        places = tuple((a + c, b + d) for (a, b), (c, d) in pairs)
-        return Record(places, share * self.rounds + sum(accepted))
-
-    def tokens(self, gamma: int) -> float:
-        """Expected of a round, the target's own included.
-
-        A place of which less than one round is known goes like the place before it.
-        """
-        rate, reached, total = OPTIMISTIC, 1.0, 1.0
-        for i in range(gamma):
-            judged, kept = self.places[i] if i < len(self.places) else (0.0, 0.0)
-            rate = kept / judged if judged >= 1 else rate
-            reached *= rate
-            total += reached
-        return total
+Trial = Generator[None, None, tuple[Tensor, Tensor]]  # yields after each round
 
 
 @dataclass(slots=True, eq=False)
@@ -91,18 +53,23 @@ class Candidate:
     drafter: Drafter = field(init=False, repr=False)  # the engine's, from the calibration on
     t_draft: float = 0.0  # T_D, seconds
     t_select: float = 0.0  # seconds of one selection
-    record: Record = Record()
-    probed: Record = Record()  # the record that the first choice was made with,
+    record: Record = field(default_factory=Record)
+    probed: Record = field(default_factory=Record)  # that the first choice was made with,
     foreseen: int = 0  # and the gamma that was best by it
 
-    def round_cost(self, gamma: int, verify: dict[int, float]) -> float:
-        """Plain steps that a round takes."""
+    def seconds(self, ahead: Ahead, gamma: int, rounds: Tensor) -> float:  # [B]
+        """Of so many rounds of each row."""
         share = self.t_select / (self.drafter.select_every or math.inf)
-        return round_cost(gamma, verify[0], self.t_draft, verify[gamma] + share)
+        return ahead.seconds(gamma, rounds, gamma * self.t_draft + share)
 
-    def best(self, verify: dict[int, float], threshold: float = MARGIN) -> "Choice":
+    def best(self, ahead: Ahead, threshold: float = MARGIN) -> "Choice":
         """With the gamma of the largest predicted speedup; no draft unless that is above."""
-        speedups = {g: self.record.tokens(g) / self.round_cost(g, verify) for g in verify if g}
+        tokens = self.record.tokens(max(ahead.verify))
+        speedups = {
+            g: ahead.plain / self.seconds(ahead, g, ahead.remaining / tokens[:, g])
+            for g in ahead.verify
+            if g
+        }
         gamma = max(speedups, key=lambda g: speedups[g])
         return Choice(self, gamma, speedups[gamma]) if speedups[gamma] > threshold else Choice()
 
@@ -111,7 +78,7 @@ class Candidate:
 
 
 class Choice(NamedTuple):
-    """Who drafts, how far, and the predicted speedup."""
+    """Who drafts, how far, and the predicted speedup of what is to come."""
 
     candidate: Candidate | None = None
     gamma: int = 0
@@ -133,6 +100,7 @@ class Auto:
     fit_error: float = 0.0
     residual: dict[int, float] = field(default_factory=dict)  # gamma -> measured / predicted
     dropped: list[str] = field(default_factory=list)  # who is not considered any more, and why
+    refilled: bool = False  # whether rows that end are followed by others
     verify: dict[int, float] = field(default_factory=dict)  # `verify_seconds` of the first choice
     first: Choice = Choice()  # after the probe
     last: str = ""  # what was used when the last row finished
@@ -142,14 +110,14 @@ class Auto:
 
         With refills, compile also what rows need that begin while others run.
         """
-        engine = self.engine
+        engine, self.refilled = self.engine, refills
         self.fit()
-        verify, kept = self.verify_seconds(engine.max_len), []
+        ahead, kept = self.ahead(engine.max_len), []
         for c in self.candidates:
             try:
                 c.drafter = engine.add(c.strategy, c.draft_model)
                 self.measure(c, refills)
-                if not (self.named or c.best(verify).gamma):
+                if not (self.named or c.best(ahead).gamma):
                     engine.remove(c.drafter)
                     del c.drafter  # its memory is free for the next candidate
                     raise ValueError(f"T_D {1e3 * c.t_draft:.1f} ms, could not win")
@@ -207,44 +175,61 @@ class Auto:
         sizes = {"itemsize": spec.dtype.itemsize, "kv_itemsize": spec.stored_dtype.itemsize}
         return Workload(spec.batch_size, length, **sizes)
 
-    def verify_seconds(self, length: int | None = None) -> dict[int, float]:
-        """T_V by gamma at that length, None: the rows' mean length. Gamma 0 is T_T."""
+    def verify_seconds(self, length: int | None, seen: int | None = None) -> dict[int, float]:
+        """T_V by gamma at that length, None: the rows' mean length. Gamma 0 is T_T.
+
+        `seen` tokens are read instead, if given: none in rows that have ended.
+        """
         w = self.workload(length or int(self.engine.batch.seq_len.float().mean()))
-        config, hw = self.engine.model.config, self.hardware
-        return {g: forward_time(config, hw, w, g + 1).total * r for g, r in self.residual.items()}
+        parts = self.engine.model.config, self.hardware, w
+        return {g: forward_time(*parts, g + 1, seen).total * r for g, r in self.residual.items()}
+
+    def ahead(self, length: int | None = None) -> Ahead:
+        """What the rows still have to do, or before there is a text, all the same at a length."""
+        batch = self.engine.batch
+        left = (batch.limit - batch.seq_len).masked_fill(batch.finished, 0).clamp_min(0)
+        remaining = (left if left.any() else torch.ones_like(left)).float().cpu()
+        times = self.verify_seconds(length), self.verify_seconds(length, 0)
+        return Ahead(remaining, *times, self.refilled)
 
     def rounds(self) -> Iterator[None]:
         """Rounds until every row is finished: probe, choose, follow. ValueError without a text.
 
         After each, the caller may start other rows.
         """
-        self.verify = self.verify_seconds()
         for c in self.candidates:
             c.record = Record()
         self.look_back()
-        yield from self.probe(self.verify)
+        yield from self.probe()
         self.look_back()  # now there is some new text to judge by
+        ahead = self.ahead()
         for c in self.candidates:
-            c.probed, c.foreseen = c.record, c.best(self.verify, threshold=0.0).gamma
-        self.first = self.choose(self.verify, None, 1.0)
+            c.probed, c.foreseen = c.record, c.best(ahead, threshold=0.0).gamma
+        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0)
         yield from self.follow()
 
     def look_back(self, drafting: Candidate | None = None) -> None:
         """Let those that judge themselves do so, by the text that is there now."""
         for c in self.candidates:
             if c is not drafting and c.drafter.judges_itself:
-                c.record = c.record.after(*c.drafter.look_back(c.strategy.gamma), memory=0)
+                accepted, drafted = map(self.by_row, c.drafter.look_back(c.strategy.gamma))
+                c.record = c.record.after(accepted, drafted, memory=0)
+
+    def by_row(self, counts: Tensor) -> Tensor:  # [B, n] -> [B, n], or [1, n]
+        """Histograms on the host, of all rows together where a row's text may be another's soon."""
+        return (counts.sum(dim=0, keepdim=True) if self.refilled else counts).cpu()
 
     def run(self, c: Candidate | None, gamma: int, n: int) -> Trial:
-        """Up to n rounds with it. Returns how often a row kept 0, 1, .. gamma drafts, and had."""
+        """Up to n rounds with it. Returns how often rows kept 0, 1, .. gamma drafts, and had."""
         batch = self.engine.batch
         self.engine.switch(c.drafter if c else None)
-        before = batch.counts.sum(dim=1)
+        before = batch.counts.clone()
         yield from self.engine.rounds(gamma, n)
-        counts = batch.counts.sum(dim=1) - before
-        return tuple(counts[:, : gamma + 1].tolist())
+        counts = (batch.counts - before)[..., : gamma + 1]
+        accepted, drafted = counts if self.refilled else counts[:, :-1]  # the last: ended texts
+        return self.by_row(accepted), self.by_row(drafted)
 
-    def probe(self, verify: dict[int, float]) -> Iterator[None]:
+    def probe(self) -> Iterator[None]:
         """A few rounds with each candidate that could still be the best one.
 
         A trial is short: at most PROBE_SHARE of the tokens to come. It is skipped if its cost
@@ -252,30 +237,31 @@ class Auto:
         any more. Its first quarter has the second longest drafts: the longest are tried where all
         of these are kept. A draft that was asked for by name has a trial in any case.
         """
-        batch, first = self.engine.batch, self.gammas[-2:][0]
-        to_come = float((batch.limit - batch.seq_len).float().mean())
-        n = math.ceil(PROBE_DRAFTS / (first * batch.n_rows) / 4)  # rounds of a quarter
+        ahead, first = self.ahead(), self.gammas[-2:][0]
+        to_come = float(ahead.remaining.mean())
+        n = math.ceil(PROBE_DRAFTS / (first * len(ahead.remaining)) / 4)  # rounds of a quarter
         n = max(min(n, int(PROBE_SHARE * to_come / 4)), 1)
-        best = max([1.0, *(c.best(verify).speedup for c in self.candidates if c.record.places)])
-        for c in sorted(self.candidates, key=lambda c: -c.best(verify).speedup):
-            saving = to_come / best - to_come / c.best(verify).speedup  # in plain steps
-            hopeless = HOPE * saving < n * (c.round_cost(first, verify) - 1)
-            if c.drafter.judges_itself or (hopeless and not self.named):
+        quarter = torch.full_like(ahead.remaining, n)
+        best = max([1.0, *(c.best(ahead).speedup for c in self.candidates if c.record.known)])
+        for c in sorted(self.candidates, key=lambda c: -c.best(ahead).speedup):
+            saving = ahead.plain / best - ahead.plain / c.best(ahead).speedup
+            cost = c.seconds(ahead, first, quarter) - ahead.seconds(0, quarter)
+            if c.drafter.judges_itself or (HOPE * saving < cost and not self.named):
                 continue
             gamma = first
             for _ in range(4):
                 c.record = c.record.after(*(yield from self.run(c, gamma, n)))
-                choice = c.best(verify, threshold=0.0)
+                choice = c.best(ahead, threshold=0.0)
                 gamma = choice.gamma
                 if choice.speedup <= 0.9 * best:
                     break
-            best = max(best, c.best(verify).speedup)
+            best = max(best, c.best(ahead).speedup)
 
-    def choose(self, verify: dict[int, float], now: Candidate | None, stay: float) -> Choice:
+    def choose(self, ahead: Ahead, now: Candidate | None, stay: float) -> Choice:
         """The largest predicted speedup; another candidate than `now` must gain `stay`."""
         options, threshold = ([], 0.0) if self.named else ([Choice()], MARGIN)
-        known = (c for c in self.candidates if c.record.places or self.named)
-        options += [c.best(verify, threshold) for c in known]
+        known = (c for c in self.candidates if c.record.known or self.named)
+        options += [c.best(ahead, threshold) for c in known]
         return max(options, key=lambda o: o.speedup * (stay if o.candidate is now else 1.0))
 
     def follow(self) -> Iterator[None]:
@@ -297,17 +283,19 @@ class Auto:
             elif idle >= pause:
                 idle, pause = 0, 2 * pause
                 for other in self.candidates:
-                    other.record = replace(other.probed, rounds=0.0)  # what comes now counts alone
+                    forgotten = torch.zeros_like(other.probed.rounds)  # what comes counts alone
+                    other.record = replace(other.probed, rounds=forgotten)
             self.look_back(c)
-            choice = self.choose(self.verify_seconds(), c, STAY)
+            choice = self.choose(self.ahead(), c, STAY)
 
     def decision(self) -> dict:
         """What was decided first, and by which numbers, for the JSON; seconds."""
         candidates = []
         for c in self.candidates:
             entry = {"draft": str(c), "t_draft": c.t_draft, "t_select": c.t_select}
-            if (gamma := c.foreseen) and c.probed.places:
-                entry |= {"gamma": gamma, "acceptance": (c.probed.tokens(gamma) - 1) / gamma}
+            if (gamma := c.foreseen) and c.probed.known:
+                tokens = float(c.probed.tokens(gamma)[:, gamma].mean())
+                entry |= {"gamma": gamma, "acceptance": (tokens - 1) / gamma}
             candidates.append(entry)
         return {
             "predicted_speedup": self.first.speedup,

@@ -12,12 +12,13 @@ any place of a text is known without a single forward.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NGRAM = 3  # prompt lookup matches the newest 3 tokens, or as many as it can
 
-# How often n drafts were kept, and how often n were made, at index n.
-Histograms = tuple[list[int], list[int]]
+# [B, gamma + 1] both: how often a row kept n drafts, and how often it had n, at index n.
+Histograms = tuple[Tensor, Tensor]
 
 
 def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def look_back(
     finished: Tensor,  # [B] bool, rows that are not judged by
     gamma: int,
 ) -> Histograms:
-    """How often it would have kept 0, 1, .. gamma drafts in the rounds for the last tokens of rows.
+    """How often rows would have kept 0, 1, .. gamma drafts in the rounds for their last tokens.
 
     Copies to the host.
     """
@@ -61,11 +62,11 @@ def look_back(
     actual = tokens.gather(1, length + torch.arange(gamma, device=device))
     same = lookup(tokens, length[:, 0], gamma)[0] == actual
     kept = same.long().cumprod(dim=1).sum(dim=1).view(-1, n)
-    kept = kept.masked_fill(~exists, -1)[~finished]
-    histogram = [0] * (gamma + 1)
-    for row in kept.tolist():
+    kept = kept.masked_fill(~exists, -1).masked_fill(finished[:, None], -1)
+    accepted = torch.zeros(B, gamma + 1, dtype=torch.int64)
+    for histogram, row in zip(accepted, kept.tolist(), strict=True):
         i = row.count(-1)
         while i < n:
             histogram[row[i]] += 1
             i += row[i] + 1
-    return histogram, [0] * gamma + [sum(histogram)]
+    return accepted, F.pad(accepted.sum(dim=1, keepdim=True), (gamma, 0))

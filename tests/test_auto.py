@@ -19,10 +19,10 @@ from auto import (
     Auto,
     Candidate,
     Choice,
-    Record,
     draft_lengths,
 )
 from cost_model import omega
+from forecast import Ahead, Record
 from kv_cache import SparseKVCache
 from measure import decode
 from policies import POLICIES, Strategy
@@ -43,9 +43,18 @@ def candidates(*policies: str) -> list[Candidate]:
     return [Candidate(Strategy(p, max(GAMMAS), 24, 3, obs_window=7)) for p in policies]
 
 
-def saw(accepted: list[int], record: Record = Record()) -> Record:  # noqa: B008, it is frozen
-    """All of these rounds had as many drafts as some of them kept."""
-    return record.after(accepted, [0] * (len(accepted) - 1) + [sum(accepted)])
+def counts(accepted: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Histograms of one row, all of whose rounds had as many drafts as some of them kept."""
+    return torch.tensor([accepted]), torch.tensor([[0] * (len(accepted) - 1) + [sum(accepted)]])
+
+
+def saw(accepted: list[int]) -> Record:
+    return Record().after(*counts(accepted))
+
+
+def ahead(verify: dict[int, float]) -> Ahead:
+    """One row, with one token to come."""
+    return Ahead(torch.ones(1), verify, verify)
 
 
 def prefilled(
@@ -54,7 +63,7 @@ def prefilled(
     """An Auto that has these candidates, costing what they say, and believes these times."""
     engine = Engine(tiny_model(), 4, 80 + n, Strategy(), Sampling())
     auto = Auto(engine, found, GAMMAS, named)
-    monkeypatch.setattr(auto, "verify_seconds", lambda length=None: verify)
+    monkeypatch.setattr(auto, "verify_seconds", lambda length, seen=None: verify)
     for c in found:
         c.drafter = engine.add(c.strategy, c.draft_model)
     engine.prefill(PROMPTS, [n] * 4)
@@ -64,7 +73,7 @@ def prefilled(
 def probes(auto: Auto, monkeypatch, **accepted: list[int]) -> None:
     """Instead of probing, let candidates have this record, by policy."""
 
-    def probe(verify: dict[int, float]) -> Iterator[None]:
+    def probe() -> Iterator[None]:
         for c in auto.candidates:
             if c.strategy.policy in accepted:
                 c.record = saw(accepted[c.strategy.policy])
@@ -74,20 +83,38 @@ def probes(auto: Auto, monkeypatch, **accepted: list[int]) -> None:
 
 
 def test_a_candidates_speedup_is_the_formula():
-    """Half of all drafts at every place; a selection every fourth round."""
+    """Of one row. Half of all drafts at every place; a selection every fourth round."""
     selecting = SimpleNamespace(select_every=4)
     c = Candidate(Strategy("snapkv"), t_draft=0.1, t_select=0.8)
     c.drafter = selecting
-    c.record = Record(((8, 4), (4, 2), (2, 1)), 8)
-    assert c.round_cost(3, CHEAP) == pytest.approx(3 * 0.1 + 0.2 + 1.1)
-    assert c.best({0: 2.0, 3: 1.1}, 0.0) == (c, 3, pytest.approx(2 * omega(3, 0.5) / 1.6))
-    c.record, c.t_select = Record(((10, 3), (10, 3), (10, 3)), 10), 0.0
-    assert c.best(CHEAP) == (c, 1, pytest.approx(1.3 / 1.1))
-    c.record = Record(((100, 95), (100, 95), (100, 95)), 100)
-    assert c.best(CHEAP).gamma == 3 and c.best(DEAR) == Choice()
+    c.record = saw([8, 4, 2, 2])
+    assert c.seconds(ahead(CHEAP), 3, torch.ones(1)) == pytest.approx(3 * 0.1 + 0.2 + 1.1)
+    best = c.best(ahead({0: 2.0, 3: 1.1}), 0.0)
+    assert best == (c, 3, pytest.approx(2 * omega(3, 0.5) / 1.6))
+    c.record, c.t_select = saw([7000, 2100, 630, 270]), 0.0
+    assert c.best(ahead(CHEAP)) == (c, 1, pytest.approx(1.3 / 1.1))
+    c.record = saw([2000, 1900, 1805, 34295])  # 0.95 of each
+    assert c.best(ahead(CHEAP)).gamma == 3 and c.best(ahead(DEAR)) == Choice()
     c.record = Record()
-    assert c.best(CHEAP).speedup == pytest.approx(omega(3, 0.95) / 1.4)  # optimistic
+    assert c.best(ahead(CHEAP)).speedup == pytest.approx(omega(3, 0.95) / 1.4)  # optimistic
     assert MARGIN > 1
+
+
+def test_a_batch_is_chosen_for_by_its_slowest_row_and_refilled_rows_by_the_mean():
+    """Long drafts help three rows of four; the fourth keeps none, and pays for their places."""
+    c = Candidate(Strategy("ngram", 12))
+    c.drafter = SimpleNamespace(select_every=0)
+    accepted = torch.zeros(4, 13, dtype=torch.int64)
+    accepted[:3, 12] = accepted[3, 0] = 100
+    drafted = torch.zeros_like(accepted)
+    drafted[:, 12] = 100
+    c.record = Record().after(accepted, drafted)
+    times = {0: 1.0, 2: 1.2, 12: 1.5}, {0: 0.6, 2: 0.8, 12: 1.1}
+    fixed = Ahead(torch.full((4,), 100.0), *times)
+    assert c.best(fixed) == Choice() and c.best(fixed, 0.0).gamma == 2
+    assert c.best(fixed._replace(refilled=True)).gamma == 12
+    ended = torch.tensor([100.0, 100, 100, 0])
+    assert c.best(fixed._replace(remaining=ended))[1:] == (12, pytest.approx(8.0, rel=0.05))
 
 
 @pytest.mark.parametrize("verify", [CHEAP, DEAR])
@@ -133,7 +160,8 @@ def test_a_named_draft_is_used_from_the_first_round_to_the_last(monkeypatch, pol
 def test_a_named_draft_is_never_dropped_but_refused(monkeypatch):
     engine = Engine(tiny_model(), 2, 300, Strategy(), Sampling())
     auto = Auto(engine, candidates("streaming"), GAMMAS, named=True)
-    monkeypatch.setattr(auto, "verify_seconds", lambda length: {0: 1.0, 1: 30.0, 3: 90.0})
+    times = {0: 1.0, 1: 30.0, 3: 90.0}
+    monkeypatch.setattr(auto, "verify_seconds", lambda length, seen=None: times)
     auto.calibrate()  # an unnamed one could not win
     (c,) = auto.candidates
     assert engine.drafter is c.drafter and not auto.dropped
@@ -154,7 +182,8 @@ def test_what_the_engine_refuses_or_cannot_win_is_dropped_for_the_others(monkeyp
         return add(strategy, draft_model)
 
     monkeypatch.setattr(engine, "add", scarce)
-    monkeypatch.setattr(auto, "verify_seconds", lambda length: {0: 1.0, 1: 1.0, 3: 1.0})
+    times = {0: 1.0, 1: 1.0, 3: 1.0}
+    monkeypatch.setattr(auto, "verify_seconds", lambda length, seen=None: times)
     monkeypatch.setattr(
         auto, "measure", lambda c, _: setattr(c, "t_draft", 9 * len(c.drafter.caches))
     )
@@ -179,7 +208,8 @@ def test_who_cannot_win_makes_room_for_the_next(monkeypatch):
         return drafter
 
     monkeypatch.setattr(engine, "add", note)
-    monkeypatch.setattr(auto, "verify_seconds", lambda length: {0: 1.0, 1: 30.0, 3: 90.0})
+    times = {0: 1.0, 1: 30.0, 3: 90.0}
+    monkeypatch.setattr(auto, "verify_seconds", lambda length, seen=None: times)
     auto.calibrate()
     assert len(made) == len(auto.dropped) == 2
 
@@ -190,57 +220,11 @@ def test_a_good_draft_is_chosen_and_kept(monkeypatch):
     auto = prefilled([*candidates("ngram"), everything], CHEAP, monkeypatch)
     stats = decode(auto.engine, auto=auto)
     assert auto.first[:2] == (everything, 3) and auto.first.speedup > 3
-    assert everything.record.tokens(3) > 1 + 3 * 0.99
+    assert (everything.record.tokens(3)[:, 3] > 1 + 3 * 0.98).all()
     assert stats.rounds <= 4 + 15
     assert "streaming 400, gamma 3" in auto.explain()
     drafts = [c["draft"] for c in auto.decision()["candidates"]]
     assert drafts == ["ngram", "streaming 400"]
-
-
-def test_every_place_in_a_round_has_an_acceptance_of_its_own():
-    """Acceptance comes in runs: one number, measured at gamma 5, says 2.01 tokens at gamma 2."""
-    record = saw([70, 0, 0, 0, 0, 30])
-    assert record.tokens(2) == pytest.approx(1.6) and record.tokens(5) == pytest.approx(2.5)
-    for gamma in (1, 2, 3):  # of a shorter round, whatever the histogram: its drafts are a prefix
-        kept = 7 * 0 + 3 * min(1, gamma) + 5 * min(2, gamma) + 4 * min(3, gamma)
-        assert saw([7, 3, 5, 4]).tokens(gamma) == pytest.approx(1 + kept / 19)
-
-
-def test_drafts_that_the_end_of_a_row_cuts_off_are_not_judged():
-    """Of 10 rounds, 4 had room for one draft only; they kept it, the others kept 1 of 3 or all."""
-    record = Record().after([0, 7, 0, 3], [0, 4, 0, 6])
-    assert record.places == ((10, 10), (6, 3), (3, 3))
-    assert record.tokens(3) == pytest.approx(1 + 1 + 0.5 + 0.5)
-    assert record.after([5, 0, 0], [5, 0, 0]) is record  # there was room for none
-
-
-def test_longer_rounds_than_seen_go_on_like_the_last_place():
-    record = saw([4, 4, 2])  # 6 of 10 keep the first draft, 2 of these 6 the second
-    known = 1 + 0.6 + 0.2
-    assert record.tokens(2) == pytest.approx(known)
-    assert record.tokens(4) == pytest.approx(known + 0.2 / 3 + 0.2 / 9)
-    record = saw([5, 0, 0, 5], record)  # later, with 3 drafts: 11 of 20, 7 of 11, 5 of 5
-    assert record.tokens(3) == pytest.approx(1 + 11 / 20 + 7 / 20 + 7 / 20)
-    assert record.tokens(4) == pytest.approx(record.tokens(3) + 7 / 20)
-    record = saw([0, 10], record)  # with one draft: nothing new of the others
-    first = (11 * 16 / 20 + 10) / (16 + 10)
-    assert record.tokens(3) == pytest.approx(1 + first * (1 + 7 / 11 + 7 / 11))
-    for _ in range(5):
-        record = saw([0, 16], record)
-    assert record.places[1][0] < 1  # so long ago that it is not known any more
-    assert record.tokens(3) == pytest.approx(4, rel=0.02)
-
-
-def test_what_was_seen_before_counts_for_a_few_rounds_at_most():
-    record = saw([10, 0, 0, 0])
-    assert (record.tokens(3), record.rounds) == (1, 10)
-    record = saw([0, 0, 0, 10], record)
-    assert record.tokens(3) == pytest.approx(1 + 1.5) and record.rounds == 20
-    record = saw([0, 0, 0, 16], record)  # the 20 before weigh as much as 16
-    assert record.tokens(3) == pytest.approx(1 + (16 * 1.5 + 48) / 32)
-    assert saw([0, 0, 0, 0], record) is record and record.rounds == 32
-    alone = record.after([0, 5], [0, 5], memory=0)
-    assert alone.tokens(1) == 2 and alone.rounds == 5
 
 
 def trials(auto: Auto, monkeypatch, **accepted: list[int]) -> list[tuple[str, int, int]]:
@@ -249,13 +233,12 @@ def trials(auto: Auto, monkeypatch, **accepted: list[int]) -> list[tuple[str, in
 
     def run(c, gamma, n):
         runs.append((c.strategy.policy, gamma, n))
-        counts = accepted[c.strategy.policy]
+        kept = accepted[c.strategy.policy]
         yield
-        kept = [*counts[:gamma], sum(counts[gamma:])]
-        return kept, [0] * gamma + [sum(counts)]
+        return counts([*kept[:gamma], sum(kept[gamma:])])
 
     monkeypatch.setattr(auto, "run", run)
-    for _ in auto.probe(auto.verify_seconds()):
+    for _ in auto.probe():
         pass
     return runs
 
@@ -277,8 +260,8 @@ def test_the_longest_drafts_are_tried_where_the_others_are_kept(monkeypatch, kep
     auto = prefilled(candidates("streaming"), {0: 1.0, 2: 1.1, 5: 1.2, 12: 1.6}, monkeypatch)
     auto.gammas = 2, 5, 12
     auto.engine.batch.limit.add_(9999)
-    counts = [0] * kept + [9] + [0] * (12 - kept)
-    assert tuple(gamma for _, gamma, _ in trials(auto, monkeypatch, streaming=counts)) == gammas
+    outcome = [0] * kept + [9] + [0] * (12 - kept)
+    assert tuple(gamma for _, gamma, _ in trials(auto, monkeypatch, streaming=outcome)) == gammas
 
 
 def test_a_trial_ends_after_a_quarter_if_the_draft_cannot_win(monkeypatch):
@@ -318,9 +301,9 @@ def test_every_text_is_judged_anew(monkeypatch):
     lookup, streaming = auto.candidates
     lookup.record = streaming.record = saw([9, 0, 0, 0])
     outcomes, known = [[0, 0, 0, 4], [4, 0, 0, 4]], []
-    monkeypatch.setattr(lookup.drafter, "look_back", lambda g: (outcomes.pop(0), [0, 0, 0, 8]))
+    monkeypatch.setattr(lookup.drafter, "look_back", lambda gamma: counts(outcomes.pop(0)))
 
-    def probe(verify):
+    def probe():
         known.extend((lookup.record, streaming.record))
         streaming.record = saw([7, 0, 0, 1])
         yield from ()
@@ -328,9 +311,9 @@ def test_every_text_is_judged_anew(monkeypatch):
     monkeypatch.setattr(auto, "probe", probe)
     monkeypatch.setattr(auto, "follow", lambda: iter(()))
     decode(auto.engine, auto=auto)
-    assert known == [saw([0, 0, 0, 4]), Record()] and not outcomes
-    assert lookup.probed == lookup.record == saw([4, 0, 0, 4])
-    assert streaming.probed == saw([7, 0, 0, 1])
+    assert [known[0].tokens(3)[0, 3], known[1].known] == [4, False] and not outcomes
+    assert lookup.probed is lookup.record and lookup.record.tokens(3)[0, 3] == 2.5
+    assert streaming.probed.tokens(3)[0, 3] == 1 + 3 / 8
     auto.look_back(drafting=lookup)  # would ask for a third outcome
     assert auto.first.candidate is lookup
 
@@ -349,13 +332,13 @@ def test_the_first_choice_has_the_least_predicted_time_whoever_was_probed_last(m
     auto = prefilled([better, later], CHEAP, monkeypatch)
     probes(auto, monkeypatch, streaming=[10, 10, 10, 70], snapkv=[10, 10, 10, 70])
     auto.engine.switch(later.drafter)
-    gain = better.best(CHEAP).speedup / later.best(CHEAP).speedup
+    gain = better.best(ahead(CHEAP)).speedup / later.best(ahead(CHEAP)).speedup
     assert 1 < gain < STAY  # the one in use would be kept
     decode(auto.engine, auto=auto)
     assert auto.first.candidate is better
     better.record = later.record = better.probed
-    assert auto.choose(CHEAP, None, STAY).candidate is better
-    assert auto.choose(CHEAP, later, STAY).candidate is later
+    assert auto.choose(ahead(CHEAP), None, STAY).candidate is better
+    assert auto.choose(ahead(CHEAP), later, STAY).candidate is later
 
 
 def test_nothing_is_decided_any_more_when_all_rows_are_finished(monkeypatch):
@@ -375,7 +358,7 @@ def test_the_acceptance_of_the_first_prediction_is_printed_beside_it(monkeypatch
     probes(auto, monkeypatch, streaming=[1, 0, 0, 9])
     monkeypatch.setattr(auto.engine, "accept", reject)
     decode(auto.engine, auto=auto)
-    assert c.record.tokens(3) < 1 + 3 * 0.2 and auto.last == "no draft"
+    assert (c.record.tokens(3)[:, 3] < 1.9).all() and auto.last == "no draft"
     assert auto.first.speedup == pytest.approx((1 + 3 * 0.9) / 1.9)
     assert "acceptance 0.90 at gamma 3" in auto.explain()
     (said,) = auto.decision()["candidates"]
@@ -392,7 +375,7 @@ def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
 
     def look_back(gamma):
         assert gamma == 3
-        return next(rounds, [0, 0, 0, 9]), [0, 0, 0, 9]
+        return counts(next(rounds, [0, 0, 0, 9]))
 
     monkeypatch.setattr(lookup.drafter, "look_back", look_back)
     decode(auto.engine, auto=auto)
@@ -413,8 +396,7 @@ def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_lon
     auto = prefilled(found, {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=250)
     c, *lookups = auto.candidates
     for lookup in lookups:
-        useless = [9, 0, 0, 0], [0, 0, 0, 9]
-        monkeypatch.setattr(lookup.drafter, "look_back", lambda gamma, counts=useless: counts)
+        monkeypatch.setattr(lookup.drafter, "look_back", lambda gamma: counts([9, 0, 0, 0]))
     probes(auto, monkeypatch, streaming=[10, 0, 0, 90])
     monkeypatch.setattr(auto.engine, "accept", reject)
     runs, run = [], auto.run
@@ -424,7 +406,7 @@ def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_lon
     tried = (c, 3, FOLLOW)
     rests = [[(None, 0, FOLLOW if others else n)] * (n // FOLLOW if others else 1)
              for n in (32, 64, 128, 256)]  # fmt: skip
-    until_the_end = [tried, tried, *rests[0], tried, *rests[1], tried, *rests[2], tried, *rests[3]]
+    until_the_end = [*[tried] * 3, *rests[0], tried, *rests[1], tried, *rests[2], tried, *rests[3]]
     assert runs == until_the_end[: len(runs)] and len(runs) > len(until_the_end) - len(rests[3])
     assert stats.drafted_histogram[0] == stats.row_rounds - stats.drafts > 4 * 200
     assert auto.engine.batch.outputs() == [plain_greedy(tiny_model(), p, 250) for p in PROMPTS]
@@ -436,11 +418,12 @@ def test_it_follows_by_the_times_at_the_length_that_the_text_has_reached(monkeyp
     (c,) = auto.candidates
     probes(auto, monkeypatch, streaming=[0, 0, 0, 9])
     times, choose, asked = iter([CHEAP, DEAR]), auto.choose, []
-    monkeypatch.setattr(auto, "verify_seconds", lambda: next(times, DEAR))
+    monkeypatch.setattr(auto, "ahead", lambda: ahead(next(times, DEAR)))
     monkeypatch.setattr(auto.engine, "accept", reject)
     monkeypatch.setattr(auto, "choose", lambda *how: asked.append(how) or choose(*how))
     decode(auto.engine, auto=auto)
-    assert asked[:3] == [(CHEAP, None, 1.0), (DEAR, c, STAY), (DEAR, None, STAY)]
+    said = [(what.verify, now, stay) for what, now, stay in asked[:3]]
+    assert said == [(CHEAP, None, 1.0), (DEAR, c, STAY), (DEAR, None, STAY)]
     assert auto.verify == CHEAP
 
 
@@ -548,7 +531,7 @@ def test_a_short_calibration_has_more_sweeps(monkeypatch, seconds, sweeps):
 ])  # fmt: skip
 def test_on_cuda_drafts_fill_a_tile_of_queries(G, gammas):
     assert draft_lengths("cuda", G) == gammas
-    assert draft_lengths("cpu", G) == (2, 5)
+    assert draft_lengths("cpu", G) == (2, 5, 12)
 
 
 def test_a_record_of_long_matches_asks_for_long_drafts():
@@ -559,4 +542,4 @@ def test_a_record_of_long_matches_asks_for_long_drafts():
         c.drafter = SimpleNamespace(select_every=0)
         for kept, gamma in ((11, 12), (5, 5), (1, 2)):
             c.record = saw([0] * kept + [9] + [0] * (12 - kept))
-            assert c.best(verify)[:2] == (c, gamma)
+            assert c.best(ahead(verify))[:2] == (c, gamma)

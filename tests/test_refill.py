@@ -205,7 +205,7 @@ def test_a_choice_that_changes_with_the_clock_changes_no_text(monkeypatch, kind)
     names = ("ngram", "streaming", "snapkv")
     found = [Candidate(Strategy(p, 3, 24, 3, obs_window=7)) for p in names]
     auto = Auto(engine, found, (1, 3))
-    monkeypatch.setattr(auto, "verify_seconds", lambda length=None: rng.choice((CHEAP, DEAR)))
+    monkeypatch.setattr(auto, "verify_seconds", lambda *_: rng.choice((CHEAP, DEAR)))
     for c in found:
         c.drafter = engine.add(c.strategy)
         c.t_draft = 0.02

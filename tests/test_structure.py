@@ -50,7 +50,8 @@ ALGORITHM = {  # the chapters, and what they stand on
 ECONOMICS = {
     "roofline": (240, "config"),
     "cost_model": (450, "config families roofline"),
-    "auto": (345, "cost_model device drafter model policies roofline spec_decode"),
+    "forecast": (110, ""),
+    "auto": (345, "device drafter forecast model policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
 IN_AND_OUT = {
