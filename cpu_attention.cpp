@@ -4,13 +4,10 @@
 // k, v [B, H, S, D] of type KV: slot s holds the newest position p <= newest with p % S == s.
 // start [B]: position of the first token; nothing is read, and 0 is the answer, for start = -T.
 // mask [B, n_masks, R, S], one for all heads or one for each, says who sees what instead, if given.
-//
 // Slots are divided into parts of PART, which any thread computes, and which are combined in order.
 // Within a part the softmax is online, a tile at a time (FlashAttention, arXiv 2205.14135). What is
 // computed for a query does not depend on the other queries: it is bit for bit the same among them.
-//
 // Whoever compiles this puts definitions of D (a multiple of W) and KV before it.
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -40,28 +37,28 @@ static inline F exp(F x) {  // of x <= 0: 2^n * e^r with |r| <= ln(2) / 2, and e
   for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
   return (F)((I)y + (n << 23));
 }
-
+struct Share {  // the i-th of n parts of what every slot has: a query fetches it of the next tile
+  int i, n;
+  void fetch(const KV* slot) const {
+    for (int l = LINES * i / n; l < LINES * (i + 1) / n; l++)
+      __builtin_prefetch(slot + l * LINE, 0, 2);
+  }
+};
 struct Call {
   int64_t B, H, R, T, S, n_masks, window;  // window: newest tokens that a query sees
   float cap; int n_threads;                // cap of scores, or 0
 };
-struct State { float m, l, y[D], w[TILE]; };  // of a query: largest score, sum of weights, sum of V
-struct Ahead {  // lines that are fetched of each slot of the next tile: the i-th of n equal shares
-  const KV* next; int from, to;
-  Ahead(const KV* next, int i, int n) : next(next), from(LINES * i / n), to(LINES * (i + 1) / n) {}
-  void fetch(int slot) const {
-    for (int i = from; i < to; i++) __builtin_prefetch(next + slot * D + i * LINE, 0, 2);
-  }
-};
+struct State { float m, l[W], y[D], w[TILE]; };  // of a query: largest score, sums of weights and V
 
-template <class X> static inline F score(const float* q, const X* k, Ahead ahead) {  // W slots
+template <class X>  // scores of W slots
+static inline F score(const float* q, const X* k, const KV* next, Share share) {
   F x[N], dot[W];
   for (int d = 0; d < N; d++) x[d] = load(q + d * W);
 #pragma GCC unroll 16
   for (int j = 0; j < W; j++) {
     dot[j] = x[0] * load(k + j * D);
     for (int d = 1; d < N; d++) dot[j] += x[d] * load(k + j * D + d * W);
-    ahead.fetch(j);
+    share.fetch(next + j * D);
   }
 #pragma GCC unroll 4
   for (int n = W / 2; n; n /= 2)
@@ -69,50 +66,45 @@ template <class X> static inline F score(const float* q, const X* k, Ahead ahead
     for (int j = 0; j < n; j++) dot[j] = pairs(dot[2 * j], dot[2 * j + 1]);
   return dot[0];
 }
-
 static inline void softmax(State& s, const F* scores) {  // of a tile; what was before is rescaled
-  F best = F{} + s.m, sum = F{};
-  for (int i = 0; i < TILE / W; i++) best = scores[i] > best ? scores[i] : best;
-  float m = best[0];
-  for (int i = 1; i < W; i++) m = std::max(m, best[i]);
-  F before = exp(F{} + (s.m - m));
+  float m = s.m;
+  for (int i = 0; i < TILE; i++) m = std::max(m, scores[i / W][i % W]);
+  F before = exp(F{} + (s.m - m)), l = load(s.l) * before;
   if (m > s.m) for (int d = 0; d < D; d += W) store(s.y + d, load(s.y + d) * before);
   for (int i = 0; i < TILE / W; i++) {
     F w = scores[i] > HIDDEN ? exp(scores[i] - m) : F{};
-    store(s.w + i * W, w), sum += w;
+    store(s.w + i * W, w), l += w;
   }
-  s.m = m, s.l *= before[0];
-  for (int i = 0; i < W; i++) s.l += sum[i];
+  s.m = m, store(s.l, l);
 }
-
-template <int M, class X> static inline void add_values(State* s, const X* v, Ahead ahead) {
+template <int M, class X>  // of M queries
+static inline void add_values(State* s, const X* v, const KV* next, Share share) {
   F y[M][N];
   for (int i = 0; i < M * N; i++) y[i / N][i % N] = load(s[i / N].y + i % N * W);
-  for (int j = 0; j < TILE; j++, ahead.fetch(j - 1))
+  for (int j = 0; j < TILE; j++, share.fetch(next + (j - 1) * D))
     for (int d = 0; d < N; d++) {
       F x = load(v + j * D + d * W);
       for (int i = 0; i < M; i++) y[i][d] += s[i].w[j] * x;
     }
   for (int i = 0; i < M * N; i++) store(s[i / N].y + i % N * W, y[i / N][i % N]);
 }
-
 // States of the queries of one row and head after its slots first .. last - 1.
 static void part(const Call& c, const float* q, const KV* k, const KV* v, State* states,
                  const bool* mask, int64_t start, int64_t first, int64_t last) {
   constexpr I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  int newest = start + c.T - 1, turn = newest % c.S;  // slots up to `turn` hold the latest turn
+  int newest = start + c.T - 1, turn = newest % c.S, R = c.R;  // slots up to `turn`: latest turn
   float buffer[2][TILE * D];
-  for (int r = 0; r < c.R; r++) states[r] = {HIDDEN};
+  for (int r = 0; r < R; r++) states[r] = {HIDDEN};
   for (int slot = first; slot < last; slot += TILE) {
-    auto look = [&](const auto* keys, const auto* values) {
-      const KV *next_k = k + (slot + TILE) * int64_t(D), *next_v = v + (slot + TILE) * int64_t(D);
-      for (int r = 0; r < c.R; r++) {
+    const KV *keys = k + slot * int64_t(D), *values = v + slot * int64_t(D);
+    auto look = [&](const auto* keys_now, const auto* values_now) {
+      for (int r = 0; r < R; r++) {
         int at = start + r % c.T, oldest = std::max<int64_t>(at - c.window + 1, 0);
         F scores[TILE / W];
         for (int i = 0; i < TILE; i += W) {
           I p = lane + (slot + i - turn);  // position, counted from the newest
           p = (p > 0 ? p - int(c.S) : p) + newest;
-          F x = score(q + r * D, keys + i * D, Ahead(next_k + i * D, r, c.R));
+          F x = score(q + r * D, keys_now + i * D, keys + (TILE + i) * D, Share{r, R});
           if (c.cap) for (int l = 0; l < W; l++) x[l] = c.cap * std::tanh(x[l] / c.cap);
           I seen = (p <= at) & (p >= oldest);
           if (mask) for (int l = 0, j = slot + i; l < W; l++, j++)
@@ -121,12 +113,13 @@ static void part(const Call& c, const float* q, const KV* k, const KV* v, State*
         }
         softmax(states[r], scores);
       }
-      int r = 0, n = (c.R + 1) / 2;
-      for (; r + 1 < c.R; r += 2) add_values<2>(states + r, values, Ahead(next_v, r / 2, n));
-      if (r < c.R) add_values<1>(states + r, values, Ahead(next_v, r / 2, n));
+      for (int r = 0; r < R; r += 2) {
+        Share share{r / 2, (R + 1) / 2};
+        if (r + 1 < R) add_values<2>(states + r, values_now, values + TILE * D, share);
+        else add_values<1>(states + r, values_now, values + TILE * D, share);
+      }
     };
-    const KV *keys = k + slot * int64_t(D), *values = v + slot * int64_t(D);
-    bool whole = slot + TILE <= c.S, convert = sizeof(KV) < sizeof(float) && c.R > 2;
+    bool whole = slot + TILE <= c.S, convert = sizeof(KV) < sizeof(float) && R > 2;
     if (whole && !convert) { look(keys, values); continue; }
     for (int i = 0; i < TILE * D; i += W) {  // converted once for all queries, or padded
       bool there = whole || slot + i / D < c.S;
@@ -136,7 +129,6 @@ static void part(const Call& c, const float* q, const KV* k, const KV* v, State*
     look(buffer[0], buffer[1]);
   }
 }
-
 extern "C" void attend(const Call& c, const float* q, const KV* k, const KV* v, float* out,
                        State* states, const int64_t* start, const bool* mask) {
   int64_t n_parts = (c.S + PART - 1) / PART;
@@ -145,22 +137,21 @@ extern "C" void attend(const Call& c, const float* q, const KV* k, const KV* v, 
     int64_t head = item / n_parts, from = item % n_parts * PART, b = head / c.H, at = start[b];
     bool any = mask || at + c.T > c.S;  // may be seen: also in a ring that has turned
     int64_t first = any ? 0 : std::max<int64_t>(at - c.window + 1, 0) / TILE * TILE;
-    int64_t which = c.n_masks == c.H ? head : b;
-    part(c, q + head * c.R * D, k + head * c.S * D, v + head * c.S * D, states + item * c.R,
-         mask ? mask + which * c.R * c.S : nullptr, at, std::max(first, from),
-         std::min(any ? c.S : at + c.T, from + PART));
+    int64_t last = std::min(any ? c.S : at + c.T, from + PART), kv = head * c.S * D;
+    const bool* own = mask ? mask + (c.n_masks == c.H ? head : b) * c.R * c.S : nullptr;
+    part(c, q + head * c.R * D, k + kv, v + kv, states + item * c.R, own, at,
+         std::max(first, from), last);
   }
 #pragma omp parallel for num_threads(c.n_threads)
   for (int64_t i = 0; i < c.B * c.H * c.R; i++) {
     const State* s = states + i / c.R * n_parts * c.R + i % c.R;
-    float m = HIDDEN, l = 0, *y = out + i * D;
+    float m = HIDDEN, sum = 0, y[D] = {};
     for (int64_t n = 0; n < n_parts; n++) m = std::max(m, s[n * c.R].m);
-    for (int d = 0; d < D; d += W) store(y + d, F{});
     for (int64_t n = 0; n < n_parts; n++) {
       F share = exp(F{} + (s[n * c.R].m - m));
-      for (int d = 0; d < D; d += W) store(y + d, load(y + d) + share * load(s[n * c.R].y + d));
-      l += share[0] * s[n * c.R].l;
+      for (int d = 0; d < D; d++) y[d] += share[0] * s[n * c.R].y[d];
+      for (int l = 0; l < W; l++) sum += share[0] * s[n * c.R].l[l];
     }
-    for (int d = 0; d < D; d += W) store(y + d, load(y + d) * (l > 0 ? 1 / l : 0.0f));
+    for (int d = 0; d < D; d++) out[i * D + d] = sum > 0 ? y[d] / sum : 0.0f;
   }
 }

@@ -20,7 +20,7 @@ from torch._inductor.codecache import CppCodeCache
 
 FEW = 64  # tokens per row from which on flex_attention is used: a prefill is bound by arithmetic
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}  # of K and V
-TILE, PART = 32, 1024  # slots, as in the source
+W, TILE, PART = 16, 32, 1024  # floats of a vector; slots; as in the source
 ALL = 2**31 - 1  # a window that hides nothing
 
 
@@ -69,7 +69,7 @@ def attend(
     """
     (B, H, G, T, D), S = q.shape, k.shape[2]
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
-    states = q.new_empty(B * H * G * T * -(-S // PART), 2 + D + TILE)
+    states = q.new_empty(B * H * G * T * -(-S // PART), 1 + W + D + TILE)
     assert k.is_contiguous() and v.is_contiguous() and start.is_contiguous()
     mask = None if mask is None else mask.contiguous()
     n_masks = 1 if mask is None else mask.shape[1]
