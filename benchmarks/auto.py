@@ -1,6 +1,7 @@
 """Does `--draft auto` decide well, and does the calibrated cost model predict the steps?
 
     python benchmarks/auto.py              # about 10 minutes on 2 cores
+    python benchmarks/auto.py --cell 16 256 --cell 1 1024    # these cells alone
     python benchmarks/auto.py --smoke      # two tiny cells: does it run?
 
 Over a grid of batch size B and context S on held-out prompts: plain decoding, every fixed
@@ -132,12 +133,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--new_tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--cell", type=int, nargs=2, action="append", metavar=("B", "S"))
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tokenizer = load_tokenizer(DEMO_CHECKPOINT)
     model = load_model(DEMO_CHECKPOINT, torch.device(args.device), DTYPES[args.dtype])
     grid = [(B, S) for B in (1, 4, 16) for S in (256, 1024, model.config.max_seq_len)]
+    grid = args.cell or grid
     if args.smoke:
         grid, args.new_tokens, args.repeats = [(1, 64), (2, 300)], 8, 1
     else:
