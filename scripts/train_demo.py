@@ -88,9 +88,6 @@ DEMO = Recipe(
         Phase(2048, 2_500_000, (0.3, 0.2), recall=0.5),
         Phase(4096, 4_500_000, (0.2, 0.0), recall=0.5),
         Phase(4096, 1_500_000, (0.2, 0.0), recall=0.5, rope_theta=300_000.0),
-        Phase(512, 6_000_000, (0.7, 0.7), recall=0.1),
-        Phase(512, 6_000_000, (0.7, 0.4), recall=0.1),
-        Phase(4096, 2_500_000, (0.4, 0.0), recall=0.3),
     ),
 )  # fmt: skip
 DEMO_DRAFT = Recipe(
@@ -102,7 +99,7 @@ DEMO_DRAFT = Recipe(
 )  # fmt: skip
 RECIPES = {"demo": DEMO, "demo-draft": DEMO_DRAFT}
 WARM_UP = 200_000  # tokens over which the learning rate first rises
-EXPLICIT = 1024  # context up to which products and a softmax beat fused attention on a CPU
+EXPLICIT = 512  # context up to which products and a softmax beat fused attention on a CPU
 
 
 def is_prose(text: str) -> bool:
