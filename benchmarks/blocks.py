@@ -271,6 +271,45 @@ def load_memory(raw: dict) -> str:
     )
 
 
+def drawing(raw: dict, way: str) -> str:
+    """The name of the picture that `scaling.py` has put beside its result."""
+    return f"results/scaling_{raw['environment']['device']}_{raw['date']}.{way}.svg"
+
+
+def scaling_picture(raw: dict) -> str:
+    """The README's picture, and in words what streaming gains in three of its corners."""
+    gains = {(c["batch_size"], c["length"]): c["ways"]["streaming"] for c in raw["cells"]}
+    (fewest, most), (shortest, longest) = ((min(n), max(n)) for n in zip(*gains, strict=True))
+    corners = (fewest, longest), (most, shortest), (most, longest)
+    one, short, all_of_it = (f"{gains[corner]['row_speedup']:.2f}" for corner in corners)
+    picture = f"![Speedup over batch size and length](benchmarks/{drawing(raw, 'streaming')})\n\n"
+    return picture + sentences(
+        f"Points are measured, lines predicted. With {longest:,} tokens a row gains {one} at batch "
+        f"size {fewest} and {all_of_it} at {most}; with {shortest:,} tokens, {short} at {most}."
+    )
+
+
+def scaling(raw: dict) -> str:
+    """Speedups of streaming and of auto, a line per batch size and a column per length."""
+    lengths, parts = sorted({c["length"] for c in raw["cells"]}), []
+    for way in ("streaming", "auto"):
+        rows: dict[int, dict[int, str]] = {}
+        for c in raw["cells"]:
+            r = c["ways"][way]
+            says = r.get("predicted_speedup", c["predicted"]["speedup"])
+            cell = f"{r['row_speedup']:.2f} / {r['batch_speedup']:.2f} ({says:.2f})"
+            rows.setdefault(c["batch_size"], {})[c["length"]] = cell
+        lines = [(B, *(cells.get(S, "") for S in lengths)) for B, cells in sorted(rows.items())]
+        parts.append(table((f"{way}, B", *(f"{S:,} tokens" for S in lengths)), lines))
+        parts.append(f"![Speedup of {way}]({drawing(raw, way)})\n")
+    outputs, same = (sum(c[key] for c in raw["cells"]) for key in ("outputs", "identical"))
+    parts.append(sentences(
+        "Each cell: the speedup while a row runs / of the whole batch (as predicted). "
+        f"{same} of {outputs} outputs are those of plain decoding."
+    ))  # fmt: skip
+    return "\n".join(parts)
+
+
 # The cost model
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in figures.DOCUMENTS}
 README = TEXTS["README.md"]
 MARKED = ("needs a GPU", "needs a download", "takes hours")
-AWAITED = {"CONTRIBUTING.md", "CITATION.cff"}  # links that may lead nowhere yet
+AWAITED = {"CONTRIBUTING.md", "CITATION.cff", "benchmarks/results/round.svg"}  # not written yet
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?%?")
 
 
@@ -73,7 +73,7 @@ def test_a_block_that_is_not_what_the_raw_files_give_is_found():
     assert new == block.format("x 1.5 s\n") and figures.complaints(new, fresh) == []
     with pytest.raises(ValueError, match="no <!-- end --> before the next one"):
         figures.rewritten(text.replace("<!-- end -->\n", "", 1), fresh)
-    with pytest.raises(ValueError, match="block 'z' is unknown; known: demo, "):
+    with pytest.raises(ValueError, match="block 'z' is unknown; known: .*, demo, "):
         figures.rewritten(text.replace("figures: x", "figures: z"))
 
 
@@ -97,6 +97,9 @@ def test_the_newest_raw_file_counts(tmp_path, monkeypatch):
     assert figures.newest("a_cpu").name == "a_cpu_2026-11-22.json"
     with pytest.raises(FileNotFoundError, match="has no b_cpu_YYYY-MM-DD.json"):
         figures.newest("b_cpu")
+    assert figures.body("scaling") == ""  # awaited
+    with pytest.raises(FileNotFoundError, match="has no floor_cpu_YYYY"):
+        figures.body("floor")
 
 
 @pytest.mark.parametrize("text, found", [
@@ -141,6 +144,26 @@ def test_several_ways_to_draft_have_a_line_each():
             "speedup": 1.704, "row_speedup": 2.4, "outputs": [0] * 16,
             "differences": [0]}  # fmt: skip
     assert blocks.demo(pair).splitlines()[3] == second.replace("streaming 128", "x")
+
+
+def test_the_picture_is_told_in_words():
+    def cell(B: int, S: int, row: float) -> dict:
+        streaming = {"row_speedup": row, "batch_speedup": row - 0.25}
+        ways = {"streaming": streaming, "auto": streaming | {"predicted_speedup": 1.5}}
+        return {"batch_size": B, "length": S, "ways": ways, "predicted": {"speedup": 3.0},
+                "outputs": 16, "identical": 15}  # fmt: skip
+
+    cells = [cell(1, 512, 0.9), cell(16, 512, 1.2), cell(1, 4096, 1.3), cell(16, 4096, 2.4)]
+    raw = {"date": "2026-11-30", "environment": {"device": "cpu"}, "cells": cells}
+    picture, _, *words = blocks.scaling_picture(raw).splitlines()
+    assert picture.endswith("(benchmarks/results/scaling_cpu_2026-11-30.streaming.svg)")
+    assert " ".join(words).endswith(
+        "a row gains 1.30 at batch size 1 and 2.40 at 16; with 512 tokens, 1.20 at 16."
+    )
+    text = blocks.scaling(raw)
+    assert "| streaming, B | 512 tokens | 4,096 tokens |" in text and "60 of 64 outputs" in text
+    assert "| 16 | 1.20 / 0.95 (3.00) | 2.40 / 2.15 (3.00) |" in text
+    assert "| 16 | 1.20 / 0.95 (1.50) | 2.40 / 2.15 (1.50) |" in text
 
 
 def test_texts_that_end_in_a_run():
