@@ -120,12 +120,13 @@ def body(name: str) -> str:
     raws = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     text = figure.write(*raws).rstrip() + "\n"
     if paths:
+        apart = text.splitlines()[-1].startswith(("|", "```"))  # else in the paragraph's end
         commands = dict.fromkeys(raw.get("command", figure.command) for raw in raws)
         files, by = (" and ".join(f"`{word}`" for word in words if word) for words in (
             [str(path.relative_to(ROOT)) for path in paths],
             [re.sub(" --out [^ ]+", "", command) for command in commands],
         ))  # fmt: skip
-        text += f"\nFrom {files}{by and f', by {by}'}.\n"
+        text += "\n" * apart + f"From {files}{by and f', by {by}'}.\n"
     return text
 
 
