@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from auto import GAMMAS, Auto, Candidate
-from benchmarks.saving import save
+from benchmarks.saving import save, table
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from cost_model import Strategy as Planned
 from device import timed
@@ -113,18 +113,17 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
 
 
 def markdown(cells: list[dict]) -> str:
+    """A line per cell of the grid."""
     head = ("B", "S", "auto chose first", "at the end", "auto / plain", "best fixed",
             "best fixed / plain",
             "auto / best fixed")  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for c in cells:
-        lines.append(
-            f"| {c['batch_size']} | {c['prefix_len']} | {c['auto_chose']} | "
-            f"{c['auto_ended_with']} | "
-            f"{c['auto_over_plain']:.2f} | {c['best_fixed']} | {c['best_fixed_over_plain']:.2f} | "
-            f"{c['auto_over_best_fixed']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    rows = [
+        (c["batch_size"], c["prefix_len"], c["auto_chose"], c["auto_ended_with"],
+         f"{c['auto_over_plain']:.2f}", c["best_fixed"], f"{c['best_fixed_over_plain']:.2f}",
+         f"{c['auto_over_best_fixed']:.2f}")
+        for c in cells
+    ]  # fmt: skip
+    return table(head, rows)
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from synthetic import SyntheticEngine, random_prompts
 
+from benchmarks.saving import table
 from checkpoint import DTYPES, load_model, randomize, write_json
 from config import ModelConfig, kv_bytes_per_token, layer_params, open_json
 from cost_model import omega
@@ -286,11 +287,11 @@ def cost_model_fit(config: ModelConfig, points: list[dict], kind: str) -> dict:
 
 
 def markdown(result: dict) -> str:
-    """The table of the README, a line per point."""
+    """A line per point."""
     head = ("B", "S", "T_T ms", "x floor", "T_V(4)/T_T", "T_D x floor", "plain tokens/s",
             *(f"{policy} {budget}, synthetic {rate}" for policy, budget, rate in ACCEPTED), "SDPA",
             "gpt-fast style")  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
 
     def ratio(a: dict | None, b: float) -> str:
         return f"{a['ms'] / b:.2f}" if a else ""
@@ -312,8 +313,8 @@ def markdown(result: dict) -> str:
             *(f"{base[k] / t:.2f} T_T" if k in base else ""
               for k in ("sdpa_ms", "gpt_fast_style_ms")),
         )  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return table(head, rows)
 
 
 def run_logged(command: list[str], log: Path, seconds: float) -> int | None:

@@ -39,7 +39,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from batch import Request
-from benchmarks.saving import save
+from benchmarks.saving import save, table
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from cost_model import round_cost
 from device import timed
@@ -333,14 +333,14 @@ def markdown(result: dict) -> str:
         "acceptance length": ("mean_acceptance_length", ".2f"),
         "first token s": ("first_token_seconds", ".1f"),
     }
-    lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     for name, repeats in result["runs"].items():
         cells = [name]
         for key, form in columns.values():
             values = [r[key] for r in repeats]
             cells.append("" if None in values else format(statistics.median(values), form))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return table(("run", *columns), rows)
 
 
 def summary(result: dict) -> str:

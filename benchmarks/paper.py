@@ -114,18 +114,28 @@ def read_row(row: dict[str, str], place: str) -> Measured:
     return Measured(row, prediction, *seconds, get("speedup", positive))
 
 
+def errors(rows: list[Measured]) -> dict[str, list[float]]:
+    """Relative errors of what is predicted, row by row: three times and the speedup."""
+    found: dict[str, list[float]] = {}
+    for r in rows:
+        for name, (predicted, measured) in r.pairs.items():
+            found.setdefault(name, []).append(abs(predicted / measured - 1))
+    return found
+
+
+def on_the_wrong_side(rows: list[Measured]) -> int:
+    """How many predictions and measurements disagree on whether it pays, by more than 0.05."""
+    speedups = [r.pairs["speedup"] for r in rows]
+    return sum((ours - 1) * (theirs - 1) < 0 and abs(ours - 1) > 0.05 for ours, theirs in speedups)
+
+
 def compare(rows: list[Measured]) -> str:
     """Predicted against measured, row by row, and the errors."""
     lines = [f"{'target':16}{'draft':>16}{'S':>8}{'B':>5}"
              f"{'T_T ms':>15}{'gamma T_D ms':>15}{'T_V ms':>15}{'speedup':>13}",
              "each time and speedup: predicted / measured"]  # fmt: skip
-    errors: dict[str, list[float]] = {}
-    wrong = 0
     for r in rows:
         *times, (ours, theirs) = r.pairs.values()
-        for name, (predicted, measured) in r.pairs.items():
-            errors.setdefault(name, []).append(abs(predicted / measured - 1))
-        wrong += (ours - 1) * (theirs - 1) < 0 and abs(ours - 1) > 0.05
         lines.append(
             f"{r.row['target']:16}{r.row['draft'].split()[0]:>16}{r.row['prefix_len']:>8}"
             f"{r.row['batch_size']:>5}{''.join(f'{a:8.1f}/{b:6.1f}' for a, b in times)}"
@@ -133,8 +143,9 @@ def compare(rows: list[Measured]) -> str:
         )
     lines += [
         f"{name:10} median error {statistics.median(e):.1%}, largest {max(e):.1%}"
-        for name, e in errors.items()
+        for name, e in errors(rows).items()
     ]
+    wrong = on_the_wrong_side(rows)
     lines.append(f"on the wrong side of 1.0 by more than 0.05: {wrong} of {len(rows)} rows")
     return "\n".join(lines)
 

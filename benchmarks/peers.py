@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.gpt_fast import GptFast
 from benchmarks.llama import LlamaCpp
-from benchmarks.saving import save
+from benchmarks.saving import save, table
 from checkpoint import DEMO_CHECKPOINT, load_model, load_tokenizer
 from device import machine
 from families import load_config
@@ -279,17 +279,13 @@ def speed(sweep: Sweep) -> float:
 
 def markdown(results: dict[str, dict], failed: dict[str, str]) -> str:
     """A line per program."""
-    lines = [
-        "| program | ms per step | tokens/s | of our plain | identical rows |",
-        "|---" * 5 + "|",
-    ]
-    for name, r in results.items():
-        lines.append(
-            f"| {name} | {r['ms_per_step']:.1f} | {r['tokens_per_s']:.0f} | {r['speedup']:.2f} | "
-            f"{r['identical']}/{r['rows']} |"
-        )
-    lines += [f"| {name} | {why.replace('|', '/')} | | | |" for name, why in failed.items()]
-    return "\n".join(lines) + "\n"
+    head = ("program", "ms per step", "tokens/s", "of our plain", "identical rows")
+    rows = [
+        (name, f"{r['ms_per_step']:.1f}", f"{r['tokens_per_s']:.0f}", f"{r['speedup']:.2f}",
+         f"{r['identical']}/{r['rows']}")
+        for name, r in results.items()
+    ]  # fmt: skip
+    return table(head, rows + [(name, why, "", "", "") for name, why in failed.items()])
 
 
 def make_task(rows: int, length: int, new_tokens: int, compiled: bool) -> Task:
@@ -323,8 +319,7 @@ def main() -> None:
     if OURS in failed:
         sys.exit(1)
     results = {name: summary(found, sweeps[OURS]) for name, found in sweeps.items()}
-    table = markdown(results, failed)
-    print(table)
+    print(markdown(results, failed))
     result = {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
@@ -333,7 +328,7 @@ def main() -> None:
         "batch_size": sizes[0], "prompt_len": sizes[1], "new_tokens": sizes[2],
         "repeats": repeats, "programs": results, "failed": failed,
     }  # fmt: skip
-    save(result, "peers_cpu", args.out, table)
+    save(result, "peers_cpu", args.out, markdown(results, failed))
 
 
 if __name__ == "__main__":

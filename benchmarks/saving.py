@@ -1,8 +1,19 @@
-"""Where the raw result of a benchmark goes."""
+"""Where the raw result of a benchmark goes, and what a table of it looks like."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from checkpoint import write_json
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table. ValueError for a row that has not a cell for each column."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        if len(row) != len(head):
+            raise ValueError(f"{len(row)} cells in a table of {len(head)} columns: {row}")
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def save(result: dict, name: str, out: Path | None = None, table: str | None = None) -> None:

@@ -35,7 +35,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.saving import save
+from benchmarks.saving import save, table
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from device import timed
 from kernels import compile_blocks
@@ -307,7 +307,7 @@ def markdown(grid_results: dict) -> str:
     """Per workload and strategy the row with the largest speedup."""
     head = ("workload", "strategy", "budget", "gamma", "acceptance", "T_D ms", "T_V / T_T",
             "speedup")  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for workload, entry in grid_results.items():
         best: dict[str, dict] = {}
         for r in sorted(entry["results"], key=lambda r: r["speedup"]):
@@ -315,12 +315,11 @@ def markdown(grid_results: dict) -> str:
         for name, r in sorted(best.items(), key=lambda item: -item[1]["speedup"]):
             budget = "" if name == "ngram" else r["budget"]
             ratio = r["verify_ms"] / r["target_step_ms"]
-            lines.append(
-                f"| {workload} | {name} | {budget} | {r['gamma']} | "
-                f"{r['draft_acceptance_rate']:.2f} | {r['draft_step_ms']:.1f} | {ratio:.2f} | "
-                f"{r['speedup']:.2f} |"
-            )
-    return "\n".join(lines) + "\n"
+            rows.append((
+                workload, name, budget, r["gamma"], f"{r['draft_acceptance_rate']:.2f}",
+                f"{r['draft_step_ms']:.1f}", f"{ratio:.2f}", f"{r['speedup']:.2f}",
+            ))  # fmt: skip
+    return table(head, rows)
 
 
 def main() -> None:
@@ -368,8 +367,7 @@ def main() -> None:
             result[name] = work[name]()
     part = f"_{args.part}" if args.part else ""
     tables = [markdown(result[name]) for name in ("defaults", "grid") if name in result]
-    table = "\n".join(tables) or None
-    save(result, f"strategies{part}_{args.device}", args.out, table)
+    save(result, f"strategies{part}_{args.device}", args.out, "\n".join(tables) or None)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ import itertools
 import json
 import math
 import random
-import re
-import shlex
 import subprocess
 import sys
 import weakref
@@ -51,7 +49,6 @@ from spec_decode import Engine
 from tests.test_roofline import A100, LLAMA, ROUND, SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 STREAMING = Strategy("streaming", 3, 512)
 
 
@@ -386,23 +383,6 @@ def test_the_work_of_a_prefill_is_enough_and_not_twice_too_much():
     assert measured <= estimate <= 2 * measured
     gpu = replace(CacheSpec.for_model(model, 1), device=torch.device("cuda"))
     assert gpu.prefill_chunk == PREFILL_CHUNK
-
-
-def test_the_readme_shows_what_the_command_prints(capsys):
-    section = README.split("\n## The cost model\n")[1].split("\n## ")[0]
-    shell, printed = re.findall(r"```(?:bash|text)\n(.*?)```", section, re.DOTALL)
-    command = shell.replace("\\\n", " ").splitlines()[0]
-    assert main(shlex.split(command)[2:]) == 0
-    assert capsys.readouterr().out == printed
-
-
-def test_the_readme_says_how_many_plain_steps_a_selection_takes():
-    draft, hw, steps = Strategy("snapkv", 3, 2048), HARDWARE["h100"], []
-    for S, B in itertools.product((8192, 32768), (32, 64, 128)):  # those of its table
-        w = Workload(B, S, 8)
-        steps.append(draft.selection_seconds(LLAMA, hw, w) / forward_time(LLAMA, hw, w).total)
-    text = " ".join(README.split())
-    assert f"The cost model expects {min(steps):.1f} to {max(steps):.1f} on 8 H100" in text
 
 
 def one_line(capsys) -> str:
