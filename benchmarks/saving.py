@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from checkpoint import write_json
+from files import write_json
 
 
 def save(result: dict, name: str, out: Path | None = None, table: str | None = None) -> None:
