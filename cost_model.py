@@ -14,15 +14,14 @@ length, where other speculative decoding fades. Below a critical length it is a 
 answer of `plan` is "none".
 
 **Where the numbers come from.** Times follow from a model's dimensions and a device's constants.
-Alpha has to be measured: the table's is the paper's, `--acceptance` takes your own. Nothing is
-assumed about a budget smaller than the measured ones. `benchmarks/paper.py` holds the times against
-the paper's. The formula is that of one row. A static batch waits for its slowest row, so it gains
-less than this.
+Alpha has to be measured (`acceptance.py`): the table's is the paper's, `--acceptance` takes your
+own. Nothing is assumed about a budget smaller than the measured ones. `benchmarks/paper.py` holds the
+times against the paper's. The formula is that of one row. A static batch waits for its slowest row,
+so it gains less than this.
 """
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -30,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
+from acceptance import ACCEPTANCE, MAX_COUNT, Acceptance, alpha_of, omega, read_acceptance
 from config import (
     MODELS,
     PREFILL_CHUNK,
@@ -48,26 +48,6 @@ from roofline import HARDWARE, Hardware, Workload, forward_time, kv_bytes_on_gpu
 # Policies that select again: after how many rounds, and of how many tokens' keys it reads one mean.
 SELECTS = {"snapkv": (4, 1), "chunks": (1, 16), "mixed": (4, 1)}
 LOW_LOSS = 0.01  # of acceptance, by drafting with low-precision weights; the demo: at most 0.007
-MAX_COUNT = 10**9  # of anything that is counted in what a user gives
-
-
-def omega(gamma: int, alpha: float) -> float:
-    """Expected tokens of a round, the target's own included (arXiv 2211.17192, eq. 1).
-
-    A draft is accepted with probability alpha, given that those before it were.
-    """
-    return sum(alpha**i for i in range(gamma + 1))
-
-
-def alpha_of(tokens_per_round: float, gamma: int) -> float:
-    """The acceptance at which omega is `tokens_per_round`; ValueError outside 1..gamma + 1."""
-    if not 1 <= tokens_per_round <= gamma + 1:
-        raise ValueError(f"{tokens_per_round} tokens per round is not in 1..{gamma + 1}")
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if omega(gamma, middle) < tokens_per_round else (low, middle)
-    return low
 
 
 def round_cost(gamma: int, t_target: float, t_draft: float, t_verify: float) -> float:
@@ -142,7 +122,7 @@ class Strategy:
         weights += m.n_layer * layer_params(m) * WEIGHT_BYTES.get(self.weights, 0)
         return w.batch_size * n * kv_bytes_on_gpu(m, w) + weights / w.num_gpus
 
-    def expected_acceptance(self, length: int, table: Iterable["Acceptance"]) -> float | None:
+    def expected_acceptance(self, length: int, table: Iterable[Acceptance]) -> float | None:
         """Alpha of the measured entry nearest in length, of those with the budget nearest below.
 
         More budget is taken to be no worse; nothing is known of less than was measured: None.
@@ -216,60 +196,6 @@ class Prediction:
                     low, high = (low, middle) if wins(middle) else (middle, high)
                 return high
         return 1
-
-
-@dataclass(frozen=True, slots=True)
-class Acceptance:
-    """One measured acceptance. ValueError for a budget or length that is no such number."""
-
-    policy: str
-    own_model: bool  # a draft model of its own
-    budget: int
-    prefix_len: int
-    alpha: float
-    source: str
-
-    def __post_init__(self) -> None:
-        for field, low in (("budget", 0), ("prefix_len", 1)):
-            value = getattr(self, field)
-            if type(value) is not int or not low <= value <= MAX_COUNT:
-                raise ValueError(f"{field} {value!r} must be a whole number in {low}..{MAX_COUNT}")
-
-
-# Streaming: tokens per round of the paper's Table 3 (gamma = 2, PG-19) as alpha. SnapKV: the rate
-# at which the project's GPU goals are set, from the same paper.
-ACCEPTANCE = (
-    Acceptance("streaming", False, 512, 8000, 0.833, "arXiv 2408.11049, table 3b, 8k"),
-    Acceptance("streaming", False, 512, 32000, 0.823, "arXiv 2408.11049, table 3b, 32k"),
-    Acceptance("streaming", False, 512, 100000, 0.804, "arXiv 2408.11049, table 3c, 100k"),
-    Acceptance("streaming", True, 512, 8000, 0.696, "arXiv 2408.11049, table 3a, 8k"),
-    Acceptance("streaming", True, 512, 32000, 0.692, "arXiv 2408.11049, table 3a, 32k"),
-    Acceptance("snapkv", False, 2048, 32000, 0.895, "arXiv 2408.11049, SnapKV at 32k"),
-)
-
-
-def read_acceptance(path: Path) -> Acceptance:
-    """That of a run with one fixed draft, as `generate.py --json` wrote it; else ValueError."""
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        plan, stats = run["plan"], run["speculative"]
-        if "predicted_speedup" in plan:
-            raise ValueError("its plan has predicted_speedup")
-        known = "streaming", *SELECTS, "full", "ngram"  # all_strategies'
-        lookup_name(dict.fromkeys(known), plan["strategy"], "draft")
-        return Acceptance(
-            plan["strategy"],
-            "draft_model" in run,
-            plan.get("draft_budget", 0),
-            max(row["prompt_length"] for row in run["outputs"]),
-            alpha_of(stats["mean_acceptance_length"], plan["gamma"]),
-            str(path),
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-        raise ValueError(
-            f"{path}: not the JSON of generate.py with a fixed --draft and --speculate_k "
-            f"({type(e).__name__}: {e})"
-        ) from None
 
 
 def memory_bytes(target: ModelConfig, w: Workload, strategy: Strategy = PLAIN) -> float:
