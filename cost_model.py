@@ -15,9 +15,9 @@ answer of `plan` is "none".
 
 **Where the numbers come from.** Times follow from a model's dimensions and a device's constants.
 Alpha has to be measured (`acceptance.py`): the table's is the paper's, `--acceptance` takes your
-own. Nothing is assumed about a budget smaller than the measured ones. `benchmarks/paper.py` holds the
-times against the paper's. The formula is that of one row. A static batch waits for its slowest row,
-so it gains less than this.
+own. Nothing is assumed about a budget smaller than the measured ones. `benchmarks/paper.py` holds
+the times against the paper's. The formula is that of one row. A static batch waits for its slowest
+row, so it gains less than this. `--svg` draws the gain over the batch size, a line per length.
 """
 
 import argparse
@@ -43,6 +43,8 @@ from config import (
     work_bytes,
 )
 from families import load_config
+from files import check_writable, write_file
+from picture import Panel, Series, draw, short
 from roofline import HARDWARE, Hardware, Workload, forward_time, kv_bytes_on_gpu, layer_windows
 
 # Policies that select again: after how many rounds, and of how many tokens' keys it reads one mean.
@@ -321,6 +323,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--kv_itemsize", type=int, default=2, choices=(1, 2), help="1: float8 K and V")
     p.add_argument("--acceptance", type=Path, nargs="+", metavar="JSON",
                    help="from these runs of generate.py --json, not from the paper")  # fmt: skip
+    p.add_argument("--svg", type=Path, metavar="FILE", help="draw speedups, a line per prefix_len")
     args = p.parse_args(argv)
     for name in ("batch_size", "prefix_len", "draft_budget", "gamma", "num_gpus"):
         given, high = getattr(args, name), 100 if name == "gamma" else MAX_COUNT
@@ -330,31 +333,53 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def speedup_picture(title: str, speedups: dict[int, dict[float, float]]) -> str:
+    """The best draft's speedup by length and batch size as SVG, a line per length."""
+    series = [Series(f"{short(S)} tokens", line) for S, line in sorted(speedups.items())]
+    panel = Panel("by batch size", "batch size B", "speedup over plain decoding", series)
+    note = "At 1, plain decoding is the fastest. A line ends where a larger batch does not fit."
+    return draw(title, note, [panel], {"line": "predicted, with the best draft"})
+
+
+def check_svg(path: Path) -> None:
+    """ValueError if no picture can be written there."""
+    try:
+        check_writable(path)
+    except OSError as e:
+        raise ValueError(f"--svg: cannot write {path}: {e.strerror}") from None
+
+
 def report(args: argparse.Namespace) -> None:
-    """Print a line per length and batch. ValueError if none of them fits into memory."""
+    """Print a line per length and batch, and draw. ValueError if none of them fits into memory."""
     hw = lookup_name(HARDWARE, args.hardware, "hardware")
     acceptance = [read_acceptance(path) for path in args.acceptance or ()] or ACCEPTANCE
     path = args.checkpoint_path
     target = load_config(path) if path else lookup_name(MODELS, args.model, "model")
     models = {name: lookup_name(MODELS, name, "model") for name in args.draft_model}
-    sizes, some_fit = (args.draft_budget, args.gamma, args.draft_weights), False
-    strategies = all_strategies(models, *sizes)
-    print(f"{path or args.model} on {args.num_gpus} x {hw.name}, 16 bit\n{HEAD}")
+    strategies = all_strategies(models, args.draft_budget, args.gamma, args.draft_weights)
+    if args.svg:
+        check_svg(args.svg)
+    speedups: dict[int, dict[float, float]] = {}  # by length and batch size
+    title = f"{path or args.model} on {args.num_gpus} x {hw.name}, 16 bit"
+    print(f"{title}\n{HEAD}")
     for S, B in itertools.product(args.prefix_len, args.batch_size):
         w = Workload(B, S, args.num_gpus, kv_itemsize=args.kv_itemsize)
         if (rows := largest_batch(target, hw, w)) < B:
             print(f"{S:8}{B:6}   does not fit into {args.num_gpus} x {hw.memory / 1e9:.0f} GB; "
                   f"the largest batch is {rows}")  # fmt: skip
             continue
-        some_fit = True
         ranked = plan(target, hw, w, (s for s in strategies if s.budget < S), acceptance)
         print(best_line(ranked))
+        speedups.setdefault(S, {})[B] = ranked[0].speedup
     B = max(args.batch_size)
     w = Workload(B, 1, args.num_gpus, kv_itemsize=args.kv_itemsize)
     crossing = crossing_length(target, hw, w, 4)
     print(f"verifying 4 drafts of {B} rows is memory-bound from {crossing:,.0f} tokens on")
-    if not some_fit:
+    if not speedups:
         raise ValueError("nothing of this fits; take more GPUs, fewer rows or a shorter context")
+    if args.svg:
+        write_file(speedup_picture(title, speedups).encode(), args.svg)
+        print(f"wrote {args.svg}")
 
 
 def exit_status(command: str, work: Callable[[], object]) -> int:

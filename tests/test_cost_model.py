@@ -391,6 +391,41 @@ def test_command_line(capsys):
     assert len(out.splitlines()) == 1 + 1 + 4 + 1 and "8 x H100 SXM" in out
 
 
+def test_the_picture_has_the_speedups_of_the_table(tmp_path, capsys):
+    """A line per length, over the batches that fit; read off the axis, they are those printed."""
+    path = tmp_path / "a.svg"
+    flags = ["--num_gpus", "8", "--batch_size", "128", "8", "32", "--prefix_len", "100000", "8192"]
+    assert main([*flags, "--svg", str(path)]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == f"wrote {path}"
+    rows = [line.split() for line in table[2:-1] if "does not fit" not in line]
+    printed = {(int(r[0]), int(r[1])): float(r[-2]) for r in rows}
+    assert len(printed) == 5 and max(printed.values()) > 1.5
+    svg = path.read_text(encoding="utf-8")
+    levels = dict(re.findall(r'y="([\d.]+)" text-anchor="end" class="muted small">([\d.]+)<', svg))
+    (y0, low), *_, (y1, high) = [(float(y) - 4, float(level)) for y, level in levels.items()]
+    lines = re.findall(r'class="line s\d-2" d="M([^"]*)"', svg)
+    for S, line in zip((8192, 100000), lines, strict=True):
+        ours = [speedup for (length, B), speedup in sorted(printed.items()) if length == S]
+        drawn = [float(place.split(",")[1]) for place in line.split("L")]
+        read = [low + (y0 - y) / (y0 - y1) * (high - low) for y in drawn]
+        assert read == pytest.approx(ours, abs=0.01)
+    assert re.findall(r">(\S+) tokens<", svg) == ["8k", "100,000"]
+
+
+def test_no_picture_of_what_does_not_fit(tmp_path, capsys):
+    path = tmp_path / "a.svg"
+    assert main(["--batch_size", "9999", "--prefix_len", "99999", "--svg", str(path)]) == 2
+    assert "nothing of this fits" in one_line(capsys) and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("path", ["/nowhere/a.svg", "", "/proc/a.svg"])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_table(capsys, path):
+    assert main(["--svg", path]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("cost_model.py: --svg: cannot write ")
+
+
 @pytest.mark.parametrize("flags", [[], ["--checkpoint_path", "checkpoints/demo"]])
 def test_it_needs_no_torch(flags):
     """Without site-packages, where torch would be."""

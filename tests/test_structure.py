@@ -51,7 +51,8 @@ ALGORITHM = {  # the chapters, and what they stand on
 ECONOMICS = {
     "roofline": (240, "config"),
     "acceptance": (100, "config"),
-    "cost_model": (440, "acceptance config families roofline"),
+    "picture": (250, ""),
+    "cost_model": (440, "acceptance config families files picture roofline"),
     "auto": (345, "cost_model device drafter model policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
@@ -85,8 +86,8 @@ CHAPTERS = ("kernels", "cpu_attention", "kv_cache", "model", "quantize", "sampli
             "spec_decode")  # fmt: skip
 MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 8700  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
-WITHOUT_TORCH = ("config", "families", "files", "roofline", "acceptance", "cost_model",
-                 "report")  # fmt: skip
+WITHOUT_TORCH = ("config", "families", "files", "roofline", "acceptance", "picture",
+                 "cost_model", "report")  # fmt: skip
 MANY_PARAMETERS = {  # function: why it has more
     "cpu_attention.attend": "what an operator is given are tensors and numbers, not structures",
     "spec_decode.__init__": "an engine is made of seven independent things",
