@@ -518,3 +518,15 @@ def test_every_file_has_its_tests():
     tests = {source.name for source in read("tests")}
     drafting = {"test_drafter", "test_draft_models"}  # test_drafters has the tests of all three
     assert {f"test_{source.name}" for source in HOUSE} - tests == drafting
+
+
+def test_contributing_names_what_there_is():
+    """Files and, in capitals or with a capital, things of the sources."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    quoted = set(re.findall(r"`([^`\s]+)`", text)) | set(re.findall(r"python (\S+)", text))
+    files = {name for name in quoted if re.search(r"\.\w+$", name)}
+    names = {name for name in quoted - files if name[0].isupper()}
+    assert len(files) >= 10 and len(names) >= 6
+    assert not [name for name in files if not list(ROOT.glob(name))]
+    sources = "\n".join(source.text for source in HOUSE + OUTSIDE)
+    assert not [name for name in names if not re.search(rf"^(class )?{name}\b", sources, re.M)]
