@@ -14,15 +14,14 @@ length, where other speculative decoding fades. Below a critical length it is a 
 answer of `plan` is "none".
 
 **Where the numbers come from.** Times follow from a model's dimensions and a device's constants.
-Alpha has to be measured: the table's is the paper's, `--acceptance` takes your own. Nothing is
-assumed about a budget smaller than the measured ones. `benchmarks/paper.py` holds the times against
-the paper's. The formula is that of one row. A static batch waits for its slowest row, so it gains
-less than this.
+Alpha has to be measured (`acceptance.py`): the table's is the paper's, `--acceptance` takes your
+own. Nothing is assumed about a budget smaller than the measured ones. `benchmarks/paper.py` holds
+the times against the paper's. The formula is that of one row. A static batch waits for its slowest
+row, so it gains less than this. `--svg` draws the gain over the batch size, a line per length.
 """
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -30,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
+from acceptance import ACCEPTANCE, MAX_COUNT, Acceptance, alpha_of, omega, read_acceptance
 from config import (
     MODELS,
     PREFILL_CHUNK,
@@ -43,31 +43,13 @@ from config import (
     work_bytes,
 )
 from families import load_config
+from files import check_writable, write_file
+from picture import Panel, Series, draw, short
 from roofline import HARDWARE, Hardware, Workload, forward_time, kv_bytes_on_gpu, layer_windows
 
 # Policies that select again: after how many rounds, and of how many tokens' keys it reads one mean.
 SELECTS = {"snapkv": (4, 1), "chunks": (1, 16), "mixed": (4, 1)}
 LOW_LOSS = 0.01  # of acceptance, by drafting with low-precision weights; the demo: at most 0.007
-MAX_COUNT = 10**9  # of anything that is counted in what a user gives
-
-
-def omega(gamma: int, alpha: float) -> float:
-    """Expected tokens of a round, the target's own included (arXiv 2211.17192, eq. 1).
-
-    A draft is accepted with probability alpha, given that those before it were.
-    """
-    return sum(alpha**i for i in range(gamma + 1))
-
-
-def alpha_of(tokens_per_round: float, gamma: int) -> float:
-    """The acceptance at which omega is `tokens_per_round`; ValueError outside 1..gamma + 1."""
-    if not 1 <= tokens_per_round <= gamma + 1:
-        raise ValueError(f"{tokens_per_round} tokens per round is not in 1..{gamma + 1}")
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if omega(gamma, middle) < tokens_per_round else (low, middle)
-    return low
 
 
 def round_cost(gamma: int, t_target: float, t_draft: float, t_verify: float) -> float:
@@ -142,7 +124,7 @@ class Strategy:
         weights += m.n_layer * layer_params(m) * WEIGHT_BYTES.get(self.weights, 0)
         return w.batch_size * n * kv_bytes_on_gpu(m, w) + weights / w.num_gpus
 
-    def expected_acceptance(self, length: int, table: Iterable["Acceptance"]) -> float | None:
+    def expected_acceptance(self, length: int, table: Iterable[Acceptance]) -> float | None:
         """Alpha of the measured entry nearest in length, of those with the budget nearest below.
 
         More budget is taken to be no worse; nothing is known of less than was measured: None.
@@ -216,60 +198,6 @@ class Prediction:
                     low, high = (low, middle) if wins(middle) else (middle, high)
                 return high
         return 1
-
-
-@dataclass(frozen=True, slots=True)
-class Acceptance:
-    """One measured acceptance. ValueError for a budget or length that is no such number."""
-
-    policy: str
-    own_model: bool  # a draft model of its own
-    budget: int
-    prefix_len: int
-    alpha: float
-    source: str
-
-    def __post_init__(self) -> None:
-        for field, low in (("budget", 0), ("prefix_len", 1)):
-            value = getattr(self, field)
-            if type(value) is not int or not low <= value <= MAX_COUNT:
-                raise ValueError(f"{field} {value!r} must be a whole number in {low}..{MAX_COUNT}")
-
-
-# Streaming: tokens per round of the paper's Table 3 (gamma = 2, PG-19) as alpha. SnapKV: the rate
-# at which the project's GPU goals are set, from the same paper.
-ACCEPTANCE = (
-    Acceptance("streaming", False, 512, 8000, 0.833, "arXiv 2408.11049, table 3b, 8k"),
-    Acceptance("streaming", False, 512, 32000, 0.823, "arXiv 2408.11049, table 3b, 32k"),
-    Acceptance("streaming", False, 512, 100000, 0.804, "arXiv 2408.11049, table 3c, 100k"),
-    Acceptance("streaming", True, 512, 8000, 0.696, "arXiv 2408.11049, table 3a, 8k"),
-    Acceptance("streaming", True, 512, 32000, 0.692, "arXiv 2408.11049, table 3a, 32k"),
-    Acceptance("snapkv", False, 2048, 32000, 0.895, "arXiv 2408.11049, SnapKV at 32k"),
-)
-
-
-def read_acceptance(path: Path) -> Acceptance:
-    """That of a run with one fixed draft, as `generate.py --json` wrote it; else ValueError."""
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        plan, stats = run["plan"], run["speculative"]
-        if "predicted_speedup" in plan:
-            raise ValueError("its plan has predicted_speedup")
-        known = "streaming", *SELECTS, "full", "ngram"  # all_strategies'
-        lookup_name(dict.fromkeys(known), plan["strategy"], "draft")
-        return Acceptance(
-            plan["strategy"],
-            "draft_model" in run,
-            plan.get("draft_budget", 0),
-            max(row["prompt_length"] for row in run["outputs"]),
-            alpha_of(stats["mean_acceptance_length"], plan["gamma"]),
-            str(path),
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-        raise ValueError(
-            f"{path}: not the JSON of generate.py with a fixed --draft and --speculate_k "
-            f"({type(e).__name__}: {e})"
-        ) from None
 
 
 def memory_bytes(target: ModelConfig, w: Workload, strategy: Strategy = PLAIN) -> float:
@@ -395,6 +323,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--kv_itemsize", type=int, default=2, choices=(1, 2), help="1: float8 K and V")
     p.add_argument("--acceptance", type=Path, nargs="+", metavar="JSON",
                    help="from these runs of generate.py --json, not from the paper")  # fmt: skip
+    p.add_argument("--svg", type=Path, metavar="FILE", help="draw speedups, a line per prefix_len")
     args = p.parse_args(argv)
     for name in ("batch_size", "prefix_len", "draft_budget", "gamma", "num_gpus"):
         given, high = getattr(args, name), 100 if name == "gamma" else MAX_COUNT
@@ -404,31 +333,53 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def speedup_picture(title: str, speedups: dict[int, dict[float, float]]) -> str:
+    """The best draft's speedup by length and batch size as SVG, a line per length."""
+    series = [Series(f"{short(S)} tokens", line) for S, line in sorted(speedups.items())]
+    panel = Panel("by batch size", "batch size B", "speedup over plain decoding", series)
+    note = "At 1, plain decoding is the fastest. A line ends where a larger batch does not fit."
+    return draw(title, note, [panel], {"line": "predicted, with the best draft"})
+
+
+def check_svg(path: Path) -> None:
+    """ValueError if no picture can be written there."""
+    try:
+        check_writable(path)
+    except OSError as e:
+        raise ValueError(f"--svg: cannot write {path}: {e.strerror}") from None
+
+
 def report(args: argparse.Namespace) -> None:
-    """Print a line per length and batch. ValueError if none of them fits into memory."""
+    """Print a line per length and batch, and draw. ValueError if none of them fits into memory."""
     hw = lookup_name(HARDWARE, args.hardware, "hardware")
     acceptance = [read_acceptance(path) for path in args.acceptance or ()] or ACCEPTANCE
     path = args.checkpoint_path
     target = load_config(path) if path else lookup_name(MODELS, args.model, "model")
     models = {name: lookup_name(MODELS, name, "model") for name in args.draft_model}
-    sizes, some_fit = (args.draft_budget, args.gamma, args.draft_weights), False
-    strategies = all_strategies(models, *sizes)
-    print(f"{path or args.model} on {args.num_gpus} x {hw.name}, 16 bit\n{HEAD}")
+    strategies = all_strategies(models, args.draft_budget, args.gamma, args.draft_weights)
+    if args.svg:
+        check_svg(args.svg)
+    speedups: dict[int, dict[float, float]] = {}  # by length and batch size
+    title = f"{path or args.model} on {args.num_gpus} x {hw.name}, 16 bit"
+    print(f"{title}\n{HEAD}")
     for S, B in itertools.product(args.prefix_len, args.batch_size):
         w = Workload(B, S, args.num_gpus, kv_itemsize=args.kv_itemsize)
         if (rows := largest_batch(target, hw, w)) < B:
             print(f"{S:8}{B:6}   does not fit into {args.num_gpus} x {hw.memory / 1e9:.0f} GB; "
                   f"the largest batch is {rows}")  # fmt: skip
             continue
-        some_fit = True
         ranked = plan(target, hw, w, (s for s in strategies if s.budget < S), acceptance)
         print(best_line(ranked))
+        speedups.setdefault(S, {})[B] = ranked[0].speedup
     B = max(args.batch_size)
     w = Workload(B, 1, args.num_gpus, kv_itemsize=args.kv_itemsize)
     crossing = crossing_length(target, hw, w, 4)
     print(f"verifying 4 drafts of {B} rows is memory-bound from {crossing:,.0f} tokens on")
-    if not some_fit:
+    if not speedups:
         raise ValueError("nothing of this fits; take more GPUs, fewer rows or a shorter context")
+    if args.svg:
+        write_file(speedup_picture(title, speedups).encode(), args.svg)
+        print(f"wrote {args.svg}")
 
 
 def exit_status(command: str, work: Callable[[], object]) -> int:

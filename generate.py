@@ -37,8 +37,9 @@ import torch
 
 import report
 from auto import Auto
-from checkpoint import Checkpoint, write_file, write_json
+from checkpoint import Checkpoint
 from device import timed
+from files import write_file, write_json
 from load import describe, how, load
 from measure import Job, decode, measure, warm_up
 from offline import BadLines

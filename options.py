@@ -12,10 +12,11 @@ from typing import Any, get_args
 
 import torch
 
-from checkpoint import DEMO_CHECKPOINT, DTYPES, KV_DTYPES, check_writable
+from checkpoint import DEMO_CHECKPOINT, DTYPES, KV_DTYPES
 from config import is_random
 from cost_model import Parser
 from drafters import check_name
+from files import check_writable
 from policies import POLICIES, Strategy
 from quantize import KINDS
 from sampling import Sampling

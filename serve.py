@@ -22,8 +22,8 @@ from pathlib import Path
 
 from auto import Auto
 from batch import Request
-from checkpoint import write_json
 from device import dtype_name, peak_memory_bytes, timed
+from files import write_json
 from load import Opened, describe, how, make_engine, open_all
 from measure import acceptance, setting, warm_up
 from offline import BadLines, Defaults, Input, Line, answer_text, read_input

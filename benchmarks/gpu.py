@@ -36,11 +36,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from synthetic import SyntheticEngine, random_prompts
 
+from acceptance import omega
 from benchmarks.saving import table
-from checkpoint import DTYPES, load_model, randomize, write_json
+from checkpoint import DTYPES, load_model, randomize
 from config import ModelConfig, kv_bytes_per_token, layer_params, open_json
-from cost_model import omega
 from device import timed
+from files import write_json
 from generate import main as generate_main
 from kernels import compile_blocks
 from kv_cache import KVCache

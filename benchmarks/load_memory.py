@@ -20,7 +20,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import DTYPES, load_model, write_json
+from checkpoint import DTYPES, load_model
+from files import write_json
 from scripts.save_model import save_model
 
 BOUND = 1.2  # of the largest shard

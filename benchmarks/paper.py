@@ -23,8 +23,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from acceptance import alpha_of
 from config import MODELS, lookup_name
-from cost_model import Parser, Prediction, Strategy, alpha_of, exit_status
+from cost_model import Parser, Prediction, Strategy, exit_status
 from roofline import HARDWARE, Workload, forward_time
 
 FILES = tuple(ROOT / "benchmarks" / "data" / name for name in (

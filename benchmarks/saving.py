@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from checkpoint import write_json
+from files import write_json
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -16,13 +16,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def save(result: dict, name: str, out: Path | None = None, table: str | None = None) -> None:
-    """Write a result, by default into results/, and its Markdown table beside it; say where.
+def result_path(result: dict, name: str, out: Path | None = None) -> Path:
+    """The file of a result, by default in results/; its folder is made.
 
     The name is that of the benchmark, its part and device; the result's own date is appended.
     """
     out = out or Path(__file__).parent / "results" / f"{name}_{result['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def save(result: dict, name: str, out: Path | None = None, table: str | None = None) -> None:
+    """Write a result into its file, and its Markdown table beside it; say where."""
+    out = result_path(result, name, out)
     write_json(result, out)
     if table is not None:
         out.with_suffix(".md").write_text(table)

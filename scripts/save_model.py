@@ -5,8 +5,9 @@ from pathlib import Path
 
 from safetensors import TensorSpec, serialize_file
 
-from checkpoint import hf_weights, write_json
+from checkpoint import hf_weights
 from families import read_config
+from files import write_json
 from model import Transformer
 
 

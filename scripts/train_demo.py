@@ -36,8 +36,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import load_model, write_json
+from checkpoint import load_model
 from config import ModelConfig
+from files import write_json
 from kernels import compile_blocks
 from model import Transformer, rope_frequencies
 from prompts import DEMO_MODULES, module_source

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import device
+from acceptance import omega
 from auto import (
     FOLLOW,
     MARGIN,
@@ -21,7 +22,6 @@ from auto import (
     Choice,
     draft_lengths,
 )
-from cost_model import omega
 from forecast import Ahead, Record
 from kv_cache import SparseKVCache
 from measure import decode

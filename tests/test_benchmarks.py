@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,22 @@ import torch
 from batch import Request
 from benchmarks import load_memory, synthetic
 from benchmarks.synthetic import SyntheticEngine, random_prompts
+from checkpoint import DEMO_CHECKPOINT
 from config import MODELS, ModelConfig, total_params
+from cost_model import Prediction
+from cost_model import Strategy as PlannedStrategy
+from families import load_config
 from measure import decode
 from policies import Strategy
+from prompts import DEMO_MODULES, module_source
+from roofline import HARDWARE, Workload
 from sampling import Sampling
 from tests.reference import tiny_model
 from tests.test_spec_decode import PROMPTS
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = load_config(DEMO_CHECKPOINT)
 
 
 @pytest.fixture
@@ -41,6 +51,7 @@ def run_main(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, keys", [
     ("strategies", {"defaults", "topics", "recall", "long", "quarters", "grid"}),
     ("auto", {"cells"}),
+    ("scaling", {"model", "strategy", "cells", "calibration"}),
     ("offline", {"runs", "sharing", "prediction_error"}),
     ("peers", {"programs", "failed"}),
 ])  # fmt: skip
@@ -57,6 +68,8 @@ def test_smoke(run_main, name, keys):
         check_offline(result)
     elif name == "peers":
         check_peers(result)
+    elif name == "scaling":
+        check_scaling(result)
 
 
 def check_offline(result: dict) -> None:
@@ -71,6 +84,21 @@ def check_offline(result: dict) -> None:
     assert runs["static, plain"]["row_rounds"] == runs["static, plain"]["decoded_tokens"]
 
 
+def check_scaling(result: dict) -> None:
+    """Both batch sizes decode the same texts; a batch of one row waits for no other."""
+    one, two = result["cells"]
+    assert (two["batch_size"], two["length"], two["prompt_tokens"]) == (2, 40, 32)
+    for c in (one, two):
+        assert c["identical"] == c["outputs"] == 6 and c["predicted"]["speedup"] > 0
+        runs = {name: way["repeats"][0] for name, way in c["ways"].items()}
+        assert [runs[name]["n_tokens"] for name in ("plain", "streaming", "auto")] == [14] * 3
+        assert runs["plain"]["row_rounds"] == 14 and runs["streaming"]["row_rounds"] < 14
+        assert sum(c["ways"]["auto"]["chose"].values()) == 2 // c["batch_size"]
+    drafted = [c["ways"]["streaming"] for c in (one, two)]
+    assert drafted[0]["tokens_per_round"] == drafted[1]["tokens_per_round"]
+    assert drafted[0]["row_speedup"] == pytest.approx(drafted[0]["batch_speedup"])
+
+
 def check_peers(result: dict) -> None:
     """Whatever is installed finds this program's tokens; what is not says so."""
     done, failed = result["programs"], result["failed"]
@@ -82,6 +110,83 @@ def check_peers(result: dict) -> None:
         assert r["ms_per_step"] > 0 and r["tokens_per_s"] > 0
     plain, drafted = (r for name, r in done.items() if name.startswith("this program"))
     assert plain["speedup"] == 1 and drafted["steps"] <= plain["steps"] == 5
+
+
+def scaling_cell(B: int, S: int, times: list[float]) -> dict:
+    """As benchmarks/scaling.py has it, where these were T_T, T_D and T_V(5)."""
+    from benchmarks.scaling import STEPS
+
+    speedups = {"row_speedup": 1.5, "batch_speedup": 1.2}
+    return {"batch_size": B, "length": S, "prompt_tokens": S,
+            "workload": asdict(Workload(B, S, 1, 4)),
+            "steps": {name: 1e3 * t for name, t in zip(STEPS, times, strict=True)},
+            "ways": {"streaming": {"tokens_per_round": 3.5} | speedups,
+                     "auto": {"chose": {"no draft": 1}, "predicted_speedup": 1.0} | speedups},
+            "outputs": 2, "identical": 2}  # fmt: skip
+
+
+def scaling_result() -> dict:
+    """A grid as a device would give it that drafts 1.4 times slower than the formula says."""
+    draft = Strategy("streaming", 5, 128)
+    hw = replace(HARDWARE["cpu"], bandwidth_efficiency=0.5, flop_efficiency=0.2)
+    planned = PlannedStrategy("streaming", 5, 128)
+    cells = []
+    for B, S in product((1, 4, 16), (500, 1000, 4000)):
+        w = Workload(B, S, 1, 4)
+        t_target, t_draft, t_verify = Prediction(DEMO, hw, w, planned, 0.0).seconds
+        cells.append(scaling_cell(B, S, [t_target, 1.4 * t_draft, t_verify]))
+    machine = {"device": "cpu", "device_name": "a CPU", "threads": 2}
+    return {"model": asdict(DEMO), "strategy": asdict(draft), "environment": machine,
+            "date": "today", "cells": cells}  # fmt: skip
+
+
+def test_scaling_predicts_the_grid_from_its_corners():
+    from benchmarks.scaling import predict
+
+    result = scaling_result()
+    middle = next(c for c in result["cells"] if (c["batch_size"], c["length"]) == (4, 1000))
+    t_target, t_draft, t_verify = (t / 1e3 for t in middle["steps"].values())
+    middle["steps"]["target_step_ms"] *= 3  # what no corner shows is not predicted
+    predict(result)
+    assert result["calibration"]["cells"] == [[1, 500], [1, 4000], [16, 500], [16, 4000]]
+    assert result["calibration"]["factors"]["draft_step_ms"] == pytest.approx(1.4, rel=0.02)
+    told = middle["predicted"]
+    speedup = 3.5 * t_target / (5 * t_draft + t_verify)
+    assert told["speedup"] == pytest.approx(speedup, rel=0.02)
+    assert told["speedup_by_own_steps"] == pytest.approx(3 * speedup)
+
+
+def test_scaling_keeps_what_it_has_when_it_is_stopped_and_draws_it_again(run_main, monkeypatch):
+    scaling = importlib.import_module("benchmarks.scaling")
+    measured = [scaling_result()["cells"][0]]
+
+    class Stopped:
+        def __init__(self, *sizes) -> None:
+            self.sizes = sizes
+
+        def measure(self, *texts) -> dict:
+            if not measured:
+                raise KeyboardInterrupt
+            return measured.pop()
+
+    monkeypatch.setattr(scaling, "Cell", Stopped)
+    out = run_main("scaling", "--smoke")
+    assert len(json.loads(out.read_text())["cells"]) == 1
+    beside = [out.with_suffix(end) for end in (".md", ".streaming.svg", ".auto.svg")]
+    drawn = {path: path.read_text() for path in (out, *beside)}
+    for path in beside:
+        path.unlink()
+    run_main("scaling", "--draw", str(out))
+    assert drawn == {path: path.read_text() for path in (out, *beside)}
+
+
+def test_the_texts_of_scaling_end_at_the_same_place_and_are_different():
+    from benchmarks.scaling import texts
+
+    tokenizer = load_tokenizer(DEMO_CHECKPOINT)
+    rows = texts(tokenizer, 22, 700)
+    assert {len(ids) for ids in rows} == {700} and len({*map(tuple, rows)}) == 22
+    assert tokenizer.decode(rows[0] + rows[20]) in module_source(DEMO_MODULES[0])
 
 
 def test_a_program_that_fails_in_its_process_is_told_in_one_line():

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import weakref
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import drafters
+from acceptance import Acceptance, omega
 from config import (
     MODELS,
     PREFILL_CHUNK,
@@ -26,19 +28,15 @@ from config import (
 from cost_model import (
     LOW_LOSS,
     PLAIN,
-    Acceptance,
     Prediction,
     Strategy,
     all_strategies,
-    alpha_of,
     crossing_length,
     largest_batch,
     main,
     memory_bytes,
-    omega,
     parse_args,
     plan,
-    read_acceptance,
     round_cost,
 )
 from kv_cache import CacheSpec, KVCache
@@ -50,30 +48,6 @@ from tests.test_roofline import A100, LLAMA, ROUND, SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 STREAMING = Strategy("streaming", 3, 512)
-
-
-def test_omega_and_its_limits():
-    for gamma in range(6):
-        assert omega(gamma, 0.0) == 1
-        assert omega(gamma, 1.0) == gamma + 1
-        for alpha in (0.3, 0.9):
-            assert omega(gamma, alpha) == pytest.approx((1 - alpha ** (gamma + 1)) / (1 - alpha))
-            if gamma:
-                assert alpha_of(omega(gamma, alpha), gamma) == pytest.approx(alpha)
-    assert omega(0, 0.7) == 1
-    with pytest.raises(ValueError, match="not in 1..4"):
-        alpha_of(4.5, 3)
-
-
-def test_omega_is_the_mean_of_a_simulation():
-    """Not of the formula: accept drafts one by one with probability alpha."""
-    rng, alpha, gamma, total = random.Random(0), 0.7, 4, 0
-    for _ in range(20000):
-        n = 0
-        while n < gamma and rng.random() < alpha:
-            n += 1
-        total += n + 1
-    assert total / 20000 == pytest.approx(omega(gamma, alpha), rel=0.01)
 
 
 def test_bytes_agree_with_real_parameters_and_caches():
@@ -398,6 +372,41 @@ def test_command_line(capsys):
     assert len(out.splitlines()) == 1 + 1 + 4 + 1 and "8 x H100 SXM" in out
 
 
+def test_the_picture_has_the_speedups_of_the_table(tmp_path, capsys):
+    """A line per length, over the batches that fit; read off the axis, they are those printed."""
+    path = tmp_path / "a.svg"
+    flags = ["--num_gpus", "8", "--batch_size", "128", "8", "32", "--prefix_len", "100000", "8192"]
+    assert main([*flags, "--svg", str(path)]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == f"wrote {path}"
+    rows = [line.split() for line in table[2:-1] if "does not fit" not in line]
+    printed = {(int(r[0]), int(r[1])): float(r[-2]) for r in rows}
+    assert len(printed) == 5 and max(printed.values()) > 1.5
+    svg = path.read_text(encoding="utf-8")
+    levels = dict(re.findall(r'y="([\d.]+)" text-anchor="end" class="muted small">([\d.]+)<', svg))
+    (y0, low), *_, (y1, high) = [(float(y) - 4, float(level)) for y, level in levels.items()]
+    lines = re.findall(r'class="line s\d-2" d="M([^"]*)"', svg)
+    for S, line in zip((8192, 100000), lines, strict=True):
+        ours = [speedup for (length, B), speedup in sorted(printed.items()) if length == S]
+        drawn = [float(place.split(",")[1]) for place in line.split("L")]
+        read = [low + (y0 - y) / (y0 - y1) * (high - low) for y in drawn]
+        assert read == pytest.approx(ours, abs=0.01)
+    assert re.findall(r">(\S+) tokens<", svg) == ["8k", "100,000"]
+
+
+def test_no_picture_of_what_does_not_fit(tmp_path, capsys):
+    path = tmp_path / "a.svg"
+    assert main(["--batch_size", "9999", "--prefix_len", "99999", "--svg", str(path)]) == 2
+    assert "nothing of this fits" in one_line(capsys) and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("path", ["/nowhere/a.svg", "", "/proc/a.svg"])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_table(capsys, path):
+    assert main(["--svg", path]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("cost_model.py: --svg: cannot write ")
+
+
 @pytest.mark.parametrize("flags", [[], ["--checkpoint_path", "checkpoints/demo"]])
 def test_it_needs_no_torch(flags):
     """Without site-packages, where torch would be."""
@@ -426,6 +435,7 @@ def test_it_needs_no_torch(flags):
         (["--batch_size", "many"], "many"),
         (["--batch_size", "9999", "--prefix_len", "99999"], "nothing of this fits"),
         (["--checkpoint_path", "/nowhere"], "/nowhere/config.json does not exist"),
+        (["--acceptance", "README.md"], "not the JSON of generate.py with a fixed --draft"),
         (["--measured", "/nowhere.csv"], "unrecognized arguments: --measured"),
     ],
 )
@@ -439,52 +449,8 @@ def test_acceptance_of_a_measured_run_replaces_the_papers(tmp_path, capsys):
            "speculative": {"mean_acceptance_length": 3.0}}  # fmt: skip
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run))
-    a = read_acceptance(path)
-    assert (a.policy, a.own_model, a.budget, a.prefix_len) == ("ngram", False, 0, 7000)
-    assert omega(4, a.alpha) == pytest.approx(3)
     assert main(["--acceptance", str(path), "--batch_size", "8", "--prefix_len", "8192"]) == 0
     assert "ngram" in capsys.readouterr().out
-
-
-RUN = {
-    "plan": {"strategy": "streaming", "gamma": 4, "draft_budget": 512},
-    "outputs": [{"prompt_length": 7000}],
-    "speculative": {"mean_acceptance_length": 3.0},
-}
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("[]", "TypeError"),
-        ("[" * 100_000, "RecursionError"),
-        ("\udcff", "UnicodeDecodeError"),
-        (json.dumps(RUN | {"plan": {}}), "KeyError"),
-        (json.dumps(RUN | {"speculative": {}}), "KeyError: 'mean_acceptance_length'"),
-        (json.dumps(RUN | {"outputs": []}), "empty"),
-        *(
-            (json.dumps(RUN | {"plan": RUN["plan"] | change}), words)
-            for change, words in [
-                ({"predicted_speedup": 1.5}, "its plan has predicted_speedup"),
-                ({"strategy": "low_norm"}, "draft 'low_norm' is unknown; known: streaming, snapkv"),
-                ({"draft_budget": "9"}, "budget '9' must be a whole number in 0.."),
-                ({"draft_budget": -5}, "budget -5 must be"),
-                ({"gamma": 1}, "3.0 tokens per round is not in 1..2"),
-                ({"gamma": "4"}, "TypeError"),
-            ]
-        ),
-        *(
-            (json.dumps(RUN | {"outputs": [{"prompt_length": n}]}), "prefix_len")
-            for n in (0, -1, "7", 1.5, True, math.nan, 10**400)
-        ),
-    ],
-)
-def test_what_is_no_measured_run_is_refused_in_one_line(tmp_path, capsys, text, words):
-    path = tmp_path / "run.json"
-    path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert main(["--acceptance", str(path)]) == 2
-    line = one_line(capsys)
-    assert "not the JSON of generate.py with a fixed --draft" in line and words in line
 
 
 def test_a_draft_that_wins_here_has_a_length_from_which_it_wins(tmp_path, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cost_model import omega
+from acceptance import omega
 from forecast import MEMORY_OF_MANY, OPTIMISTIC, PRIOR, Ahead, Record
 
 

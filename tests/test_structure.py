@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 # file: (most lines, the files of ours that it imports)
 ALGORITHM = {  # the chapters, and what they stand on
     "config": (320, ""),
+    "files": (80, ""),
     "families": (260, "config"),
     "device": (140, ""),
     "kernels": (120, ""),
@@ -49,7 +50,9 @@ ALGORITHM = {  # the chapters, and what they stand on
 }
 ECONOMICS = {
     "roofline": (240, "config"),
-    "cost_model": (450, "config families roofline"),
+    "acceptance": (100, "config"),
+    "picture": (250, ""),
+    "cost_model": (440, "acceptance config families files picture roofline"),
     "forecast": (110, ""),
     "auto": (345, "device drafter forecast model policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
@@ -58,14 +61,14 @@ IN_AND_OUT = {
     "tokenizer": (446, "config"),
     "chat": (260, "config tokenizer"),
     "prompts": (140, "tokenizer"),
-    "checkpoint": (390, "chat config device families model tokenizer"),
+    "checkpoint": (340, "chat config device families model tokenizer"),
     "offline": (350, "batch checkpoint prompts sampling tokenizer"),
     "results": (190, "checkpoint config offline"),
 }
 PROGRAM = {
     "report": (265, ""),
     "measure": (225, "auto config device kv_cache report sampling spec_decode"),
-    "options": (225, "checkpoint config cost_model drafters policies quantize sampling"),
+    "options": (225, "checkpoint config cost_model drafters files policies quantize sampling"),
     "load": (
         200,
         "auto batch checkpoint config device drafters kernels measure model options policies"
@@ -73,8 +76,8 @@ PROGRAM = {
     ),
     "serve": (
         255,
-        "auto batch checkpoint device load measure offline options refill report results"
-        " sampling spec_decode",
+        "auto batch device files load measure offline options refill report results sampling"
+        " spec_decode",
     ),
     "generate": (215, "*"),  # everything; nobody imports it
 }
@@ -82,9 +85,10 @@ TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
 CHAPTERS = ("kernels", "cpu_attention", "kv_cache", "model", "quantize", "sampling", "batch",
             "policies", "selection", "lookup", "drafter", "draft_models", "drafters", "graphs",
             "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 8700  # of a file, of CHAPTERS, of all files
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 9600  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
-WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")
+WITHOUT_TORCH = ("config", "families", "files", "roofline", "acceptance", "picture",
+                 "cost_model", "report")  # fmt: skip
 MANY_PARAMETERS = {  # function: why it has more
     "cpu_attention.attend": "what an operator is given are tensors and numbers, not structures",
     "spec_decode.__init__": "an engine is made of seven independent things",
@@ -515,3 +519,15 @@ def test_every_file_has_its_tests():
     tests = {source.name for source in read("tests")}
     drafting = {"test_drafter", "test_draft_models"}  # test_drafters has the tests of all three
     assert {f"test_{source.name}" for source in HOUSE} - tests == drafting
+
+
+def test_contributing_names_what_there_is():
+    """Files and, in capitals or with a capital, things of the sources."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    quoted = set(re.findall(r"`([^`\s]+)`", text)) | set(re.findall(r"python (\S+)", text))
+    files = {name for name in quoted if re.search(r"\.\w+$", name)}
+    names = {name for name in quoted - files if name[0].isupper()}
+    assert len(files) >= 10 and len(names) >= 6
+    assert not [name for name in files if not list(ROOT.glob(name))]
+    sources = "\n".join(source.text for source in HOUSE + OUTSIDE)
+    assert not [name for name in names if not re.search(rf"^(class )?{name}\b", sources, re.M)]
