@@ -37,10 +37,12 @@ MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each candidate
 HOPE = 0.05  # the chance that a candidate not yet probed is as good as OPTIMISTIC
-FOLLOW = 4  # rounds between two looks at the acceptance
+FOLLOW = 2  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
-SHORT, MAX_SWEEPS = 0.3, 20  # seconds: while all sweeps took less, there are more
+# There are more sweeps within SHORT seconds, and while the latest ones differ by a factor of STEADY:
+# compilers that torch has started in the background slow all down for some seconds.
+SHORT, STEADY, MAX_SWEEPS = 1.5, 1.3, 20
 Trial = Generator[None, None, tuple[Tensor, Tensor]]  # yields after each round
 
 
@@ -154,20 +156,25 @@ class Auto:
         lengths = (max(engine.max_len // 8, 2), engine.max_len)
         times: dict[tuple[int, int], list[float]] = {(n, g): [] for n in lengths for g in gammas}
         for sweep in range(MAX_SWEEPS + 1):
-            if sweep > SWEEPS and sum(map(sum, times.values())) > SHORT:
+            took = [sum(seconds) for seconds in zip(*times.values(), strict=True)]
+            latest = took[-SWEEPS:]
+            if sweep > SWEEPS and sum(took) > SHORT and max(latest) < STEADY * min(latest):
                 break
             for (length, gamma), seconds in times.items():
                 with engine.pretend(length):
                     seconds.append(timed(engine.device, work[gamma])[0])
+        half = max(len(took) // 2, 1)  # the first of all compiles
         timings = [
-            Timing(self.workload(length), gamma + 1, length, statistics.median(seconds[1:]))
+            Timing(self.workload(length), gamma + 1, length, statistics.median(seconds[half:]))
             for (length, gamma), seconds in times.items()
         ]
         preset = HARDWARE["h200" if engine.device.type == "cuda" else "cpu"]
         self.hardware, self.fit_error = fit(config, preset, timings)
         expected = (forward_time(config, self.hardware, t.workload, t.T).total for t in timings)
-        ratios = [t.seconds / seconds for t, seconds in zip(timings, expected, strict=True)]
-        self.residual = {g: statistics.mean(ratios[i :: len(gammas)]) for i, g in enumerate(gammas)}
+        pairs = [(t.seconds, seconds) for t, seconds in zip(timings, expected, strict=True)]
+        for i, gamma in enumerate(gammas):
+            measured, predicted = map(sum, zip(*pairs[i :: len(gammas)], strict=True))
+            self.residual[gamma] = measured / predicted
 
     def workload(self, length: int) -> Workload:
         """This batch, all rows of that length."""
@@ -269,7 +276,7 @@ class Auto:
 
         A draft that was given up is tried again after a pause, longer every time.
         """
-        choice, idle, pause = self.first, 0, 8 * FOLLOW
+        choice, idle, pause = self.first, 0, 16 * FOLLOW
         watching = any(c.drafter.judges_itself for c in self.candidates)
         while True:
             self.last, (c, gamma, _) = str(choice), choice

@@ -24,10 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
-# Rounds that all earlier ones of a row count for, at most, when new ones come: of one row alone,
-# and of each row of many, which lean on each other.
-MEMORY, MEMORY_OF_MANY = 16, 6
-PRIOR = 2.0  # rounds that a row is believed to go like all rows, before its own are known
+MEMORY = 6.0  # rounds of a row: what all its earlier ones count for, at most, when new ones come
+PRIOR = 1.0  # rounds that a row is believed to go like all rows, before its own are known
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +48,7 @@ class Record:
         self,
         accepted: Tensor,  # [B, gamma + 1], how many rounds of a row kept 0, 1, .. drafts,
         drafted: Tensor,  # [B, gamma + 1], and how many had so many
-        memory: float | None = None,  # rounds that earlier ones count for; None: MEMORY
+        memory: float = MEMORY,  # rounds, for which earlier ones count at most
     ) -> "Record":
         """With more rounds. A draft is judged if all before it were kept."""
         if not drafted[:, 1:].any():
@@ -58,7 +56,6 @@ class Record:
         kept, had = (h.float().flip(1).cumsum(1).flip(1) for h in (accepted, drafted))  # i or more
         room = had[:, 1:] / had[:, :-1].clamp_min(1)  # of those with i - 1 drafts, had an i-th
         judged, kept = torch.maximum(kept[:, :-1] * room, kept[:, 1:]), kept[:, 1:]
-        memory = max(MEMORY / len(accepted), MEMORY_OF_MANY) if memory is None else memory
         share = self.rounds.clamp_max(memory) / self.rounds.clamp_min(1)
         P = max(self.judged.shape[1], judged.shape[1])
 

@@ -6,7 +6,8 @@
 
 Over a grid of batch size B and context S on held-out prompts: plain decoding, every fixed
 choice (policy x gamma), and auto, from one prefill each and in turn; tokens/s are medians of
---repeats runs. Auto's probing is inside its time, as it is for a user. Beside it, T_T, T_V and T_D
+--repeats runs. A fixed choice that is far behind the best one in the first turn (FAR) has no other.
+Auto's probing is inside its time, as it is for a user. Beside it, T_T, T_V and T_D
 as the cost model predicts them after its calibration (at other lengths of the same batch), against
 the steps as they are timed after the prefill. Writes JSON, and a Markdown table beside it.
 """
@@ -36,6 +37,8 @@ from roofline import forward_time
 from sampling import Sampling
 from spec_decode import Engine
 from tokenizer import load_tokenizer
+
+FAR = 0.7  # of the best fixed choice's tokens/s
 
 
 def predicted_against_timed(engine: Engine, auto: Auto, repeats: int) -> list[dict]:
@@ -84,14 +87,17 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
             raise RuntimeError(f"{name} at B = {B}, S = {S} changed the output")
 
     fixed = {policy: engine.add(Strategy(policy, max(GAMMAS))) for policy in AUTO_POLICIES}
+    choices = {f"{policy} {g}": (policy, g) for policy, g in product(fixed, GAMMAS)}
     decode(engine, 0)
     for _ in range(repeats):
         run("plain", lambda: decode(engine, 0))
-        for (policy, drafter), gamma in product(fixed.items(), GAMMAS):
-            engine.switch(drafter)
+        for name, (policy, gamma) in choices.items():
+            engine.switch(fixed[policy])
             engine.verify(engine.draft(gamma))  # compile
-            run(f"{policy} {gamma}", lambda g=gamma: decode(engine, g))
+            run(name, lambda g=gamma: decode(engine, g))
         run("auto", lambda: decode(engine, auto=auto))
+        best = max(speeds[name][0] for name in choices)
+        choices = {name: how for name, how in choices.items() if speeds[name][0] >= FAR * best}
     median = {name: statistics.median(values) for name, values in speeds.items()}
     plain, ours = median.pop("plain"), median.pop("auto")
     best = max(median, key=median.get)

@@ -406,7 +406,7 @@ def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_lon
     tried = (c, 3, FOLLOW)
     rests = [[(None, 0, FOLLOW if others else n)] * (n // FOLLOW if others else 1)
              for n in (32, 64, 128, 256)]  # fmt: skip
-    until_the_end = [*[tried] * 3, *rests[0], tried, *rests[1], tried, *rests[2], tried, *rests[3]]
+    until_the_end = [*[tried] * 4, *rests[0], tried, *rests[1], tried, *rests[2], tried, *rests[3]]
     assert runs == until_the_end[: len(runs)] and len(runs) > len(until_the_end) - len(rests[3])
     assert stats.drafted_histogram[0] == stats.row_rounds - stats.drafts > 4 * 200
     assert auto.engine.batch.outputs() == [plain_greedy(tiny_model(), p, 250) for p in PROMPTS]
@@ -466,7 +466,7 @@ def on_a_known_machine(engine: Engine, factor: dict[int, float], monkeypatch) ->
 
 
 @pytest.mark.parametrize(
-    "factor, within", [({0: 1.0, 1: 1.0, 3: 1.0}, 0.005), ({0: 1.0, 1: 2.0, 3: 1.2}, 0.05)]
+    "factor, within", [({0: 1.0, 1: 1.0, 3: 1.0}, 0.01), ({0: 1.0, 1: 2.0, 3: 1.2}, 0.05)]
 )
 def test_calibration_finds_the_times_of_a_known_machine(monkeypatch, factor, within):
     """At lengths that it did not time, too; the second machine is none that a formula explains."""
@@ -489,7 +489,7 @@ def test_calibration_finds_the_times_of_a_known_machine(monkeypatch, factor, wit
 
 
 def test_a_slow_moment_does_not_count(monkeypatch):
-    """One sweep of each three takes ten times as long; the first of all, which compiles, too."""
+    """Two of the first sweeps take far longer: it goes on until three agree, and believes those."""
     engine = Engine(tiny_model(), 2, 200, Strategy("streaming", 3, 24, 3), Sampling())
     clock, accept = on_a_known_machine(engine, {}, monkeypatch), engine.accept
     calls = []
@@ -503,13 +503,13 @@ def test_a_slow_moment_does_not_count(monkeypatch):
     monkeypatch.setattr(engine, "accept", slow)
     auto = Auto(engine, [], GAMMAS)
     auto.fit()
-    assert calls == [0, 1, 3, 0, 1, 3] * (SWEEPS + 1)
+    assert calls == [0, 1, 3, 0, 1, 3] * (SWEEPS + 3)
     assert engine.drafter is None  # the verifications wrote into the full cache alone
     for gamma, seconds in auto.verify_seconds(100).items():
         assert seconds == pytest.approx(gamma + 1, rel=0.05)
 
 
-@pytest.mark.parametrize("seconds, sweeps", [(0.001, MAX_SWEEPS + 1), (0.01, 5), (0.1, SWEEPS + 1)])
+@pytest.mark.parametrize("seconds, sweeps", [(0.001, MAX_SWEEPS + 1), (0.05, 5), (0.2, SWEEPS + 1)])
 def test_a_short_calibration_has_more_sweeps(monkeypatch, seconds, sweeps):
     """So that its medians are of many."""
     engine, calls = Engine(tiny_model(), 2, 200, Strategy(), Sampling()), []
@@ -522,7 +522,7 @@ def test_a_short_calibration_has_more_sweeps(monkeypatch, seconds, sweeps):
     monkeypatch.setattr(engine, "accept", accept)
     Auto(engine, [], GAMMAS).fit()
     assert len(calls) == 2 * 3 * sweeps  # of 2 lengths and 3 gammas
-    assert 21 * 6 * 0.001 < SHORT <= 5 * 6 * 0.01
+    assert 21 * 6 * 0.001 < SHORT <= 5 * 6 * 0.05
 
 
 @pytest.mark.parametrize("G, gammas", [

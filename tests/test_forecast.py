@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from acceptance import omega
-from forecast import MEMORY_OF_MANY, OPTIMISTIC, PRIOR, Ahead, Record
+from forecast import MEMORY, OPTIMISTIC, PRIOR, Ahead, Record
 
 
 def histograms(*rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,12 +49,14 @@ def test_longer_rounds_than_seen_go_on_like_the_last_place():
     known = 1 + 0.6 + 0.2
     assert tokens(record, 2) == pytest.approx(known)
     assert tokens(record, 4) == pytest.approx(known + 0.2 / 3 + 0.2 / 9)
-    record = saw([5, 0, 0, 5], record=record)  # now with 3 drafts: 11 of 20, 7 of 11, 5 of 5
-    assert tokens(record, 3) == pytest.approx(1 + 11 / 20 + 7 / 20 + 7 / 20)
-    assert tokens(record, 4) == pytest.approx(tokens(record, 3) + 7 / 20)
+    record = saw([3, 0, 0, 3], record=record)  # now with 3 drafts; what was before counts for 6
+    assert record.judged[0].tolist() == pytest.approx([12, 6.6, 3])
+    rates = 6.6 / 12, 4.2 / 6.6, 1.0
+    assert tokens(record, 3) == pytest.approx(1 + rates[0] + 2 * rates[0] * rates[1])
+    assert tokens(record, 4) == pytest.approx(tokens(record, 3) + rates[0] * rates[1])
     record = saw([0, 10], record=record)  # with one draft: nothing new of the others
-    first = (11 * 16 / 20 + 10) / (16 + 10)
-    assert tokens(record, 3) == pytest.approx(1 + first * (1 + 7 / 11 + 7 / 11))
+    first = (6.6 / 2 + 10) / (6 + 10)
+    assert tokens(record, 3) == pytest.approx(1 + first * (1 + 2 * rates[1]))
     for _ in range(5):
         record = saw([0, 16], record=record)
     assert record.judged[0, 1] < 1  # so long ago that it is not known any more
@@ -65,10 +67,10 @@ def test_what_was_seen_before_counts_for_a_few_rounds_at_most():
     record = saw([10, 0, 0, 0])
     assert (tokens(record, 3), float(record.rounds)) == (1, 10)
     record = saw([0, 0, 0, 10], record=record)
-    assert tokens(record, 3) == pytest.approx(1 + 1.5) and record.rounds == 20
-    record = saw([0, 0, 0, 16], record=record)  # the 20 before weigh as much as 16
-    assert tokens(record, 3) == pytest.approx(1 + (16 * 1.5 + 48) / 32)
-    assert saw([0, 0, 0, 0], record=record) is record and record.rounds == 32
+    assert tokens(record, 3) == pytest.approx(1 + 3 * 10 / 16) and record.rounds == 16
+    record = saw([0, 0, 0, 14], record=record)  # the 16 before weigh as much as 6
+    assert tokens(record, 3) == pytest.approx(1 + 3 * (6 * 10 / 16 + 14) / 20)
+    assert saw([0, 0, 0, 0], record=record) is record and record.rounds == 20
     alone = record.after(*histograms([0, 5]), memory=0)
     assert tokens(alone, 1) == 2 and alone.rounds == 5
 
@@ -82,7 +84,7 @@ def test_a_row_goes_like_all_rows_until_its_own_rounds_are_known():
     assert record.tokens(2)[:, 2].tolist() == pytest.approx([omega(2, rate) for rate in rates])
     assert record.tokens(2)[:, 0].tolist() == [1, 1, 1]
     more = saw([0, 8], [8, 0], [0, 80], record=record)  # each row has a memory of its own
-    assert more.rounds.tolist() == [MEMORY_OF_MANY + 8, MEMORY_OF_MANY + 8, 80]
+    assert more.rounds.tolist() == [MEMORY + 8, MEMORY + 8, 80]
     assert more.tokens(1)[2, 1] > 1.95 and more.tokens(1)[1, 1] < 1.15
     assert tokens(Record(), 3) == pytest.approx(omega(3, OPTIMISTIC))
 
