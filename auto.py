@@ -40,7 +40,7 @@ HOPE = 0.05  # the chance that a candidate not yet probed is as good as OPTIMIST
 FOLLOW = 2  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
-# There are more sweeps within SHORT seconds, and while the latest ones differ by a factor of STEADY:
+# There are more sweeps within SHORT seconds, and while the latest differ by a factor of STEADY:
 # compilers that torch has started in the background slow all down for some seconds.
 SHORT, STEADY, MAX_SWEEPS = 1.5, 1.3, 20
 Trial = Generator[None, None, tuple[Tensor, Tensor]]  # yields after each round
