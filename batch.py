@@ -27,12 +27,14 @@ This class is the only one that writes them.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sampling import RowSampling, Sampling, Stats
+from sampling import RowSampling, Sampling, Stats, choose, judge, pick, pick_by_place
 
 MAX_GAMMA = 32  # draft tokens per round
 MAX_EOS = 16  # tokens that may end a text
@@ -136,6 +138,11 @@ class Batch:
         self.counts[:, b] = 0
         self.note_read(b, n_read)
 
+    def resample(self, sampling: Sampling, seeds: list[int]) -> None:
+        """Let all rows sample like this from here on, with a seed for each."""
+        for b, seed in enumerate(seeds):
+            self.sampling.set_row(b, sampling, seed)
+
     def note_read(self, b: int, n_read: int) -> None:
         """So many tokens of row b's prompt are in the caches; later ones may be written over."""
         self.finished[b] = True
@@ -223,10 +230,13 @@ class Batch:
             t.copy_(value)
 
     @contextmanager
-    def pretend(self, lengths: Tensor, max_new_tokens: int) -> Iterator[None]:  # [B] int64
+    def pretend(
+        self, lengths: Tensor, max_new_tokens: int, sampling: Sampling
+    ) -> Iterator[None]:  # [B] int64
         """Inside, row b has lengths[b] decided tokens, at least 2, and may get so many new ones.
 
-        What they are means nothing. ValueError if there is a text, which would be written over.
+        All rows sample like this. What they say means nothing. ValueError if there is a text, which
+        would be written over.
         """
         if self.n_texts:
             raise ValueError("warm the engine up before its first prefill, not after it")
@@ -234,6 +244,7 @@ class Batch:
         self.n_texts = 1
         self.prompt_len.copy_(lengths - 1)
         self.limit.copy_(lengths + max_new_tokens)
+        self.resample(sampling, [0] * self.n_rows)
         try:
             self.rewind()
             yield
@@ -260,3 +271,19 @@ class Batch:
     def outputs(self) -> list[list[int]]:
         """The same of every row."""
         return [self.output(b) for b in range(self.n_rows)]
+
+
+class Around(NamedTuple):
+    """What a round does beside the models' forwards."""
+
+    pick: Callable = pick
+    judge: Callable = judge
+    commit: Callable = Batch.commit
+
+    def compiled(self, on_gpu: bool) -> "Around":
+        """The same: on a GPU each as one function, a kernel or two; on a CPU sampling alone."""
+        one = partial(torch.compile, fullgraph=True, dynamic=False)
+        if on_gpu:
+            return Around(*map(one, self))
+        by_place = partial(pick_by_place, one(choose))
+        return self._replace(pick=by_place, judge=partial(judge, pick=by_place))

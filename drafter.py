@@ -97,12 +97,12 @@ class Drafter:
         """The next gamma tokens of every row. Decides nothing: it may be called again."""
         tokens = [self.batch.newest()[0]]
         for i in range(gamma):
-            tokens.append(self.step(tokens[-1], i, pick))
+            tokens.append(pick(self.logits(i, tokens[-1]), i)[:, None])
         return torch.cat(tokens[1:], dim=1)
 
-    def step(self, token: Tensor, i: int | Tensor, pick: Pick) -> Tensor:  # [B, 1], [] -> [B, 1]
-        """The token after the i-th of this round."""
-        return pick(self.logits(i, token), i)[:, None]
+    def copies(self) -> Tensor:  # [B] bool
+        """Rows whose latest proposal is copied from their own text."""
+        return torch.zeros_like(self.batch.finished)
 
     def label(self, model_name: str) -> str:
         """For people: who drafts, and from what. `model_name` is that of its own model."""

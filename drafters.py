@@ -45,7 +45,7 @@ class SelfDrafter(Drafter):
         super().__init__(strategy, target)
         self.model = target.twins.get(strategy.weights)
         self.places = torch.arange(strategy.gamma, device=self.batch.seq_len.device)  # [gamma]
-        self.one_graph = compile_step(Drafter.step, self.model)
+        self.one_graph = compile_step(SelfDrafter.eager_logits, self.model)
         (self.sparse,) = self.writes = self.caches
         self.n_selected = self.sparse.n_selected
         self.selection = Selection(strategy, target.model, target.full, self.sparse)
@@ -66,12 +66,13 @@ class SelfDrafter(Drafter):
         copy = f", with weights in{how} {kind}" if kind != "same" else ""
         return super().label(model_name) + copy
 
-    def step(self, token: Tensor, i: int | Tensor, pick: Pick) -> Tensor:
-        if self.one_graph is None:
-            return super().step(token, i, pick)
-        return self.one_graph(self, token, self.places[i], pick)
-
     def logits(self, i: int | Tensor, token: Tensor) -> Tensor:
+        if self.one_graph is None:
+            return self.eager_logits(i, token)
+        return self.one_graph(self, self.places[i], token)
+
+    def eager_logits(self, i: int | Tensor, token: Tensor) -> Tensor:  # [], [B, 1] -> [B, V]
+        """The same, not compiled into one function."""
         return self.model(token, self.batch.seq_len[:, None] - 1 + i, self.sparse)[:, -1]
 
 
@@ -82,6 +83,9 @@ class LookupDrafter(Drafter):
 
     def propose(self, gamma: int, pick: Pick) -> Tensor:
         return lookup(self.batch.tokens, self.batch.seq_len, gamma)[0]
+
+    def copies(self) -> Tensor:
+        return torch.ones_like(self.batch.finished)
 
     def label(self, model_name: str) -> str:
         return f"prompt lookup, matches of at most {NGRAM} tokens"
@@ -117,9 +121,11 @@ class MixedDrafter(SelfDrafter):
         copied, match = lookup(self.batch.tokens, self.batch.seq_len, gamma)
         drafts = torch.stack((copied, super().propose(gamma, pick)))
         self.proposed.fill_(NO_TOKEN)[..., :gamma] = drafts
-        found = match == NGRAM
-        self.place.copy_(torch.where(found, self.batch.seq_len, NEVER))
-        return torch.where((found & (self.gain >= 0))[:, None], *drafts)
+        self.place.copy_(torch.where(match == NGRAM, self.batch.seq_len, NEVER))
+        return torch.where(self.copies()[:, None], *drafts)
+
+    def copies(self) -> Tensor:
+        return (self.place == self.batch.seq_len) & (self.gain >= 0)
 
     def learn(self) -> None:
         """Compare what both proposed last with what was decided; nothing where that is nothing."""

@@ -1,22 +1,24 @@
 """The command line: prompts in, text and numbers out.
 
-    python generate.py                        # the demo: 16 long prompts, plain and speculative
+    python generate.py                        # the demo: 16 long prompts, every way to draft
+    python generate.py --explain              # the next rounds of a row, as text
     python generate.py --checkpoint_path DIR --prompt_file book.txt --max_new_tokens 512 --compare
 
 The flags are in `options.py`. `load` makes all that a run needs, the cheap things first. Then
 `batch` decodes one batch and says what came of it (`measure.py`, `report.py`), or `converse`
-answers line by line. With --output, `serve` takes any number of prompts through the rows.
+answers line by line, or `demo`, or `explain`. With --output, `serve` takes any number of prompts
+through the rows.
 
 What a user can get wrong ends in one line on standard error and exit status 2.
 """
 
 import io
-import json
 import os
 import signal
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,12 +40,14 @@ import torch
 import report
 from auto import Auto
 from checkpoint import Checkpoint
+from demo import demo
 from device import timed
-from files import write_file, write_json
+from explain import explain
+from files import write_file
 from load import describe, how, load
 from measure import Job, decode, measure, warm_up
 from offline import BadLines
-from options import Options, check_targets, parse_args
+from options import Options, check_targets, parse_args, write_result
 from serve import serve
 from spec_decode import Engine
 from tokenizer import TextStream, Tokenizer, continuation
@@ -66,10 +70,7 @@ def batch(o: Options, checkpoint: Checkpoint, engine: Engine, auto: Auto | None,
         if job.compare:
             say(report.verdict(result))
     finally:  # also where nobody reads standard output any more
-        if o.json == "-":
-            print(json.dumps(result, indent=2))
-        elif o.json:
-            write_json(result, Path(o.json))
+        write_result(o, result)
         if tracer and o.profile:
             save_trace(tracer, o.profile)
     return 1 if o.check_lossless and not result["identical"] else 0
@@ -162,13 +163,19 @@ def main(argv: list[str] | None = None) -> int:
             check_targets(options)
             if options.output:
                 return serve(options)
-            run = converse if options.interactive else batch
-            return run(options, *load(options))
+            return command(options)(options, *load(options))
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         return refused(e)
     except KeyboardInterrupt as e:  # which may say how far it came
         print(f"\ngenerate.py: interrupted{e}", file=sys.stderr)
         return 130
+
+
+def command(o: Options) -> Callable[..., int]:
+    """What is done with one batch."""
+    if o.interactive:
+        return converse
+    return explain if o.explain else demo if o.is_demo else batch
 
 
 def forgive_streams() -> None:

@@ -62,7 +62,7 @@ def compile_blocks(model) -> None:  # a model.Transformer
 
 
 def compile_step(step: Callable, model) -> Callable | None:  # what a drafter does with that model
-    """A whole draft step as one compiled function; None where blocks alone are compiled.
+    """A whole forward of a draft as one function; None where blocks alone are compiled.
 
     On a CPU each call of a compiled function first checks what it was compiled for, block by block,
     and between blocks there is Python: a sixth of a draft step of the demo. Compiling takes longer

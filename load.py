@@ -25,7 +25,7 @@ from model import Transformer
 from options import Options
 from policies import Strategy
 from quantize import emulated, resolve
-from sampling import Sampling
+from sampling import Sampling, widest
 from spec_decode import Engine
 
 LARGE = 10**9  # bytes of weights from which loading is worth a line
@@ -69,14 +69,14 @@ def check_size(opened: Opened, n_rows: int, n_tokens: int) -> None:
 
 def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Job]:
     """Everything for one batch. OSError or ValueError for what cannot be used."""
-    sampling, opened = Sampling(o.temperature, o.top_k, o.top_p), open_all(o)
+    samplings, opened = o.samplings, open_all(o)
     longest = opened.max_context
     check_size(opened, o.batch_size or 1, min(1 + o.max_new_tokens, longest))  # rows are large too
     rows = read_rows(o, opened.checkpoint, longest)
     if not o.interactive:
         longest = max(map(len, rows)) + o.max_new_tokens
-    engine, auto = make_engine(o, opened, len(rows), longest, sampling)
-    job = Job(rows, o.max_new_tokens, opened.end_ids, o.compares)
+    engine, auto = make_engine(o, opened, len(rows), longest, widest(samplings))
+    job = Job(rows, o.max_new_tokens, opened.end_ids, o.compares, samplings[0])
     return opened.checkpoint, engine, auto, job
 
 
@@ -98,8 +98,9 @@ def make_engine(
     strategies = weighed(o, opened, o.strategies(max(gammas)))
     if len(strategies) == 1:
         check_strategy(strategies[0], draft.config if draft else None, longest)
-    compiling = o.compile and compiler_runs(device)
-    if o.compile and not compiling:
+    wanted = o.compile and not o.explain
+    compiling = wanted and compiler_runs(device)
+    if wanted and not compiling:
         print("generate.py: no working compiler for torch.compile on this machine (the CPU needs "
               "g++): running eagerly, which is slower", file=sys.stderr)  # fmt: skip
     if any(emulated(d.weights, checkpoint.config, device) for d in strategies):
@@ -138,7 +139,7 @@ def read_rows(o: Options, checkpoint: Checkpoint, max_context: int) -> list[list
     if o.interactive:
         return [[]] * (o.batch_size or 1)
     if not o.n_sources:
-        n_rows = o.batch_size or prompts.DEMO_ROWS
+        n_rows = o.batch_size or (1 if o.explain else prompts.DEMO_ROWS)
         return prompts.demo_prompts(tokenizer, n_rows, min(prompts.DEMO_LONGEST, longest))
     encode = partial(checkpoint.encode, system=o.system)
     given = prompts.read_prompts(o.prompt, o.prompt_file, o.prompts, encode)
@@ -190,7 +191,8 @@ def describe(o: Options, engine: Engine, auto: Auto | None, what: str) -> str:
 
 def how(sampling: Sampling) -> str:
     """How tokens are picked, in words."""
-    s = sampling
-    return (
-        "greedy" if s.greedy else f"temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}"
-    )
+    if sampling.greedy:
+        return "greedy"
+    cuts = {"top_k": sampling.top_k, "top_p": sampling.top_p}
+    told = [f"{name} {value}" for name, value in cuts.items() if value is not None]
+    return ", ".join([f"temperature {sampling.temperature}", *told])

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from config import kv_bytes
 from device import dtype_name, machine, peak_memory_bytes, timed
 from kv_cache import KVCache
 from report import Measurement, Run
-from sampling import Stats
+from sampling import Sampling, Stats
 from spec_decode import Engine
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class Job:
     max_new_tokens: int  # of every row
     end_ids: tuple[int, ...] = ()  # tokens that end a row
     compare: bool = False  # decode plainly, too
+    sampling: Sampling | None = None  # of all rows; None: the engine's own
 
 
 class Progress:
@@ -69,6 +71,49 @@ def decode(
     return engine.batch.stats()
 
 
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Timed runs from one prefill. Says before and after each what it is doing."""
+
+    engine: Engine
+    job: Job
+    say: Callable[..., None]  # prints its text, with an `end`
+
+    def phase(self, what: str, work: Callable[[], T]) -> tuple[float, T]:
+        """Seconds that the work took, and what it returned."""
+        self.say(what, end=" ... ")
+        seconds, result = timed(self.engine.device, work)
+        self.say(f"{seconds:.1f} s")
+        return seconds, result
+
+    @property
+    def warming(self) -> str:
+        """What it does before anything is timed."""
+        return "compiling" if self.engine.model.compiled else "warming up"
+
+    def warm_up(self, auto: Auto | None) -> float:
+        """Seconds of `warm_up`."""
+        return self.phase(self.warming, lambda: warm_up(self.engine, auto))[0]
+
+    def prefill(self) -> float:
+        """Seconds of the prefill."""
+        job, progress, n = self.job, Progress(self.say), len(self.job.prompts)
+        work = partial(
+            self.engine.prefill, job.prompts, [job.max_new_tokens] * n, job.end_ids,
+            lambda b: progress(b + 1, n), sampling=job.sampling,
+        )  # fmt: skip
+        return self.phase(f"prefilling {sum(map(len, job.prompts)):,} tokens", work)[0]
+
+    def decoding(self, what: str, work: Callable[[], Stats]) -> Run:
+        """Decode from the prefill on."""
+        self.engine.rewind()
+        seconds, stats = self.phase(what, work)
+        return Run(
+            seconds, self.engine.batch.outputs(), stats.rounds, stats.row_rounds,
+            stats.decoded_tokens, acceptance(stats),
+        )  # fmt: skip
+
+
 @torch.inference_mode()
 def measure(
     engine: Engine,
@@ -77,36 +122,17 @@ def measure(
     say: Callable[..., None],  # prints its text, with an `end`
     tracer: AbstractContextManager | None = None,  # a profiler of the decoding
 ) -> Measurement:
-    """Warm up, prefill, decode, time the steps. Says before and after each what it is doing."""
-    device, prompts, progress = engine.device, job.prompts, Progress(say)
-    lengths, limits = [*map(len, prompts)], [job.max_new_tokens] * len(prompts)
-
-    def phase(what: str, work: Callable[[], T]) -> tuple[float, T]:
-        say(what, end=" ... ")
-        seconds, result = timed(device, work)
-        say(f"{seconds:.1f} s")
-        return seconds, result
-
-    def decoding(what: str, work: Callable[[], Stats]) -> Run:
-        engine.rewind()
-        seconds, stats = phase(what, work)
-        return Run(
-            seconds, engine.batch.outputs(), stats.rounds, stats.row_rounds, stats.decoded_tokens,
-            acceptance(stats),
-        )  # fmt: skip
-
-    def prefill() -> None:
-        engine.prefill(prompts, limits, job.end_ids, lambda b: progress(b + 1, len(prompts)))
-
-    warming = "compiling" if engine.model.compiled else "warming up"
-    compile_seconds, _ = phase(warming, lambda: warm_up(engine, auto))
-    prefill_seconds, _ = phase(f"prefilling {sum(lengths):,} tokens", prefill)
+    """Warm up, prefill, decode, time the steps."""
+    runs, lengths = Runs(engine, job, say), [*map(len, job.prompts)]
+    compile_seconds, prefill_seconds = runs.warm_up(auto), runs.prefill()
     draft_prefill_seconds = None
     if engine.drafter and engine.drafter.own_model:
-        draft_prefill_seconds, _ = phase("prefilling the draft model", engine.catch_up)
-    baseline = decoding("decoding plainly", lambda: decode(engine, 0)) if job.compare else None
+        draft_prefill_seconds, _ = runs.phase("prefilling the draft model", engine.catch_up)
+    baseline = None
+    if job.compare:
+        baseline = runs.decoding("decoding plainly", lambda: decode(engine, 0))
     with tracer or nullcontext():
-        main = decoding("decoding", lambda: decode(engine, auto=auto))
+        main = runs.decoding("decoding", lambda: decode(engine, auto=auto))
     if auto:
         say(auto.explain())
         engine.switch(auto.first.candidate.drafter if auto.first.candidate else None)
@@ -115,8 +141,8 @@ def measure(
     return Measurement(
         setting(engine, auto), lengths, compile_seconds, prefill_seconds, draft_prefill_seconds,
         {name: statistics.median(values) for name, values in times.items()},
-        step_bytes(engine, lengths), peak_memory_bytes(device),
-        main, baseline, differences(engine, prompts, main, baseline),
+        step_bytes(engine, lengths), peak_memory_bytes(engine.device),
+        main, baseline, differences(engine, job.prompts, main, baseline),
     )  # fmt: skip
 
 
@@ -180,15 +206,11 @@ def step_times(
 def step_bytes(engine: Engine, lengths: list[int]) -> int:
     """Bytes that a plain step must read after prompts of these lengths: their K and V, the weights.
 
-    A sliding window sees the newest tokens of a prompt only. An embedding table of its own gives a
-    row per token; tied to the output layer it is read whole, and counts once.
+    A sliding window sees the newest tokens of a prompt only.
     """
-    config, table = engine.model.config, engine.model.tok_embeddings.weight
-    read = sum(kv_bytes(config, n, engine.full.spec.stored_dtype.itemsize) for n in lengths)
-    weight_bytes = sum(p.nbytes for p in engine.model.parameters())
-    if not config.tie_embeddings:
-        weight_bytes -= table.nbytes - len(lengths) * table[0].nbytes
-    return read + weight_bytes
+    config, itemsize = engine.model.config, engine.full.spec.stored_dtype.itemsize
+    read = sum(kv_bytes(config, n, itemsize) for n in lengths)
+    return read + engine.model.weight_bytes(len(lengths))
 
 
 def differences(
@@ -209,7 +231,7 @@ def differences(
             at = [*same, False].index(False)
             differing.append({"row": row, "new_token": at})
             with suppress(MemoryError, torch.OutOfMemoryError):
-                if engine.sampling.greedy:
+                if not engine.batch.sampling.temperature.any():
                     differing[-1]["top2_logit_margin"] = top2_margin(engine, prompt + theirs[:at])
     return differing
 

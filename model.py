@@ -262,6 +262,21 @@ class Transformer(nn.Module):
         self.kv_dtype: torch.dtype | None = None  # of caches; None: that of the weights
         self.register_buffer("rope_freq", rope_frequencies(config), persistent=False)
 
+    def weight_bytes(self, n_tokens: int) -> int:
+        """Bytes of weights that a forward of so many tokens must read.
+
+        An embedding table of its own gives a row per token; tied to the output layer it is read
+        whole, and counts once.
+        """
+        table, others = self.tok_embeddings.weight, (p for p in self.parameters())
+        kept = (b for name, b in self.named_buffers() if name != "rope_freq")  # LowLinear's
+        total = sum(t.nbytes for t in (*others, *kept))
+        return (
+            total
+            if self.config.tie_embeddings
+            else total - table.nbytes + n_tokens * table[0].nbytes
+        )
+
     @property
     def flex(self) -> bool:
         """Whether attention to a full cache goes through flex_attention."""

@@ -5,8 +5,9 @@ into Options once they are made, and only the command sees them: what is below i
 """
 
 import argparse
+import json
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from checkpoint import DEMO_CHECKPOINT, DTYPES, KV_DTYPES
 from config import is_random
 from cost_model import Parser
 from drafters import check_name
-from files import check_writable
+from files import check_writable, write_json
 from policies import POLICIES, Strategy
 from quantize import KINDS
 from sampling import Sampling
@@ -24,6 +25,13 @@ from sampling import Sampling
 # What --draft auto chooses from. Self-drafts alone are not: mixed accepts what they do, and more.
 AUTO_POLICIES = ("ngram", "mixed")
 SAMPLING, STRATEGY = Sampling(), Strategy()  # whose defaults are the flags'
+# The demo: new tokens of a row, and after the greedy text a sampled one. What else leaves it.
+DEMO_NEW_TOKENS, DEMO_TEMPERATURE = 64, 0.8
+HOW = (
+    "draft_checkpoint_path", "draft", "speculate_k", "draft_budget", "draft_weights", "n_sink",
+    "obs_window", "reselect_every", "compare", "check_lossless", "profile", "explain",
+)  # fmt: skip
+EXPLAINED = 3  # rounds
 
 
 def flag(default: object, meaning: str | None = None, *names: str, **how: Any) -> Any:
@@ -57,7 +65,7 @@ class Options:
                                        "prompt of another one; default: 2")  # fmt: skip
     batch_size: int | None = flag(None, "rows; prompts are repeated to fill them. With --output: "
                                         "refilled, at most 16 by default")  # fmt: skip
-    max_new_tokens: int = flag(256, "of every row")
+    max_new_tokens: int = flag(256, f"of every row; default: 256, of the demo {DEMO_NEW_TOKENS}")
     max_context: int | None = flag(None, "most tokens of prompt and answer; default: the model's")
     temperature: float = flag(SAMPLING.temperature, "0: greedy")
     top_k: int | None = flag(SAMPLING.top_k)
@@ -77,6 +85,8 @@ class Options:
     reselect_every: int | None = flag(None, "rounds until the KV is selected again; 0: never")
     compare: bool | None = flag(None, "run plain decoding too")
     check_lossless: bool = flag(False, "compare, and exit 1 on a difference")
+    explain: int | None = flag(None, f"show the next N rounds of row 0 as text ({EXPLAINED}); runs "
+                                     "eagerly", nargs="?", const=EXPLAINED)  # fmt: skip
     compile: bool = flag(True)
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu")
     dtype: str | None = flag(None, "default: float32 on the CPU, bfloat16 on a GPU",
@@ -101,6 +111,7 @@ class Options:
         rows_fit = self.batch_size is None or 1 <= self.batch_size < 2**31
         context_fits = self.max_context is None or self.max_context >= 2
         drafts = "needs a draft: not --draft none, not --speculate_k 0"
+        measured = self.compare or self.check_lossless or self.profile or self.json is not None
         return (
             (self.max_new_tokens < 1, f"--max_new_tokens {self.max_new_tokens} must be at least 1"),
             (not rows_fit, f"--batch_size {self.batch_size} must be in 1..2**31 - 1"),
@@ -112,6 +123,12 @@ class Options:
             (self.lower_weights and not self.drafts, f"--draft_weights {drafts}"),
             (self.interactive and (self.compares or self.json or self.profile),
              "--interactive has no --compare, --check_lossless, --json or --profile"),
+            (self.explain is not None and self.explain < 1,
+             f"--explain {self.explain} must be at least 1"),
+            (self.explain and not self.drafts, f"--explain {drafts}"),
+            (self.explain and (self.output or self.interactive or measured),
+             "--explain has no --output, --interactive, --json, --compare, --check_lossless or "
+             "--profile"),
             (self.check_lossless and not self.compares,
              "--check_lossless needs the plain run that --no-compare leaves out"),
             (self.output and not self.prompts, "--output needs --prompts"),
@@ -136,6 +153,19 @@ class Options:
     def n_sources(self) -> int:
         """How many kinds of prompts were given; 0: the demo's own are meant."""
         return sum(map(bool, (self.prompt, self.prompt_file, self.prompts, self.interactive)))
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether every way to draft is shown: nothing says what to continue, nor how."""
+        defaults = {f.name: f.default for f in fields(Options)}
+        return not self.n_sources and all(getattr(self, name) == defaults[name] for name in HOW)
+
+    @property
+    def samplings(self) -> tuple[Sampling, ...]:
+        """How the rows sample, one run after the other. ValueError for impossible settings."""
+        asked = Sampling(self.temperature, self.top_k, self.top_p)
+        too = (Sampling(DEMO_TEMPERATURE),) if self.is_demo and asked.greedy else ()
+        return (asked, *too)
 
     @property
     def drafts(self) -> bool:
@@ -187,7 +217,18 @@ def parse_args(argv: list[str] | None, description: str = "") -> Options:
         p.add_argument(f"--{f.name}", *f.metadata["names"], **how | f.metadata["how"])
     given: dict[str, Any] = vars(p.parse_args(argv))
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    return Options(**given)
+    options = Options(**given)
+    if options.is_demo and "max_new_tokens" not in given:
+        return replace(options, max_new_tokens=DEMO_NEW_TOKENS)
+    return options
+
+
+def write_result(o: Options, result: dict) -> None:
+    """Where --json says, if anywhere. OSError if it cannot be written."""
+    if o.json == "-":
+        print(json.dumps(result, indent=2))
+    elif o.json:
+        write_json(result, Path(o.json))
 
 
 def check_targets(o: Options) -> None:

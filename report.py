@@ -93,17 +93,23 @@ def leg(plan: dict) -> str:
 
 def run_numbers(m: Measurement, run: Run) -> dict:
     """One run's figures; those of acceptance only if it drafted."""
+    return decoding_numbers(run) | {
+        "prefill_seconds": m.prefill_seconds,
+        "compile_seconds": m.compile_seconds,
+        "peak_memory_bytes": m.peak_memory_bytes,
+        "target_step_ms": m.step_ms["target_step_ms"],
+    }
+
+
+def decoding_numbers(run: Run) -> dict:
+    """Those of the decoding alone."""
     return {
         "decode_tokens_per_second": run.tokens_per_second,
         "ms_per_token": run.ms_per_token,  # while a row runs
         "decode_seconds": run.seconds,
         "rounds": run.rounds,
         "row_rounds": run.row_rounds,
-        "prefill_seconds": m.prefill_seconds,
-        "compile_seconds": m.compile_seconds,
         "generated_tokens": sum(map(len, run.outputs)),
-        "peak_memory_bytes": m.peak_memory_bytes,
-        "target_step_ms": m.step_ms["target_step_ms"],
         **run.acceptance,
     }
 
@@ -163,6 +169,122 @@ def verdict(result: dict) -> str:
                 f"top-2 logit margin {margin}"
             )
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One of several runs from the same prefill: a line of the demo's table."""
+
+    name: str  # who drafts, for people
+    plan: dict  # the same for programs; its gamma is that of the steps
+    temperature: float  # of all rows
+    run: Run
+    step_ms: dict[str, float]  # as in Measurement
+
+
+def compared(lines: list[Line]) -> list[dict]:
+    """What the JSON says of these runs, each beside the first one of its temperature, a plain one.
+
+    `formula` is what a row should gain while it runs, by the steps' times and the tokens of a
+    round: T_T * tokens / (gamma * T_D + T_V). Where the draft changed, it is that of the last steps
+    timed. Speedups are absent where the prefill decided everything.
+    """
+    plain: dict[float, Run] = {}
+    runs = []
+    for line in lines:
+        run, baseline = line.run, plain.setdefault(line.temperature, line.run)
+        entry = line.plan | {"name": line.name, "temperature": line.temperature}
+        entry |= decoding_numbers(run) | line.step_ms
+        same = [a == b for a, b in zip(run.outputs, baseline.outputs, strict=True)]
+        entry |= {"rows": len(same), "identical_rows": sum(same)}
+        if run.decoded_tokens:
+            entry["tokens_per_round"] = run.decoded_tokens / run.row_rounds
+            entry["round_cost"] = round_cost(entry)
+            entry["formula"] = entry["tokens_per_round"] / entry["round_cost"]
+            entry["speedup"] = run.tokens_per_second / baseline.tokens_per_second
+            entry["row_speedup"] = baseline.ms_per_token / run.ms_per_token
+        runs.append(entry)
+    return runs
+
+
+def round_cost(run: dict) -> float:
+    """Plain steps that a round takes."""
+    if "verify_ms" not in run:
+        return 1.0
+    return (run["gamma"] * run["draft_step_ms"] + run["verify_ms"]) / run["target_step_ms"]
+
+
+def compared_table(runs: list[dict]) -> str:
+    """A line for each run, under its temperature."""
+    columns: dict[tuple[str, str], Callable[[dict], str]] = {
+        ("", "tokens/s"): lambda r: f"{r['decode_tokens_per_second']:.1f}",
+        ("speedup:", "batch"): lambda r: f"{r['speedup']:.2f}",
+        ("", "row"): lambda r: f"{r['row_speedup']:.2f}",
+        ("by", "formula"): lambda r: f"{r['formula']:.2f}",
+        ("accep-", "tance"): lambda r: f"{r['draft_acceptance_rate']:.2f}",
+        ("tokens", "a round"): lambda r: f"{r['tokens_per_round']:.2f}",
+        ("T_D", "ms"): lambda r: f"{r['draft_step_ms']:.1f}",
+        ("T_V", "ms"): lambda r: f"{r.get('verify_ms', r['target_step_ms']):.1f}",
+        ("same", "output"): lambda r: f"{r['identical_rows']}/{r['rows']}",
+    }
+
+    def cell(show: Callable[[dict], str], run: dict) -> str:
+        try:
+            return f"{show(run):>9}"
+        except KeyError:  # does not apply
+            return " " * 9
+
+    lines = [" " * 24 + "".join(f"{title[i]:>9}" for title in columns) for i in range(2)]
+    told = None
+    for run in runs:
+        if run["temperature"] != told:
+            told = run["temperature"]
+            lines.append(f"temperature {told}" if told else "greedy")
+        lines.append(f"  {run['name']:22}" + "".join(cell(c, run) for c in columns.values()))
+    return "\n".join(lines)
+
+
+def lessons(runs: list[dict]) -> str:
+    """What these runs show, in three lines; the last one says what to try next."""
+    first = [r for r in runs if r["temperature"] == runs[0]["temperature"]]
+    drafted = [r for r in first if "draft_acceptance_rate" in r and r["strategy"] != "auto"]
+    if not drafted:
+        return "nothing was left to decode after the first tokens"
+    best = max(drafted, key=lambda r: r["speedup"])
+    gained = "gained most" if best["speedup"] > 1 else "came nearest to plain decoding"
+    why = (
+        f"{best['name']} {gained}, {best['speedup']:.2f}x: a round of {best['gamma']} drafts costs "
+        f"{best['round_cost']:.2f} plain steps and yields {best['tokens_per_round']:.2f} tokens"
+    )
+    if sampled := [r for r in runs if r["temperature"] != best["temperature"] and r["gamma"]]:
+        most = max(sampled, key=lambda r: r["speedup"])
+        why += (
+            f"; at temperature {most['temperature']} it is {most['name']}, {most['speedup']:.2f}x"
+        )
+    waits = (
+        f"the batch waits for its slowest row: {best['rounds']} rounds, the mean row needs "
+        f"{best['row_rounds'] / best['rows']:.0f}; while it runs a row gains "
+        f"{best['row_speedup']:.2f}x (--prompts FILE --output FILE refills rows that end)"
+    )
+    return f"{why}\n{waits}\n{try_next(best)}"
+
+
+def try_next(run: dict) -> str:
+    """Whether its last draft pays, and a command: for more drafts, for fewer, or to look closer.
+
+    A draft pays if it brings its share of a round's time, in tokens.
+    """
+    gamma, rates = run["gamma"], [1.0, *run["acceptance_rate_per_position"]]
+    t_more = run["draft_step_ms"] + (run["verify_ms"] - run["target_step_ms"]) / gamma
+    needed = run["tokens_per_round"] * t_more / (run["round_cost"] * run["target_step_ms"])
+    n = gamma if rates[-1] > needed else max(gamma // 2, 1)
+    if rates[-1] * rates[-1] / max(rates[-2], rates[-1], 1e-9) > needed:  # the next draft would too
+        n = 2 * gamma
+    how = "--explain" if n == gamma else f"--gamma {n} --compare"
+    return (
+        f"draft {gamma} is kept {rates[-1]:.2f} of the time and pays from {needed:.2f} on: try "
+        f"python generate.py --draft {run['strategy']} {how}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ compiled round, whose code depends on the `widest` of them only.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -145,19 +145,27 @@ def gumbel(words: Tensor) -> Tensor:  # [...] int64 in [0, 2^32) -> [...] float3
     return -torch.log(-torch.log1p(-v.clamp_max(1 - 2**-24)))
 
 
-def noise(
+def place_keys(
     seed: Tensor,  # [B] int64, at least 0
     pos: Tensor,  # [B, T] int64, places in the text
+) -> tuple[Tensor, Tensor]:  # [B, T] int64 in [0, 2^32), each
+    """The two keys of each place, both made of both halves of the seed."""
+    low, high = (seed & WORD)[:, None], (seed >> 32 & WORD)[:, None]
+    first, second = (mix(mix(mix(low ^ salt) ^ high) ^ pos & WORD) for salt in SALTS)
+    return first, second
+
+
+def noise(
+    keys: tuple[Tensor, Tensor],  # [B, T] int64 each, of the places
     n_vocab: int,  # V
 ) -> Tensor:  # [B, T, V] float32
     """Gumbel noise, a function of seed, place and token: whatever B, T and the other rows are.
 
-    A place has two keys, made of both halves of the seed. Noise is shared only where both agree.
+    It is shared only where both keys agree.
     """
-    low, high = (seed & WORD)[:, None], (seed >> 32 & WORD)[:, None]
-    first, second = (mix(mix(mix(low ^ salt) ^ high) ^ pos & WORD)[..., None] for salt in SALTS)
-    tokens = mix(torch.arange(n_vocab, device=pos.device))
-    return gumbel(mix(tokens ^ first, second))
+    first, second = keys
+    tokens = mix(torch.arange(n_vocab, device=first.device))
+    return gumbel(mix(tokens ^ first[..., None], second[..., None]))
 
 
 def nucleus(
@@ -211,9 +219,41 @@ def pick(
     """The token at each place: the likeliest one of a greedy row, else a sample, by its noise."""
     if widest.greedy:
         return logits.argmax(dim=-1)
+    return choose(logits, place_keys(rows.seed, pos), rows, widest)
+
+
+def choose(
+    logits: Tensor,  # [B, T, V]
+    keys: tuple[Tensor, Tensor],  # [B, T] int64 each, of the places
+    rows: RowSampling,
+    widest: Sampling,
+) -> Tensor:  # [B, T] int64
+    """The same where rows may sample."""
     sampled = (rows.temperature > 0)[:, None, None]
-    score = filtered(logits, rows, widest) + noise(rows.seed, pos, logits.shape[-1]) * sampled
+    score = filtered(logits, rows, widest) + noise(keys, logits.shape[-1]) * sampled
     return score.argmax(dim=-1)
+
+
+def pick_by_place(
+    one: Callable[..., Tensor],  # `choose`, compiled
+    logits: Tensor,  # [B, T, V]
+    pos: Tensor,  # [B, T] int64
+    rows: RowSampling,
+    widest: Sampling,
+) -> Tensor:  # [B, T] int64
+    """`pick` on a CPU, where to compile takes longer than to sample: of one place, for any T.
+
+    Greedy rows alone need none of it. To look at a value costs nothing there.
+    """
+    if widest.greedy or not rows.temperature.any():
+        return logits.argmax(dim=-1)
+    keys = zip(*(key.split(1, dim=1) for key in place_keys(rows.seed, pos)), strict=True)
+    places = zip(logits.split(1, dim=1), keys, strict=True)
+    chosen = [
+        one(place.contiguous(), (first.contiguous(), second.contiguous()), rows, widest)
+        for place, (first, second) in places
+    ]
+    return torch.cat(chosen, dim=1)
 
 
 def accept(
@@ -232,6 +272,7 @@ def judge(
     seq_len: Tensor,  # [B]
     rows: RowSampling,
     widest: Sampling,
+    pick: Callable[..., Tensor] = pick,  # [B, T]
 ) -> tuple[Tensor, Tensor]:  # n_accepted [B], next_token [B]
     """How many drafts are what the target itself says at their places, and what it says then."""
     pos = seq_len[:, None] + torch.arange(logits.shape[1], device=logits.device)

@@ -11,23 +11,20 @@ and then. With --compare the same requests are first decoded plainly, through th
 nothing of that is written.
 """
 
-import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 from auto import Auto
 from batch import Request
 from device import dtype_name, peak_memory_bytes, timed
-from files import write_json
 from load import Opened, describe, how, make_engine, open_all
 from measure import acceptance, setting, warm_up
 from offline import BadLines, Defaults, Input, Line, answer_text, read_input
-from options import Options
+from options import Options, write_result
 from refill import Refill, Result
 from report import Served, leg, progress_line, served_numbers, served_table
 from results import VERSION, Output, fingerprint, open_output
@@ -72,10 +69,7 @@ def serve(o: Options) -> int:
         if lines:
             say(served_table(result))
     finally:  # also where nobody reads standard output any more
-        if o.json == "-":
-            print(json.dumps(result, indent=2))
-        elif o.json:
-            write_json(result, Path(o.json))
+        write_result(o, result)
     return 1 if o.check_lossless and not result.get("identical", True) else 0
 
 

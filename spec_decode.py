@@ -31,12 +31,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from batch import MAX_GAMMA, Batch, Request
+from batch import MAX_GAMMA, Around, Batch, Request
 from config import SAMPLING_COMPILED, SAMPLING_EAGER, work_bytes
 from device import check_fits
 from drafter import Drafter, Target
@@ -46,24 +45,9 @@ from kv_cache import CacheSpec, KVCache
 from model import Transformer, short_chunk
 from policies import Strategy
 from quantize import Twins
-from sampling import Sampling, judge, pick, row_seed
+from sampling import Sampling, pick, row_seed
 
 SHARED = 256  # tokens that a prompt must have in common with another row's text to copy their KV
-
-
-class Around(NamedTuple):
-    """What a round does beside the models' forwards. On a GPU it is compiled: a kernel or two each.
-
-    On a CPU that pays where random numbers are drawn.
-    """
-
-    pick: Callable = pick
-    judge: Callable = judge
-    commit: Callable = Batch.commit
-
-    def compiled(self) -> "Around":
-        """The same, each as one compiled function."""
-        return Around(*(torch.compile(f, fullgraph=True, dynamic=False) for f in self))
 
 
 class Engine:
@@ -104,7 +88,7 @@ class Engine:
         self.watch = Watch(self.batch.finished, LAG if self.graphs else 0)
         self.captured: dict[tuple[Drafter | None, int], Callable[[], object]] = {}  # captured
         pays = model.compiled and (on_gpu or not sampling.greedy)
-        self.around = Around().compiled() if pays else Around()
+        self.around = Around().compiled(on_gpu) if pays else Around()
         self.use(strategy, draft_model)
 
     @property
@@ -176,11 +160,13 @@ class Engine:
             self.remove(self.drafters[-1])
         self.switch(self.make(strategy, draft_model) if strategy.enabled else None)
 
-    def requests(self, prompts: list[list[int]], max_new_tokens: list[int]) -> list[Request]:
-        """A request for each prompt and limit: the engine's own sampling, a seed of this turn."""
-        turn = self.batch.n_texts
+    def requests(
+        self, prompts: list[list[int]], max_new_tokens: list[int], sampling: Sampling | None = None
+    ) -> list[Request]:
+        """A request for each prompt and limit, with a seed of this turn. None: own sampling."""
+        turn, sampling = self.batch.n_texts, sampling or self.sampling
         return [
-            Request(prompt, n, self.sampling, row_seed(self.seed, i, turn))
+            Request(prompt, n, sampling, row_seed(self.seed, i, turn))
             for i, (prompt, n) in enumerate(zip(prompts, max_new_tokens, strict=True))
         ]
 
@@ -257,8 +243,9 @@ class Engine:
         eos_ids: tuple[int, ...] = (),
         on_row: Callable[[int], None] = lambda b: None,  # told of each row that is done
         reuse: bool = False,
+        sampling: Sampling | None = None,  # of all rows; None: the engine's own
     ) -> None:
-        """Start all rows, with the engine's own sampling and a seed for each.
+        """Start all rows, with a seed for each.
 
         With reuse, what a prompt has in common with the beginning of its row's text, prompt and
         continuation of before, is not read again: the next turn of a conversation. ValueError,
@@ -267,7 +254,7 @@ class Engine:
         n = len(prompts), len(max_new_tokens), self.batch.n_rows
         if len({*n}) > 1:
             raise ValueError("{} prompts and {} limits for an engine of {} rows".format(*n))
-        requests = self.requests(prompts, max_new_tokens)
+        requests = self.requests(prompts, max_new_tokens, sampling)
         self.check_requests(requests, "row")
         self.begin(eos_ids, keep=reuse)
         for b, request in enumerate(requests):
@@ -312,7 +299,7 @@ class Engine:
         Rounds run, and leave what means nothing in the caches. ValueError once there is a text.
         """
         lengths = torch.as_tensor(lengths, device=self.device).expand(self.batch.n_rows)
-        with torch.inference_mode(), self.batch.pretend(lengths, max_new_tokens):
+        with torch.inference_mode(), self.batch.pretend(lengths, max_new_tokens, self.sampling):
             try:
                 yield
             finally:
@@ -331,8 +318,9 @@ class Engine:
                     self.prefill_row(0, 2, n_cached)
         self.warm_up_rounds(refills)
 
-    def warm_up_rounds(self, refills: bool = False) -> None:
-        """The same for rounds and the drafter alone."""
+    def warm_up_rounds(self, refills: bool = False, gamma: int | None = None) -> None:
+        """The same for the drafter alone, and its rounds of gamma drafts; None: of the most."""
+        gammas = {0, self.gamma if gamma is None else gamma}
         with self.pretend(3):
             for _ in range(2):
                 if self.drafter:
@@ -341,10 +329,10 @@ class Engine:
                     for b in (None, 0) if refills else (None,):
                         self.drafter.renew(b)
                         self.drafter.select(b)
-                for gamma in {0, self.gamma}:
-                    self.eager_round(gamma)
-            for gamma in {0, self.gamma}:
-                self.capture_round(gamma)
+                for n in gammas:
+                    self.eager_round(n)
+            for n in gammas:
+                self.capture_round(n)
 
     @torch.inference_mode()
     def catch_up(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sampling import noise
+from sampling import noise, place_keys
 from spec_decode import Engine
 
 
@@ -35,7 +35,7 @@ class SyntheticEngine(Engine):
         _, next_token = super().accept(draft, logits)
         B, gamma = draft.shape
         pos = self.batch.seq_len[:, None] + torch.arange(gamma, device=self.device)
-        drawn = noise(torch.arange(B, device=self.device), pos, 1)[..., 0]
+        drawn = noise(place_keys(torch.arange(B, device=self.device), pos), 1)[..., 0]
         return (drawn < self.threshold).long().cumprod(dim=1).sum(dim=1), next_token
 
     def read_row(

@@ -111,7 +111,7 @@ def test_greedy_output_is_the_same_compiled(strategy, monkeypatch):
 
 
 def test_a_draft_step_is_one_compiled_function():
-    """With the choice of the token, for all steps and rounds; and it copies no buffer of a cache.
+    """For all steps and rounds; and it copies no buffer of a cache. Choosing the token is another.
 
     A model of more layers than are worth it has its blocks compiled, one by one.
     """
@@ -131,7 +131,7 @@ def test_a_draft_step_is_one_compiled_function():
 def one_function(engine: Engine) -> None:
     torch._dynamo.utils.counters.clear()
     draft, code = run_and_get_code(engine.draft, 1)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(code) == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(code) == 2
     sizes = re.findall(r"= empty_strided_cpu\(\(([0-9, ]+)\)", code[0])
     assert sizes and draft.shape == (4, 1)
     largest = max(math.prod(int(n) for n in size.split(",") if n.strip()) for size in sizes)

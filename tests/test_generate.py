@@ -358,6 +358,12 @@ BAD_FLAGS = [
     (["--prompt", "word " * 400], "leaves room for"),
     (["--prompt", "a", "--interactive"], "one of"),
     (["--chat"], "--chat needs a --prompt"),
+    (["--explain", "0"], "--explain 0 must be at least 1"),
+    (["--explain", "--draft", "none"], "--explain needs a draft"),
+    (["--explain", "2", "--interactive"], "--explain has no --output, --interactive, --json"),
+    (["--explain", "--prompt", "a", "--json", "-"], "--explain has no --output"),
+    (["--explain", "--compare"], "--explain has no --output"),
+    (["--prompts", "a", "--output", "b", "--explain"], "--explain has no --output"),
     (["--system", "a"], "--system needs --chat"),
     (["--seed", "99999999999999999999"], "--seed 99999999999999999999 must be in"),
     (["--max_context", "1"], "--max_context 1 must be at least 2"),
@@ -591,7 +597,7 @@ def test_demo_prompts_are_ragged_and_as_long_as_said():
 
 
 def test_demo_checkpoint_runs_compiled_on_its_own_prompts(tmp_path):
-    """The README's first command, smaller: two rows, fewer tokens, everything else the same."""
+    """A line of the README's first command, smaller: two rows and fewer tokens."""
     out = tmp_path / "out.json"
     assert (
         main(

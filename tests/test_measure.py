@@ -118,12 +118,12 @@ def test_differences_are_where_rows_part(monkeypatch):
     (found,) = differences(engine, PROMPTS, *runs)
     assert (found["row"], found["new_token"]) == (3, 1)
     assert found["top2_logit_margin"] == top2_margin(engine, PROMPTS[3] + [1])
+    sampled = engine_of(Strategy(), Sampling(1.0))  # two logits then say nothing of the choice
+    assert differences(sampled, PROMPTS, *runs) == [{"row": 3, "new_token": 1}]
     monkeypatch.setattr(measure_module, "top2_margin", no_room)
     assert differences(engine, PROMPTS, *runs) == [{"row": 3, "new_token": 1}]
     short = replace(runs[0], outputs=[*runs[0].outputs[:3], [1]])
     assert differences(engine, PROMPTS, short, runs[0])[0]["new_token"] == 1
-    sampled = engine_of(Strategy(), Sampling(1.0))  # two logits then say nothing of the choice
-    assert differences(sampled, PROMPTS, *runs) == [{"row": 3, "new_token": 1}]
     assert differences(engine, PROMPTS, runs[0], None) is None
 
 

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from report import (
+    Line,
     Measurement,
     Run,
     Served,
     build,
     clock,
+    compared,
+    compared_table,
+    lessons,
     progress_line,
     served_numbers,
     served_table,
@@ -231,3 +235,77 @@ def test_progress_tells_the_time_left_once_it_can():
     assert progress_line(0, 9, figures) == f"0 {line}"
     assert progress_line(4, 9, figures) == f"4 {line}, 1:02:05 left"
     assert [clock(s) for s in (0, 59.6, 3599.6)] == ["0:00", "1:00", "1:00:00"]
+
+
+# The runs above as lines of a table, and a sampled pair: T_T 4, T_D 3 and T_V 8 ms, gamma 2. So a
+# round costs 3.5 plain steps, and with its 1.5 tokens a row should get 0.43 of plain decoding.
+STEPS = {"target_step_ms": 4.0, "draft_step_ms": 3.0, "verify_ms": 8.0, "accept_ms": 0.5}
+DRAFT_PLAN = {"strategy": "streaming", "gamma": 2, "draft_budget": 20}
+NOTHING = {"strategy": "none", "gamma": 0}
+OTHER = replace(DRAFTED, seconds=4.0, outputs=[[1] * 5, [0] * 9])
+LINES = [
+    Line("plain", NOTHING, 0.0, PLAIN, {"target_step_ms": 4.0}),
+    Line("streaming 20", DRAFT_PLAN, 0.0, DRAFTED, STEPS),
+    Line("auto: no draft", {"strategy": "auto", "gamma": 0}, 0.0, PLAIN, {"target_step_ms": 4.0}),
+    Line("plain", NOTHING, 0.5, replace(PLAIN, seconds=2.0), {"target_step_ms": 4.0}),
+    Line("streaming 20", DRAFT_PLAN, 0.5, OTHER, STEPS),
+]
+
+
+def test_a_run_is_compared_with_the_plain_one_of_its_temperature():
+    runs = compared(LINES)
+    assert [r["speedup"] for r in runs] == pytest.approx([1, 8 / 9, 1, 1, 0.5])
+    assert [r["row_speedup"] for r in runs] == pytest.approx([1, 1, 1, 1, 0.5625])
+    assert [r["round_cost"] for r in runs] == [1, 3.5, 1, 1, 3.5]
+    assert [r["formula"] for r in runs] == pytest.approx([1, 1.5 / 3.5, 1, 1, 1.5 / 3.5])
+    assert [r["identical_rows"] for r in runs] == [2, 2, 2, 2, 1] and runs[0]["rows"] == 2
+    assert runs[1]["draft_budget"] == 20 and runs[1]["accepted_histogram"] == [5, 2, 1]
+    assert runs[1]["tokens_per_round"] == 1.5 and runs[1]["verify_ms"] == 8
+
+
+def test_the_table_has_a_line_for_every_run():
+    lines = compared_table(compared(LINES)).splitlines()
+    assert max(map(len, lines)) <= 105
+    assert [" ".join(line.split()) for line in lines[2:]] == [
+        "greedy",
+        "plain 1.5 1.00 1.00 1.00 1.00 4.0 2/2",
+        "streaming 20 1.3 0.89 1.00 0.43 0.25 1.50 3.0 8.0 2/2",
+        "auto: no draft 1.5 1.00 1.00 1.00 1.00 4.0 2/2",
+        "temperature 0.5",
+        "plain 6.0 1.00 1.00 1.00 1.00 4.0 2/2",
+        "streaming 20 3.0 0.50 0.56 0.43 0.25 1.50 3.0 8.0 1/2",
+    ]
+    under = lines[3].index("4.0") + 2  # a plain step stands under T_V: both end with a decision
+    assert lines[4][under] == "0" and lines[1][: under + 1].endswith("ms")
+
+
+def lessons_of(rates: list[float]) -> list[str]:
+    """With other acceptances of the first and second drafts."""
+    figures = ACCEPTANCE | {"acceptance_rate_per_position": rates}
+    lines = [replace(x, run=replace(x.run, acceptance=figures)) if x.plan["gamma"] else x
+             for x in LINES]  # fmt: skip
+    return lessons(compared(lines)).splitlines()
+
+
+def test_lessons_are_drawn_from_the_numbers():
+    """A draft costs 3 + (8 - 4) / 2 = 5 of a round's 14 ms: it has to bring 0.54 of 1.5 tokens."""
+    first, second, third = lessons_of([0.375, 0.125])
+    assert first == (
+        "streaming 20 came nearest to plain decoding, 0.89x: a round of 2 drafts costs 3.50 plain "
+        "steps and yields 1.50 tokens; at temperature 0.5 it is streaming 20, 0.50x"
+    )
+    assert second.startswith("the batch waits for its slowest row: 6 rounds, the mean row needs 4")
+    assert "1.00x" in second
+    assert third == (
+        "draft 2 is kept 0.12 of the time and pays from 0.54 on: try python generate.py "
+        "--draft streaming --gamma 1 --compare"
+    )
+    assert lessons_of([0.9, 0.85])[2].endswith("--draft streaming --gamma 4 --compare")
+    assert lessons_of([0.9, 0.6])[2].endswith("--draft streaming --explain")
+    fast = [LINES[0], replace(LINES[1], run=replace(DRAFTED, seconds=4.0))]
+    first, *_ = lessons(compared(fast)).splitlines()
+    assert first.startswith("streaming 20 gained most, 2.00x") and "temperature" not in first
+    nothing = Run(0.001, [[7], [0]], 0, 0, 0, {})
+    runs = compared([replace(line, run=nothing) for line in LINES])
+    assert "nothing was left" in lessons(runs) and "speedup" not in runs[1]
+    assert compared_table(runs).splitlines()[4].split()[2:] == ["0.0", "3.0", "8.0", "2/2"]

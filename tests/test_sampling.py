@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 from itertools import product
 
 import pytest
@@ -12,12 +13,15 @@ from sampling import (
     RowSampling,
     Sampling,
     accept,
+    choose,
     filtered,
     gumbel,
     mix,
     noise,
     nucleus,
     pick,
+    pick_by_place,
+    place_keys,
     row_seed,
     widest,
 )
@@ -98,7 +102,9 @@ def test_top_p_keeps_what_sorting_keeps():
 
 def test_noise_is_what_integers_of_any_size_say():
     seeds, places, tokens = [0, 1, 2**31, 2**32, 2**63 - 1], [0, 3, 131071], [0, 1, 4000, 127999]
-    got = noise(torch.tensor(seeds), torch.tensor(places).expand(5, 3), 128000)[..., tokens]
+    got = noise(place_keys(torch.tensor(seeds), torch.tensor(places).expand(5, 3)), 128000)[
+        ..., tokens
+    ]
     expected = [reference_noise(*place) for place in product(seeds, places, tokens)]
     assert got.flatten().tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -121,7 +127,7 @@ def test_every_word_has_the_noise_of_its_rank():
 
 
 def test_noise_is_gumbel_and_unrelated_between_neighbours():
-    z = noise(torch.arange(90), torch.arange(100).expand(90, 100), 111).double()
+    z = noise(place_keys(torch.arange(90), torch.arange(100).expand(90, 100)), 111).double()
     n, gamma = z.numel(), 0.5772156649
     assert abs(z.mean() - gamma) < 4 * math.sqrt(math.pi**2 / 6 / n)
     assert abs(z.var() - math.pi**2 / 6) < 0.015
@@ -146,7 +152,9 @@ def test_no_two_places_share_their_noise(what):
         "place": (n * 0 + 77, n),
         "all": (unrelated, n % 3000),
     }[what]
-    pairs = noise(seed, pos[:, None], 2).view(torch.int64)  # of two tokens, as one number
+    pairs = noise(place_keys(seed, pos[:, None]), 2).view(
+        torch.int64
+    )  # of two tokens, as one number
     assert len(pairs.unique()) == len(n)
 
 
@@ -154,10 +162,10 @@ def test_noise_is_of_seed_place_and_token_alone():
     """Whatever is asked for beside them: neighbours, places, more tokens."""
     seed = torch.tensor([row_seed(3, i) for i in range(5)])
     pos = torch.tensor([0, 7, 8, 131071]).expand(5, 4)
-    z = noise(seed, pos, 100)
-    assert torch.equal(z[2:3, 1:], noise(seed[2:3], pos[:1, 1:], 100))
-    assert torch.equal(z[..., :41], noise(seed, pos, 41))
-    assert not torch.equal(z, noise(seed.flip(0), pos, 100))
+    z = noise(place_keys(seed, pos), 100)
+    assert torch.equal(z[2:3, 1:], noise(place_keys(seed[2:3], pos[:1, 1:]), 100))
+    assert torch.equal(z[..., :41], noise(place_keys(seed, pos), 41))
+    assert not torch.equal(z, noise(place_keys(seed.flip(0), pos), 100))
 
 
 def test_seeds_of_requests_are_unrelated():
@@ -235,13 +243,14 @@ def test_a_row_picks_as_it_does_alone():
 def test_compiled_it_picks_the_same(monkeypatch):
     """What rows ask for is not compiled. Each halving of top-p is: a few show what all would."""
     monkeypatch.setattr(sampling_module, "HALVINGS", 5)
-    compiled = torch.compile(pick, fullgraph=True, dynamic=False)
-    B, T = len(MIXED), 3
-    logits, pos = random_logits(B, T, 1001), torch.arange(T).expand(B, T)
-    for samplings in (MIXED, MIXED[::-1]):
-        rows = rows_of(samplings, torch.arange(B) << 31)
-        asked = logits, pos, rows, widest(samplings)
-        assert torch.equal(compiled(*asked), pick(*asked))
+    compiled = partial(pick_by_place, torch.compile(choose, fullgraph=True, dynamic=False))
+    B, stance = len(MIXED), "default"
+    for samplings, T in product((MIXED, MIXED[::-1], [Sampling()] * B), (3, 1)):
+        logits, pos = random_logits(B, T, 1001), torch.arange(T).expand(B, T)
+        asked = logits, pos, rows_of(samplings, torch.arange(B) << 31), widest(MIXED)
+        with torch.compiler.set_stance(stance):
+            assert torch.equal(compiled(*asked), pick(*asked))
+        stance = "fail_on_recompile"  # one place alone is compiled, for any T
 
 
 def test_the_widest_covers_all_and_a_narrower_one_does_not():

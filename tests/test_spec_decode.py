@@ -311,7 +311,7 @@ def test_compiling_what_is_around_the_blocks_changes_nothing():
     for fused in (False, True):
         engine = Engine(model, 4, 100, streaming(2), GREEDY)
         if fused:
-            engine.around = engine.around.compiled()
+            engine.around = engine.around.compiled(on_gpu=True)
         outputs.append(generate(engine, PROMPTS, 20))
     assert outputs[0] == outputs[1]
 

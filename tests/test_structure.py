@@ -31,8 +31,8 @@ ALGORITHM = {  # the chapters, and what they stand on
     "kv_cache": (445, "cpu_attention kernels"),
     "model": (402, "config cpu_attention kernels kv_cache"),
     "quantize": (225, "config kernels model"),
-    "sampling": (290, ""),
-    "batch": (265, "sampling"),
+    "sampling": (330, ""),
+    "batch": (295, "sampling"),
     "policies": (240, "batch kv_cache quantize"),
     "selection": (150, "kernels kv_cache model policies"),
     "lookup": (75, ""),
@@ -66,9 +66,9 @@ IN_AND_OUT = {
     "results": (190, "checkpoint config offline"),
 }
 PROGRAM = {
-    "report": (265, ""),
-    "measure": (225, "auto config device kv_cache report sampling spec_decode"),
-    "options": (225, "checkpoint config cost_model drafters files policies quantize sampling"),
+    "report": (385, ""),
+    "measure": (255, "auto config device kv_cache report sampling spec_decode"),
+    "options": (265, "checkpoint config cost_model drafters files policies quantize sampling"),
     "load": (
         200,
         "auto batch checkpoint config device drafters kernels measure model options policies"
@@ -76,8 +76,17 @@ PROGRAM = {
     ),
     "serve": (
         255,
-        "auto batch device files load measure offline options refill report results sampling"
-        " spec_decode",
+        "auto batch device load measure offline options refill report results sampling spec_decode",
+    ),
+    "demo": (
+        160,
+        "auto checkpoint device drafter drafters load measure options policies quantize report"
+        " sampling spec_decode tokenizer",
+    ),
+    "explain": (
+        290,
+        "auto checkpoint config draft_models drafter drafters kv_cache load lookup measure options"
+        " spec_decode tokenizer",
     ),
     "generate": (215, "*"),  # everything; nobody imports it
 }
@@ -85,7 +94,7 @@ TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
 CHAPTERS = ("kernels", "cpu_attention", "kv_cache", "model", "quantize", "sampling", "batch",
             "policies", "selection", "lookup", "drafter", "draft_models", "drafters", "graphs",
             "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 9600  # of a file, of CHAPTERS, of all files
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 10300  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "files", "roofline", "acceptance", "picture",
                  "cost_model", "report")  # fmt: skip
@@ -437,7 +446,7 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
         f"batch.py has {TABLE['batch'][0] + 1} lines": {"batch": "\n" * (TABLE["batch"][0] + 1)},
         "a.py has 451 lines": {"a": "\n" * 451},
         "the algorithm: 3501": {"kv_cache": "\n" * 2000, "graphs": "\n" * 1501, "auto": "\n" * 9},
-        "all files: 8701": {"a": "\n" * 4000, "b": "\n" * 4701},
+        f"all files: {MAX_TOTAL + 1}": {"a": "\n" * 4000, "b": "\n" * (MAX_TOTAL - 3999)},
     }),
     functions_are_short: (HOUSE, {
         "a.f has 61 lines": {"a": LONG},
