@@ -43,6 +43,7 @@ def run_main(tmp_path, monkeypatch):
     ("auto", {"cells"}),
     ("offline", {"runs", "sharing", "prediction_error"}),
     ("peers", {"programs", "failed"}),
+    ("exact", {"without", "exact"}),
 ])  # fmt: skip
 def test_smoke(run_main, name, keys):
     out = run_main(name, "--smoke")

@@ -27,8 +27,9 @@ ALGORITHM = {  # the chapters, and what they stand on
     "device": (140, ""),
     "kernels": (120, ""),
     "cpu_attention": (90, ""),
-    "kv_cache": (445, "cpu_attention kernels"),
-    "model": (402, "config cpu_attention kernels kv_cache"),
+    "exact": (160, "kernels"),
+    "kv_cache": (450, "cpu_attention exact kernels"),
+    "model": (402, "config cpu_attention exact kernels kv_cache"),
     "quantize": (225, "config kernels model"),
     "sampling": (290, ""),
     "batch": (265, "sampling"),
@@ -44,7 +45,8 @@ ALGORITHM = {  # the chapters, and what they stand on
     "graphs": (110, "batch"),
     "spec_decode": (
         450,
-        "batch config device drafter drafters graphs kv_cache model policies quantize sampling",
+        "batch config device drafter drafters exact graphs kv_cache model policies quantize"
+        " sampling",
     ),
 }
 ECONOMICS = {
@@ -64,7 +66,7 @@ IN_AND_OUT = {
 }
 PROGRAM = {
     "report": (265, ""),
-    "measure": (225, "auto config device kv_cache report sampling spec_decode"),
+    "measure": (228, "auto config device kv_cache report sampling spec_decode"),
     "options": (225, "checkpoint config cost_model drafters policies quantize sampling"),
     "load": (
         200,
@@ -72,16 +74,16 @@ PROGRAM = {
         " prompts quantize sampling spec_decode",
     ),
     "serve": (
-        255,
+        258,
         "auto batch checkpoint device load measure offline options refill report results"
         " sampling spec_decode",
     ),
     "generate": (215, "*"),  # everything; nobody imports it
 }
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
-CHAPTERS = ("kernels", "cpu_attention", "kv_cache", "model", "quantize", "sampling", "batch",
-            "policies", "selection", "lookup", "drafter", "draft_models", "drafters", "graphs",
-            "spec_decode")  # fmt: skip
+CHAPTERS = ("kernels", "cpu_attention", "exact", "kv_cache", "model", "quantize", "sampling",
+            "batch", "policies", "selection", "lookup", "drafter", "draft_models", "drafters",
+            "graphs", "spec_decode")  # fmt: skip
 MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 8700  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")
