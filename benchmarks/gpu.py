@@ -36,6 +36,7 @@ from gpu_point import POLICY_GAMMA, Point, Settings, bandwidth
 
 from checkpoint import DTYPES, KV_DTYPES, load_model, randomize, write_json
 from config import MODELS, ModelConfig, open_json
+from cost_model import Strategy as Planned
 from cost_model import largest_batch
 from generate import main as generate_main
 from kernels import compile_blocks
@@ -193,9 +194,9 @@ def parts(smoke: bool) -> list[Part]:
 
 
 def long_rows() -> int:
-    """Most rows of 100k tokens with float8 K and V, less one: for what else there is."""
-    w = Workload(1, 100_000, kv_itemsize=1)
-    return max(largest_batch(LLAMA, HARDWARE["h200"], w) - 1, 1)
+    """Most rows of 100k tokens with float8 K and V that leave room to draft, less one."""
+    w, drafting = Workload(1, 100_000, kv_itemsize=1), Planned("streaming", 5, 512, weights="fp8")
+    return max(largest_batch(LLAMA, HARDWARE["h200"], w, drafting) - 1, 1)
 
 
 class Bench:

@@ -52,6 +52,7 @@ ALGORITHM = {  # the chapters, and what they stand on
 ECONOMICS = {
     "roofline": (240, "config"),
     "cost_model": (450, "config families roofline"),
+    "capacity": (130, "config cost_model families roofline"),
     "forecast": (110, ""),
     "auto": (345, "device drafter forecast model policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
@@ -84,9 +85,9 @@ TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
 CHAPTERS = ("kernels", "cpu_attention", "exact", "kv_cache", "model", "quantize", "sampling",
             "batch", "policies", "selection", "lookup", "drafter", "draft_models", "drafters",
             "graphs", "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 8700  # of a file, of CHAPTERS, of all files
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 8900  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
-WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")
+WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "capacity", "report")
 MANY_PARAMETERS = {  # function: why it has more
     "cpu_attention.attend": "what an operator is given are tensors and numbers, not structures",
     "spec_decode.__init__": "an engine is made of seven independent things",
@@ -329,7 +330,7 @@ def public_things_say_what_they_do(sources: list[Source]) -> Iterator[str]:
 
 def namespaces_stay_in_commands(sources: list[Source]) -> Iterator[str]:
     for source in sources:
-        if source.name in ("generate", "cost_model"):
+        if source.name in ("generate", "cost_model", "capacity"):
             continue
         for node in nodes(source, ast.Name, ast.Attribute, ast.alias):
             if "Namespace" in (getattr(node, k, "") for k in ("id", "attr", "name")):
@@ -435,7 +436,7 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
         f"batch.py has {TABLE['batch'][0] + 1} lines": {"batch": "\n" * (TABLE["batch"][0] + 1)},
         "a.py has 451 lines": {"a": "\n" * 451},
         "the algorithm: 3501": {"kv_cache": "\n" * 2000, "graphs": "\n" * 1501, "auto": "\n" * 9},
-        "all files: 8701": {"a": "\n" * 4000, "b": "\n" * 4701},
+        "all files: 8901": {"a": "\n" * 4000, "b": "\n" * 4901},
     }),
     functions_are_short: (HOUSE, {
         "a.f has 61 lines": {"a": LONG},
