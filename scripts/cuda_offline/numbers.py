@@ -30,6 +30,7 @@ from scripts.cuda_offline.report import ROOT, Report, scratch
 
 SLOTS = 600
 STARTS = (SLOTS - 1, 3, 254)  # where a row's tokens end, begin, begin: across two blocks
+BLOCK = 128  # slots
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2}  # the interpreter has no bfloat16
 
 
@@ -170,7 +171,8 @@ def data(case: Case, n_slots: int) -> Data:
     spec = CacheSpec((case.window,), case.B, *heads, dtype, torch.device("cpu"), True)
     finished = torch.tensor([case.finished and b == 1 for b in range(case.B)])
     cache = KVCache.empty(spec, max(n_slots, SLOTS), finished, case.longest)
-    first = torch.tensor([STARTS[0] - case.T, *STARTS[1:]])[: case.B]
+    ends = (2 * BLOCK, *STARTS) if case.exact else STARTS  # one token later there is a third block
+    first = torch.tensor([ends[0] - case.T, *ends[1:]])[: case.B]
     pos = first[:, None] + torch.arange(case.T)
     q, k, v = (torch.randn(case.B, case.Hkv, *n, case.D).to(dtype)
                for n in ((G, case.T), (n_slots,), (n_slots,)))  # fmt: skip
@@ -241,7 +243,7 @@ def interpret_all(file: Path) -> int:
     triton_heuristics.template = lambda **settings: lambda function: function
     torch.manual_seed(0)
     report = Report("")
-    with mock.patch.object(CacheSpec, "kv_block", 128):  # a GPU's, on the CPU
+    with mock.patch.object(CacheSpec, "kv_block", BLOCK):  # a GPU's, on the CPU
         for job in json.loads(file.read_text()):
             case = Case(**job["case"])
             with report.case(case.name) as said:
