@@ -165,7 +165,9 @@ class Auto:
                     seconds.append(timed(engine.device, work[gamma])[0])
         half = max(len(took) // 2, 1)  # the first of all compiles
         timings = [
-            Timing(self.workload(length), gamma + 1, length, statistics.median(seconds[half:]))
+            Timing(
+                self.workload(length), self.width(gamma), length, statistics.median(seconds[half:])
+            )
             for (length, gamma), seconds in times.items()
         ]
         preset = HARDWARE["h200" if engine.device.type == "cuda" else "cpu"]
@@ -189,7 +191,13 @@ class Auto:
         """
         w = self.workload(length or int(self.engine.batch.seq_len.float().mean()))
         parts = self.engine.model.config, self.hardware, w
-        return {g: forward_time(*parts, g + 1, seen).total * r for g, r in self.residual.items()}
+        return {
+            g: forward_time(*parts, self.width(g), seen).total * r for g, r in self.residual.items()
+        }
+
+    def width(self, gamma: int) -> int:
+        """Tokens of a row in a verification of so many drafts."""
+        return max(gamma, self.engine.full.spec.exact) + 1
 
     def ahead(self, length: int | None = None) -> Ahead:
         """What the rows still have to do, or before there is a text, all the same at a length."""

@@ -349,18 +349,26 @@ def check_svg(path: Path) -> None:
         raise ValueError(f"--svg: cannot write {path}: {e.strerror}") from None
 
 
-def report(args: argparse.Namespace) -> None:
-    """Print a line per length and batch, and draw. ValueError if none of them fits into memory."""
+def named(
+    args: argparse.Namespace,
+) -> tuple[Hardware, ModelConfig, list[Strategy], Iterable[Acceptance]]:
+    """What the flags name. OSError or ValueError for names and files that cannot be used."""
     hw = lookup_name(HARDWARE, args.hardware, "hardware")
     acceptance = [read_acceptance(path) for path in args.acceptance or ()] or ACCEPTANCE
     path = args.checkpoint_path
     target = load_config(path) if path else lookup_name(MODELS, args.model, "model")
     models = {name: lookup_name(MODELS, name, "model") for name in args.draft_model}
     strategies = all_strategies(models, args.draft_budget, args.gamma, args.draft_weights)
+    return hw, target, strategies, acceptance
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print a line per length and batch, and draw. ValueError if none of them fits into memory."""
+    hw, target, strategies, acceptance = named(args)
     if args.svg:
         check_svg(args.svg)
     speedups: dict[int, dict[float, float]] = {}  # by length and batch size
-    title = f"{path or args.model} on {args.num_gpus} x {hw.name}, 16 bit"
+    title = f"{args.checkpoint_path or args.model} on {args.num_gpus} x {hw.name}, 16 bit"
     print(f"{title}\n{HEAD}")
     for S, B in itertools.product(args.prefix_len, args.batch_size):
         w = Workload(B, S, args.num_gpus, kv_itemsize=args.kv_itemsize)

@@ -64,6 +64,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from cpu_attention import ALL, FEW, runs
+from exact import by_position, mask_by_position, slots_for
 from kernels import Q_BLOCK, kernel_options
 
 NEVER = 2**62  # position of a selected slot that holds nothing: later than any query
@@ -84,6 +85,7 @@ class Access(NamedTuple):
 
     mask: BlockMask | Tensor | Span | None  # [B, 1 or Hkv, G * T, S], what is seen; None: causal
     kernel_options: dict | None = None  # for flex_attention
+    n_pieces: int = 1  # into which the layer is cut, see `exact.py`
 
 
 class Write(NamedTuple):
@@ -109,6 +111,7 @@ class CacheSpec:
     device: torch.device
     flex: bool  # mask the full cache for flex_attention; False: boolean masks
     kv_dtype: torch.dtype | None = None  # of what is stored; None: the same
+    exact: int = 0  # drafts that every verification is padded to, see `exact.py`; 0: none
     operator: bool = False  # few queries go to `cpu_attention.py`
     programs_per_sm: int | None = None  # of the split-KV kernel; None: kernels.PROGRAMS_PER_SM
     allocated: bool = True  # False: caches without memory, to be asked how much they would take
@@ -117,10 +120,11 @@ class CacheSpec:
     def for_model(cls, model, batch_size: int) -> "CacheSpec":
         """The geometry that `model` (a model.Transformer) wants for `batch_size` rows."""
         c, weight = model.config, model.norm.weight
-        heads, kinds = (c.n_kv_head, c.head_dim, c.n_group), (weight.dtype, weight.device)
+        heads = c.n_kv_head, c.head_dim, c.n_group
         kv_dtype = model.kv_dtype or weight.dtype
         operator = model.compiled and runs(weight.device.type, c.head_dim, kv_dtype)
-        return cls(c.windows, batch_size, *heads, *kinds, model.flex, kv_dtype, operator)
+        kinds = weight.dtype, weight.device, model.flex, kv_dtype, model.exact
+        return cls(c.windows, batch_size, *heads, *kinds, operator)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -194,7 +198,7 @@ class KVCache:
         """Zeroed buffers."""
         longest = spec.prefill_chunk if longest is None else longest
         needed = [n_tokens if w is None else min(n_tokens, w + longest) for w in spec.windows]
-        capacity, *n_slots = (-(-n // spec.kv_block) * spec.kv_block for n in (n_tokens, *needed))
+        capacity, *n_slots = (slots_for(spec, n) for n in (n_tokens, *needed))
         buffers = allocate(spec, n_slots), allocate(spec, n_slots)
         newest = torch.full((spec.batch_size,), -1, device=buffers[0][0].device)
         return cls(spec, *buffers, capacity, newest, finished)
@@ -260,8 +264,11 @@ class KVCache:
             if self.spec.operator and T < FEW:
                 return Access(self.span(pos, layer[1]))
             if self.spec.flex:
-                options = kernel_options(self.spec, B, T, contiguous=size not in self.rings)
-                return Access(self.block_mask(pos, *layer), options)
+                options = kernel_options(self.spec, B, T, size not in self.rings)
+                options, n = by_position(options, self.spec, T, *layer)
+                if n == 1:
+                    return Access(self.block_mask(pos, *layer), options)
+                return Access(mask_by_position(pos, size, n, self.spec, self.finished), options, n)
             return Access(self.dense_mask(pos, *layer))
 
         return once_each(read, self.layers)

@@ -94,7 +94,8 @@ def make_engine(
     checkpoint, draft, device, dtype, kv_dtype, *_ = opened
     check_size(opened, n_rows, longest)
     automatic = o.drafts and "auto" in (o.draft, o.speculate_k)
-    gammas = o.gammas(draft_lengths(device.type, checkpoint.config.n_group))
+    lengths = draft_lengths(device.type, checkpoint.config.n_group)
+    gammas = o.gammas(lengths[:-1] if o.exact else lengths)  # all rounds would pay for the longest
     strategies = weighed(o, opened, o.strategies(max(gammas)))
     if len(strategies) == 1:
         check_strategy(strategies[0], draft.config if draft else None, longest)
@@ -107,7 +108,7 @@ def make_engine(
         print(f"generate.py: {o.draft_weights} draft weights have no kernel here: they are "
               "emulated, which is no faster", file=sys.stderr)  # fmt: skip
     model = load_weights(checkpoint, device, dtype, compiling)
-    model.kv_dtype = kv_dtype
+    model.kv_dtype, model.exact = kv_dtype, max(gammas) if o.exact else 0
     draft_model = load_weights(draft, device, dtype, compiling) if draft else None
     if not automatic:
         return Engine(model, n_rows, longest, strategies[0], sampling, o.seed, draft_model), None
@@ -183,6 +184,8 @@ def describe(o: Options, engine: Engine, auto: Auto | None, what: str) -> str:
     elif engine.drafter:
         label = engine.drafter.label(f"draft model {o.draft_checkpoint_path}")
         draft = f"{label}, gamma {engine.gamma}"
+    if o.exact:
+        draft += f"; exact: every step of the target is of {engine.full.spec.exact + 1} tokens"
     return (
         f"{o.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {dtype} on {o.device}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{what}\n{draft}"

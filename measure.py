@@ -174,7 +174,8 @@ def environment(engine: Engine) -> dict:
     """Where this runs, as the JSON has it."""
     spec = engine.full.spec
     dtypes = {"dtype": dtype_name(spec.dtype), "kv_dtype": dtype_name(spec.stored_dtype)}
-    return machine(engine.device) | dtypes | {"compiled": engine.model.compiled}
+    exact = {"padded_to_drafts": spec.exact} if spec.exact else {}
+    return machine(engine.device) | dtypes | {"compiled": engine.model.compiled} | exact
 
 
 def step_times(

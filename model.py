@@ -42,6 +42,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import cpu_attention
 from config import ModelConfig
+from exact import attend_by_position
 from kernels import flex_runs
 from kv_cache import Access, KVCache, Span, SparseKVCache, Write, fold_mask, once_each, seen
 
@@ -136,7 +137,9 @@ def attend(
             return capped(score, cap)
 
         how = {"block_mask": mask, "scale": 1.0, "kernel_options": access.kernel_options}
-        y = flex_attention(q, k, v, score_mod=None if cap is None else score_mod, **how)
+        how |= {"score_mod": None if cap is None else score_mod}
+        n = access.n_pieces
+        y = flex_attention(q, k, v, **how) if n == 1 else attend_by_position(q, k, v, n, **how)
     elif q.dtype == torch.float32 or cap is not None:  # LOG.md: faster than the next for few slots
         scores = capped((q @ k.transpose(-1, -2)).float(), cap)
         y = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
@@ -260,6 +263,7 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.compiled = False  # set by compile_blocks
         self.kv_dtype: torch.dtype | None = None  # of caches; None: that of the weights
+        self.exact = 0  # drafts that every verification is padded to, see `exact.py`; 0: none
         self.register_buffer("rope_freq", rope_frequencies(config), persistent=False)
 
     def weight_bytes(self, n_tokens: int) -> int:

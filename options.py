@@ -87,6 +87,8 @@ class Options:
     check_lossless: bool = flag(False, "compare, and exit 1 on a difference")
     explain: int | None = flag(None, f"show the next N rounds of row 0 as text ({EXPLAINED}); runs "
                                      "eagerly", nargs="?", const=EXPLAINED)  # fmt: skip
+    exact: bool = flag(False, "bit for bit plain decoding's output, in bfloat16 too: every plain "
+                              "step is padded to the shape of a verification")  # fmt: skip
     compile: bool = flag(True)
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu")
     dtype: str | None = flag(None, "default: float32 on the CPU, bfloat16 on a GPU",
@@ -119,6 +121,7 @@ class Options:
              "give one of --prompt, --prompt_file, --prompts and --interactive"),
             (self.check_lossless and not self.drafts, f"--check_lossless {drafts}"),
             (self.compare and not self.drafts, f"--compare {drafts}"),
+            (self.exact and not self.drafts, f"--exact {drafts}"),
             (self.draft_checkpoint_path and not self.drafts, f"--draft_checkpoint_path {drafts}"),
             (self.lower_weights and not self.drafts, f"--draft_weights {drafts}"),
             (self.interactive and (self.compares or self.json or self.profile),

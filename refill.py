@@ -14,9 +14,11 @@ chunks, one prompt after the other. While rows run, reading stops in time for th
 than `max_gap`, but it reads one chunk at least. While no row runs there is no need to stop.
 
 **Beginnings are shared.** When a prompt's turn comes, what it has in common with the text of any
-row is copied. So of many questions about one document, only the first reads the document.
+row is copied. So of many questions about one document, only the first reads the document. Not with
+`--exact`: what would be copied depends on who ended first, and rounds may have written it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -128,7 +130,8 @@ class Refill:
 
     def start(self, b: int, row: Row) -> Iterator[None]:
         """Read its prompt; yields between two forwards."""
-        row.n_shared = yield from self.engine.start(b, row.request, self.share)
+        share = math.inf if self.engine.full.spec.exact else self.share
+        row.n_shared = yield from self.engine.start(b, row.request, share)
 
     def read(self) -> None:
         """One forward of the prompt that is being read."""

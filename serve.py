@@ -76,6 +76,7 @@ def serve(o: Options) -> int:
 def manifest(o: Options, opened: Opened, given: Input, sampling: Sampling) -> dict:
     """What the answers depend on, and how they are drafted."""
     flags = {name: getattr(o, name) for name in TEXT_FLAGS}
+    flags |= {"exact": True} if o.exact else {}
     draft = {name: getattr(o, name) for name in DRAFT_FLAGS}
     if o.draft_checkpoint_path:
         draft["checkpoint_sha256"] = fingerprint(o.draft_checkpoint_path)

@@ -17,13 +17,12 @@ the same KV cache once, and T_D is small, because the draft reads `budget` token
 alone and commits the target's next token. The baseline is the same code with zero drafts.
 
 Nothing is decided before `commit`: `draft` and `verify` can be repeated at will, which is how
-they are warmed up and timed. Timing itself is the caller's business; the batch counts.
+they are warmed up and timed. Timing itself is the caller's business; the batch counts. On a GPU a
+round is one CUDA graph (`graphs.py`), and so is a plain one.
 
 Rows begin one by one (`start`), all before the first round, or between two rounds, in the place of
 a row that has ended (`refill.py`). To read a prompt takes a few forwards, and rounds of the other
 rows may come between them. What a prompt has in common with a text that some row holds is copied.
-
-On a GPU a round is one CUDA graph (`graphs.py`), and so is a plain one.
 """
 
 import math
@@ -40,6 +39,7 @@ from config import SAMPLING_COMPILED, SAMPLING_EAGER, work_bytes
 from device import check_fits
 from drafter import Drafter, Target
 from drafters import check_strategy, draft_cache_bytes, drafter_class
+from exact import check_gamma, padded
 from graphs import LAG, Graphs, Watch
 from kv_cache import CacheSpec, KVCache
 from model import Transformer, short_chunk
@@ -108,7 +108,7 @@ class Engine:
         spec, gamma = full.spec, strategy.gamma * strategy.enabled
         per_logit = SAMPLING_COMPILED if self.model.compiled else SAMPLING_EAGER
         per_logit *= not self.sampling.greedy
-        sizes = gamma, self.prefill_chunk, spec.dtype.itemsize, per_logit
+        sizes = check_gamma(gamma, spec.exact), self.prefill_chunk, spec.dtype.itemsize, per_logit
         twin, rows = self.twins.n_bytes(strategy.weights), (0, spec.batch_size)
         fixed, work = (work_bytes(self.model.config, B, *sizes) + twin for B in rows)
         needed = other_bytes + work + draft_cache_bytes(strategy, full, draft_model)
@@ -362,10 +362,10 @@ class Engine:
     def verify(self, draft: Tensor) -> Tensor:  # [B, gamma] -> logits [B, gamma + 1, V]
         """The target's logits after the newest token and after each draft, in one pass."""
         token, pos = self.batch.newest()
-        gamma = draft.shape[1]
-        pos = pos + torch.arange(gamma + 1, device=pos.device)
-        write = (self.full, *self.drafter.writes) if gamma and self.drafter else None
-        return self.model(torch.cat((token, draft), dim=1), pos, self.full, write)
+        n, tokens = draft.shape[1] + 1, padded(token, draft, self.full.spec.exact)
+        pos = pos + torch.arange(tokens.shape[1], device=pos.device)
+        write = (self.full, *self.drafter.writes) if n > 1 and self.drafter else None
+        return self.model(tokens, pos, self.full, write)[:, :n]
 
     @torch.inference_mode()
     def accept(self, draft: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,21 @@
-"""One GPU: every step against its memory floor, whole rounds, baselines, the cost model's fit.
+"""One GPU, ten minutes at a time: is it right, how near to its memory floor, what is gained?
 
-    python benchmarks/gpu.py                          # checks, then measures
-    python benchmarks/gpu.py --points 8,32768 64,8192 --skip checks demo --out FILE.json
-    python benchmarks/gpu.py --smoke                  # all of it at toy sizes on the CPU
+    python benchmarks/gpu.py --plan         # the parts, in order of worth, with what each may take
+    python benchmarks/gpu.py                # as many of them as fit into --minutes
+    python benchmarks/gpu.py                # again: goes on where the last one ended
+    python benchmarks/gpu.py --only exact   # parts with this in their name, done or not
+    python benchmarks/gpu.py --smoke        # all of it at toy sizes on the CPU
 
-Nothing is downloaded: weights are random, of Llama-3.1-8B's geometry, made on the device; K and V
-are random too. For whole rounds all work is real, and how many drafts stay is drawn at the paper's
-rates (`ACCEPTED`; the tables say "synthetic"): tokens/s are those of a batch of which no row is
-finished, Omega tokens a round. Real acceptance comes from the demo checkpoint, which runs first.
-Times are medians of CUDA graph replays by device events (on a CPU: of calls by clock). A floor is
-the bytes that must be read, over the bandwidth measured at the start.
+Nothing is downloaded: weights are random, of Llama-3.1-8B's geometry, made on the device, and so
+are K and V; real acceptance comes from the demo checkpoint. The plan is printed first. A part
+begins only if its estimate fits into what is left of --minutes, else a shorter one does. Estimates
+are guesses until a part has run. A part that fails is recorded with its reason, and the others go
+on; after every part the JSON is written, and a Markdown table beside it. A run that finds that JSON
+does what is not in it. A part that failed is tried again last.
 
-The points are ordered by what they are needed for; the first `--detailed` ones have all, and the
-first one also a sweep of the split-KV kernel's programs per multiprocessor (PROGRAMS_PER_SM in
-kv_cache.py). Results are written after every part, JSON and a Markdown table beside it; a part that
-fails is recorded and the others go on. What the tests print is in a file beside it from the moment
-they print it. When `--minutes` are over, points left are skipped and named: keep them well below
-the limit of the machine, because a point that has begun is finished.
+What is measured of one batch size and context: `gpu_point.py`. Points are made when a part asks for
+one, and dropped for the next. The last lines are the cost model's constants, fitted to all plain
+and verifying steps, and how far off its presets were.
 """
 
 import argparse
@@ -25,26 +24,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from synthetic import SyntheticEngine, random_prompts
+from gpu_point import POLICY_GAMMA, Point, Settings, bandwidth
 
-from acceptance import omega
-from benchmarks.saving import table
-from checkpoint import DTYPES, load_model, randomize
-from config import ModelConfig, kv_bytes_per_token, layer_params, open_json
-from device import timed
+from checkpoint import DTYPES, KV_DTYPES, load_model, randomize
+from config import MODELS, ModelConfig, open_json
+from cost_model import Strategy as Planned
+from cost_model import largest_batch
 from files import write_json
 from generate import main as generate_main
 from kernels import compile_blocks
-from kv_cache import KVCache
 from measure import environment
 from model import Transformer
 from policies import Strategy
@@ -52,270 +48,242 @@ from roofline import HARDWARE, Timing, Workload, fit, forward_time
 from sampling import Sampling
 from spec_decode import Engine
 
-ACCEPTED = (  # policy, budget, acceptance of each draft: arXiv 2408.11049, at 32k
-    ("streaming", 512, 0.81),
-    ("snapkv", 2048, 0.895),
-)
-POLICY_GAMMA = 5  # draft caches are made for it and serve all smaller ones
-ROUNDS = 16  # that are timed together; a policy selects again every 4
-NEW_TOKENS = ROUNDS * (POLICY_GAMMA + 1) + 2  # per row: none is finished meanwhile
+TOY = ModelConfig(64, 1, 4, 2, 32, 96, 500, max_seq_len=2048)
+LLAMA = MODELS["llama-3.1-8b"]
+# One of eight GPUs that share Llama-3.1-8B, as in the paper's rows, but for the all-reduces.
+RANK = replace(LLAMA, n_head=4, n_kv_head=1, ffn_dim=14336 // 8, vocab_size=128256 // 8)
+FULL = Settings((256, 512, 1024, 2048), (1, 2, 3, 4, 5, 6, 7, 8, 12), (3, 5), 20)
+SMOKE = Settings((16, 32), (1, 2), (2,), 2)
+STREAMING, SNAPKV = (0.81, 0.9), (0.895, 0.95)  # arXiv 2408.11049 at 32k, and of easier text
 
 
 @dataclass(frozen=True)
-class Settings:
-    model: str | None  # a preset; None: TOY
-    dtype: str
-    points: tuple[tuple[int, int], ...]  # (B, S)
-    budgets: tuple[int, ...]  # of T_D, at detailed points
-    gammas: tuple[int, ...]  # of T_V, at detailed points
-    round_gammas: tuple[int, ...]  # of whole rounds
-    programs_per_sm: tuple[int, ...]  # of the split-KV kernel, swept at the first detailed point
-    repeats: int
+class Place:
+    """A batch size and a context, of which model, with K and V of which type."""
+
+    B: int
+    S: int
+    model: str = "llama"  # or rank
+    kv_dtype: str | None = None
+
+    def __str__(self) -> str:
+        more = " of 8" * (self.model == "rank") + f" {self.kv_dtype}" * bool(self.kv_dtype)
+        return f"({self.B}, {self.S}){more}"
 
 
-FULL = Settings(
-    "random:llama-3.1-8b", "bfloat16",
-    ((24, 32768), (16, 32768), (1, 32768), (8, 32768), (32, 16384), (64, 8192), (128, 4096)),
-    (256, 512, 1024, 2048), (1, 2, 3, 4, 5, 6, 7, 8), (3, 5), (1, 2, 3, 4), 20,
-)  # fmt: skip
-SMOKE = Settings(None, "float32", ((2, 300), (1, 100)), (16, 32), (1, 2), (2,), (1, 2), 2)
-TOY = ModelConfig(64, 1, 4, 2, 32, 96, 500, max_seq_len=2048)
+@dataclass(frozen=True)
+class Part:
+    """Something to be measured."""
+
+    name: str
+    seconds: float  # that it may take on an H200: guessed, not measured
+    work: Callable[["Bench", Point | None], dict]
+    place: Place | None = None
+
+    @property
+    def key(self) -> str:
+        return self.name + (f" at {self.place}" if self.place else "")
 
 
-def milliseconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of the work on the device, after one run of it."""
-    work()
-    if device.type != "cuda":
-        return 1e3 * statistics.median(timed(device, work)[0] for _ in range(repeats))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-              for _ in range(repeats)]  # fmt: skip
-    for start, end in events:
-        start.record()
-        work()
-        end.record()
-    torch.cuda.synchronize(device)
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+def tests(match: str) -> Callable[["Bench", Point | None], dict]:
+    """The tests that need a GPU, those with these words in their names, in their own process."""
+    return lambda bench, _: bench.tests(match)
 
 
-def bandwidth(device: torch.device, n_bytes: int) -> dict[str, float]:
-    """Bytes/s of a copy (read and written) and of a sum (read), of a buffer beyond any cache."""
-    a = torch.randn(n_bytes // 4, device=device)
-    b = torch.empty_like(a)
-    copy = 2 * a.nbytes / (1e-3 * milliseconds(lambda: b.copy_(a), device, 10))
-    read = a.nbytes / (1e-3 * milliseconds(lambda: a.sum(), device, 10))
-    return {"copy_bytes_per_s": copy, "read_bytes_per_s": read, "bytes_per_s": max(copy, read)}
+def demo(*flags: str) -> Callable[["Bench", Point | None], dict]:
+    return lambda bench, _: bench.demo([*flags])
 
 
-def kernel_milliseconds(work: Callable[[], object], device: torch.device) -> float | None:
-    """What the kernels of the work take together, by the profiler; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    n = 3
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(n):
-            work()
-        torch.cuda.synchronize(device)
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(e.time_range.elapsed_us() for e in kernels) / n / 1e3
+def strategy(policy: str, budget: int, weights: str = "same") -> Strategy:
+    return Strategy(policy, POLICY_GAMMA, budget, weights=weights)
 
 
-class Point:
-    """One batch size and context: an engine with a full cache, and what is measured on it."""
+def steps(bench: "Bench", point: Point) -> dict:
+    """T_T and one T_V."""
+    return point.plain() | point.verifications(bench.settings.round_gammas[:1])
 
-    def __init__(self, model: Transformer, B: int, S: int, per_second: float, settings: Settings):
-        self.model, self.B, self.S, self.settings = model, B, S, settings
-        self.per_second = per_second
-        device = model.norm.weight.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        self.engine = SyntheticEngine(model, B, S + NEW_TOKENS, Strategy(), Sampling())
-        prompts = random_prompts([S] * B, model.config.vocab_size)
-        self.engine.prefill(prompts, [NEW_TOKENS] * B)
-        self.device = device
-        self.weight_bytes = sum(p.nbytes for p in model.parameters())
-        if not model.config.tie_embeddings:
-            self.weight_bytes -= model.tok_embeddings.weight.nbytes  # of which B rows are read
-        self.slot_bytes = B * kv_bytes_per_token(
-            model.config, self.engine.full.spec.stored_dtype.itemsize
+
+def at_main(s: Settings, near: int, far: int, low: str) -> list[tuple[str, float, Callable]]:
+    """What is measured where the goals are: name, seconds, work. The first run ends with them."""
+    streaming, snapkv = strategy("streaming", near), strategy("snapkv", far)
+    return [
+        ("steps", 75, steps),
+        ("drafts", 30, lambda b, p: p.drafts((near,))),
+        ("rounds streaming", 40, lambda b, p: p.rounds(streaming, STREAMING)),
+        ("rounds snapkv", 45, lambda b, p: p.rounds(snapkv, SNAPKV)),
+        ("exact", 40, lambda b, p: p.exact(s.round_gammas[-1])),
+        ("baselines", 60, lambda b, p: p.baselines()),
+        ("drafts " + low, 30, lambda b, p: p.drafts((near,), low)),
+        ("rounds streaming " + low, 40,
+         lambda b, p: p.rounds(replace(streaming, weights=low), STREAMING)),
+        ("rounds snapkv " + low, 45, lambda b, p: p.rounds(replace(snapkv, weights=low), SNAPKV)),
+    ]  # fmt: skip
+
+
+def deeper(s: Settings, far: int) -> list[tuple[str, float, Callable]]:
+    """And there, by gamma, budget and settings of the kernel."""
+    gamma = s.round_gammas[0]
+    programs, other = (1, 2, 3, 4), [{"num_warps": 4}, {"num_warps": 8}, {"num_stages": 2}]
+    other += [{"BLOCK_N": 128}, {"BLOCK_N": 128, "num_warps": 4}]
+    return [
+        ("selection", 40, lambda b, p: p.selection(strategy("snapkv", far))),
+        ("programs of plain steps", 40, lambda b, p: p.split_sweep(0, programs)),
+        ("programs of verifications", 40, lambda b, p: p.split_sweep(gamma, programs)),
+        ("kernel of plain steps", 60, lambda b, p: p.sweep(0, other)),
+        ("kernel of verifications", 60, lambda b, p: p.sweep(gamma, other)),
+        ("all verifications", 120, lambda b, p: p.verifications(s.gammas)),
+        ("all drafts", 50, lambda b, p: p.drafts(s.budgets)),
+    ]
+
+
+def elsewhere(s: Settings, places: dict[str, Place], low: str) -> list[Part]:
+    """Fewer rows, longer texts, float8 K and V, one rank of eight."""
+    few, long, rank = places["few"], places["long"], places["rank"]
+    near, *_ = s.budgets[1:]
+    found = [
+        ("exact", 60, lambda b, p: p.exact(s.round_gammas[-1]), few),
+        ("steps", 30, steps, few),
+        ("prefill", 40, lambda b, p: p.prefill((1024, 2048, 4096, 8192)), few),
+        ("steps", 60, steps, places["float8"]),
+        ("steps", 60, steps, long),
+        ("drafts " + low, 30, lambda b, p: p.drafts((near,), low), long),
+        ("prefill", 60, lambda b, p: p.prefill((2048, 8192)), long),
+        ("steps", 45, steps, rank),
+        ("drafts", 30, lambda b, p: p.drafts((near,)), rank),
+    ]
+    return [Part(name, seconds, work, place) for name, seconds, work, place in found]
+
+
+def parts(smoke: bool) -> list[Part]:
+    """Everything, in order of worth."""
+    s, main, other = FULL, Place(24, 32768), Place(16, 32768)
+    places = {
+        "few": Place(8, 32600),  # 256 blocks, which pieces divide
+        "float8": replace(main, kv_dtype="float8"),
+        "long": Place(long_rows(), 100_000, kv_dtype="float8"),
+        "rank": Place(128, 32768, "rank"),
+    }
+    more, near, far, low = [(1, 32768), (32, 16384), (64, 8192), (128, 4096)], 512, 2048, "fp8"
+    if smoke:
+        s, main, other, more, near, far, low = (
+            SMOKE,
+            Place(2, 300),
+            Place(1, 200),
+            [],
+            16,
+            32,
+            "int8",
         )
+        places = {"few": Place(1, 100), "float8": Place(2, 200), "long": Place(1, 400),
+                  "rank": Place(2, 100, "rank")}  # fmt: skip
 
-    def against_floor(self, ms: float, n_slots: int) -> dict:
-        """With the floor: the time to read the weights and n_slots tokens of KV per row."""
-        floor = 1e3 * (self.weight_bytes + n_slots * self.slot_bytes) / self.per_second
-        return {"ms": ms, "floor_ms": floor, "over_floor": ms / floor}
+    def there(found: list[tuple[str, float, Callable]]) -> list[Part]:
+        return [Part(*part, main) for part in found]
 
-    def time(self, work: Callable[[], object]) -> float:
-        return milliseconds(work, self.device, self.settings.repeats)
+    return [
+        Part("bandwidth", 15, lambda bench, _: bench.bandwidth()),
+        Part("tests of texts", 100, tests("greedy_output or exact or split_kv")),
+        *there(at_main(s, near, far, low)),
+        Part("steps", 45, steps, other),
+        Part("demo float32", 40, demo("--dtype", "float32")),
+        Part("demo exact", 40, demo("--dtype", "bfloat16", "--exact")),
+        *there(deeper(s, far)),
+        *elsewhere(s, places, low),
+        *([] if smoke else [Part("tests", 240, tests(""))]),
+        *(Part("steps", 45, steps, Place(B, S)) for B, S in more),
+    ]
 
-    def steps(self, detailed: bool) -> dict:
-        """T_T, T_V and T_D."""
-        engine, numbers = self.engine, {}
-        engine.use(Strategy())
-        nothing = engine.draft(0)
-        seconds, plain = timed(self.device, lambda: engine.capture(lambda: self.decide(nothing)))
-        numbers["compile_and_capture_seconds"] = seconds
-        numbers["T_T"] = self.against_floor(self.time(plain), self.S)
+
+def long_rows() -> int:
+    """Most rows of 100k tokens with float8 K and V that leave room to draft, less one."""
+    w, drafting = Workload(1, 100_000, kv_itemsize=1), Planned("streaming", 5, 512, weights="fp8")
+    return max(largest_batch(LLAMA, HARDWARE["h200"], w, drafting) - 1, 1)
+
+
+class Bench:
+    """What parts share: the device, models and the newest point, which are made when asked for."""
+
+    def __init__(self, smoke: bool, out: Path) -> None:
+        self.smoke, self.out = smoke, out
+        self.device = torch.device("cpu" if smoke else "cuda")
+        self.settings = SMOKE if smoke else FULL
+        self.per_second = 1e9  # bytes, until they are measured
+        self.place: Place | None = None
+        self.point: Point | None = None
+        self.model: tuple[str, Transformer] | None = None
+
+    def bandwidth(self) -> dict:
+        """Of a copy and of a sum, bytes/s."""
+        return bandwidth(self.device, 2**24 if self.smoke else 2**33)
+
+    def load(self, name: str) -> Transformer:
+        """Random weights of the geometry; one model at a time."""
+        if self.model is None or self.model[0] != name:
+            self.drop(model=True)
+            if name == "llama" and not self.smoke:
+                model = load_model(Path("random:llama-3.1-8b"), self.device, DTYPES["bfloat16"])
+            else:
+                dtype = torch.float32 if self.smoke else torch.bfloat16
+                config = TOY if self.smoke else RANK
+                with torch.device(self.device):
+                    model = Transformer(config).eval().requires_grad_(False)
+                frequencies = model.rope_freq  # stay float32
+                model = model.to(dtype)
+                model.rope_freq = frequencies
+                randomize(model)
+            if not self.smoke:
+                compile_blocks(model)
+            self.model = name, model
+        return self.model[1]
+
+    def at(self, place: Place) -> Point:
+        """The point, made anew if the last one was another."""
+        if self.place != place or self.point is None:
+            self.drop()
+            torch._dynamo.reset()  # shapes of the point before
+            model = self.load(place.model)
+            model.kv_dtype = KV_DTYPES[place.kv_dtype] if place.kv_dtype else None
+            self.point = Point(model, place.B, place.S, self.per_second, self.settings)
+            self.place = place
+        return self.point
+
+    def drop(self, model: bool = False) -> None:
+        """Give memory back."""
+        self.point = self.place = None
+        if model:
+            self.model = None
+        gc.collect()
         if self.device.type == "cuda":
-            beyond = torch.cuda.max_memory_allocated(self.device)
-            beyond -= self.engine.full.n_bytes
-            beyond -= sum(p.nbytes for p in self.model.parameters())
-            numbers["plain_beyond_weights_and_kv_bytes"] = beyond
-        if detailed:
-            kernels = kernel_milliseconds(plain, self.device)
-            numbers["T_T"]["kernels_ms"] = kernels
-            numbers["T_T"]["replay_over_kernels"] = kernels and numbers["T_T"]["ms"] / kernels
-        for gamma in self.settings.gammas if detailed else ():
-            drafts = engine.batch.tokens[:, :gamma].contiguous()
-            work = engine.capture(lambda drafts=drafts: self.decide(drafts))
-            numbers[f"T_V({gamma})"] = self.against_floor(self.time(work), self.S)
-        for budget in self.settings.budgets if detailed else ():
-            numbers[f"T_D({budget})"] = self.draft_step(Strategy("streaming", POLICY_GAMMA, budget))
-        return numbers
+            torch.cuda.empty_cache()
 
-    def draft_step(self, strategy: Strategy) -> dict:
-        """T_D; the engine drafts like this from here on."""
-        self.engine.use(strategy)
-        work = self.engine.capture(lambda: self.engine.draft(strategy.gamma))
-        return self.against_floor(self.time(work) / strategy.gamma, min(strategy.budget, self.S))
+    def tests(self, match: str) -> dict:
+        """They need the memory too."""
+        self.drop(model=True)
+        log = self.out.with_suffix(f".tests{'_all' * (not match)}.txt")
+        command = [sys.executable, "-m", "pytest", "-v", "tests/test_cuda.py", "-k", match]
+        status = run_logged(command, log, 300)
+        output = log.read_text()
+        last = "" if status is None else output.strip().split("\n")[-1]
+        last = last or f"not done in 300 s, see {log}"
+        print(f"    {last}", flush=True)
+        return {"command": " ".join(command[1:]), "status": status, "last_line": last,
+                "output": output[-4000:] if status != 0 else ""}  # fmt: skip
 
-    def decide(self, drafts: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """A forward of the target alone, reading the full cache (None) and writing only that."""
-        token, pos = self.engine.batch.newest()
-        pos = pos + torch.arange(drafts.shape[1] + 1, device=pos.device)
-        tokens = torch.cat((token, drafts), dim=1)
-        return self.model(tokens, pos, cache or self.engine.full).argmax(dim=-1)
-
-    def split_sweep(self) -> dict[str, dict[int, float]]:
-        """T_T and T_V by split-KV programs per multiprocessor; ms. On a CPU there are none."""
-        engine, full = self.engine, self.engine.full
-        engine.use(Strategy())
-        numbers = {}
-        for gamma in (0, max(self.settings.round_gammas)):
-            drafts, times = engine.batch.tokens[:, :gamma].contiguous(), {}
-            for n in self.settings.programs_per_sm:
-                cache = replace(full, spec=replace(full.spec, programs_per_sm=n))
-                times[n] = self.time(engine.capture(partial(self.decide, drafts, cache)))
-            numbers[f"T_V({gamma})" if gamma else "T_T"] = times
-        return numbers
-
-    def tokens_per_second(self, gamma: int, rate: float = 0.0) -> float:
-        """Of whole rounds, selections and the host's part included, while no row is finished."""
-        seconds: list[float] = []
-        self.engine.accept_at(rate)
-        for _ in range(4):  # the first one compiles and captures
-            self.engine.rewind()
-            seconds.append(timed(self.device, lambda: self.engine.run(gamma, ROUNDS))[0])
-        return self.B * omega(gamma, rate) * ROUNDS / statistics.median(seconds[1:])
-
-    def rounds(self) -> dict:
-        """Plain decoding, and every policy and gamma at its synthetic acceptance."""
-        self.engine.use(Strategy())
-        numbers = {"plain_tokens_per_s": self.tokens_per_second(0), "runs": []}
-        for policy, budget, rate in ACCEPTED:
-            budget = min(budget, max(self.settings.budgets))
-            t_draft = self.draft_step(Strategy(policy, POLICY_GAMMA, budget))
-            for gamma in self.settings.round_gammas:
-                speed = self.tokens_per_second(gamma, rate)
-                numbers["runs"].append({
-                    "policy": policy, "budget": budget, "gamma": gamma,
-                    "synthetic_acceptance": rate, "tokens_per_s": speed,
-                    "speedup": speed / numbers["plain_tokens_per_s"], "T_D": t_draft,
-                })  # fmt: skip
-        return numbers
-
-    def baselines(self) -> dict:
-        """The same plain step with SDPA, and as gpt-fast compiles it; ms."""
-        engine, numbers = self.engine, {}
-        engine.use(Strategy())
-        token, pos = engine.batch.newest()
-        cache = replace(engine.full, spec=replace(engine.full.spec, flex=False))
-        other = same_weights(self.model)
-        if self.model.compiled:
-            compile_blocks(other)
-        numbers["sdpa_ms"] = self.time(
-            engine.capture(lambda: other(token, pos, cache).argmax(dim=-1))
-        )
-        for buffer in cache.k + cache.v:
-            torch._dynamo.mark_static_address(buffer)
-        whole = same_weights(self.model)
-        how = {"mode": "reduce-overhead"} if token.is_cuda else {"backend": "eager"}  # at toy sizes
-        gpt_fast = torch.compile(
-            lambda token, pos: whole(token, pos, cache).argmax(dim=-1),
-            fullgraph=True, dynamic=False, **how,
-        )  # fmt: skip
-        for _ in range(3):  # compile, record, replay
-            gpt_fast(token, pos)
-        numbers["gpt_fast_style_ms"] = self.time(lambda: gpt_fast(token, pos))
-        return numbers
-
-    def prefill(self) -> dict:
-        """One row's prompt: tokens/s, and FLOP/s of its matrices and attention."""
-
-        def read() -> list:  # as an engine does that makes nothing up
-            return [*Engine.read_row(self.engine, 0, self.S)]
-
-        seconds = 1e-3 * milliseconds(read, self.device, 1)
-        c = self.model.config
-        matrices = c.n_layer * layer_params(c)  # no logits but the last
-        flops = 2 * matrices * self.S
-        flops += 4 * c.n_layer * c.n_head * c.head_dim * self.S**2 / 2
-        return {"tokens_per_s": self.S / seconds, "flops_per_s": flops / seconds}
-
-
-def same_weights(model: Transformer) -> Transformer:
-    """Another module around the same parameters, with nothing compiled."""
-    with torch.device("meta"):
-        other = Transformer(model.config)
-    other.load_state_dict(model.state_dict(), assign=True)
-    other.rope_freq = model.rope_freq
-    return other.eval().requires_grad_(False)
-
-
-def cost_model_fit(config: ModelConfig, points: list[dict], kind: str) -> dict:
-    """The cost model's constants from all plain and verifying steps, and how well they explain."""
-    timings = []
-    for p in points:
-        w = Workload(p["batch_size"], p["prefix_len"], itemsize=p["itemsize"])
-        for name, step in p.get("steps", {}).items():
-            if name == "T_T" or name.startswith("T_V"):
-                T = 1 if name == "T_T" else int(name[4:-1]) + 1
-                timings.append(Timing(w, T, w.prefix_len, 1e-3 * step["ms"]))
-    hw, error = fit(config, HARDWARE[kind], timings)
-    before = [abs(forward_time(config, HARDWARE[kind], t.workload, t.T).total / t.seconds - 1)
-              for t in timings]  # fmt: skip
-    return {"hardware": asdict(hw), "median_error": error,
-            "median_error_of_the_preset": statistics.median(before)}  # fmt: skip
-
-
-def markdown(result: dict) -> str:
-    """A line per point."""
-    head = ("B", "S", "T_T ms", "x floor", "T_V(4)/T_T", "T_D x floor", "plain tokens/s",
-            *(f"{policy} {budget}, synthetic {rate}" for policy, budget, rate in ACCEPTED), "SDPA",
-            "gpt-fast style")  # fmt: skip
-    rows = []
-
-    def ratio(a: dict | None, b: float) -> str:
-        return f"{a['ms'] / b:.2f}" if a else ""
-
-    for p in result["points"]:
-        if "rounds" not in p or "steps" not in p:  # failed
-            continue
-        s, runs = p["steps"], p["rounds"]["runs"]
-        t = s["T_T"]["ms"]
-        best = [max((r for r in runs if r["policy"] == policy), key=lambda r: r["speedup"])
-                for policy, _, _ in ACCEPTED]  # fmt: skip
-        base = p.get("baselines", {})
-        cells = (
-            p["batch_size"], p["prefix_len"], f"{t:.2f}", f"{s['T_T']['over_floor']:.2f}",
-            ratio(s.get("T_V(4)"), t),
-            f"{runs[0]['T_D']['over_floor']:.2f}",
-            f"{p['rounds']['plain_tokens_per_s']:.0f}",
-            *(f"{r['speedup']:.2f} (gamma {r['gamma']})" for r in best),
-            *(f"{base[k] / t:.2f} T_T" if k in base else ""
-              for k in ("sdpa_ms", "gpt_fast_style_ms")),
-        )  # fmt: skip
-        rows.append(cells)
-    return table(head, rows)
+    def demo(self, more: list[str]) -> dict:
+        """The demo's own run: real acceptance. What --json writes, without its texts."""
+        self.drop(model=True)
+        file = self.out.with_suffix(".demo.json")
+        flags = ["--device", self.device.type, *more, "--json", str(file), "--check_lossless"]
+        if self.smoke:
+            flags += ["--batch_size", "2", "--max_new_tokens", "8", "--max_context", "300"]
+            flags += ["--no-compile"]
+        status = generate_main([*flags, "--draft", "streaming", "--speculate_k", "5"])
+        result = {"flags": flags, "status": status}
+        if file.exists():
+            run = open_json(file).of(dict)
+            result |= {k: v for k, v in run.items() if k not in ("outputs", "model")}
+            file.unlink()
+        return result
 
 
 def run_logged(command: list[str], log: Path, seconds: float) -> int | None:
@@ -330,147 +298,152 @@ def run_logged(command: list[str], log: Path, seconds: float) -> int | None:
             return None
 
 
-def checks(log: Path, seconds: float) -> dict:
-    """The tests that need a GPU, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-v", "tests/test_cuda.py"]
-    status = run_logged(command, log, seconds)
-    output = log.read_text()
-    last = "" if status is None else output.strip().split("\n")[-1]
-    last = last or f"not done in {seconds:.0f} s, see {log}"
-    print(f"checks: {last}", flush=True)
-    return {"command": " ".join(command[1:]), "status": status, "last_line": last,
-            "output": output[-4000:] if status != 0 else ""}  # fmt: skip
+def waiting(every: list[Part], done: dict) -> list[Part]:
+    """Those not done; at the end those that failed, to be tried again."""
+    left = [part for part in every if "result" not in done.get(part.key, {})]
+    return sorted(left, key=lambda part: part.key in done)
 
 
-def demo(device: str, out: Path, smoke: bool) -> dict:
-    """The demo's own run: real acceptance. What `generate.py --json` writes, without its texts."""
-    file = out.with_suffix(".demo.json")
-    flags = ["--device", device, "--dtype", "float32", "--json", str(file), "--check_lossless"]
-    if smoke:
-        flags += ["--batch_size", "2", "--max_new_tokens", "8", "--max_context", "300"]
-        flags += ["--no-compile"]
-    status = generate_main([*flags, "--draft", "streaming", "--speculate_k", "5"])
-    result = {"flags": flags, "status": status}
-    if file.exists():
-        result |= {
-            k: v for k, v in open_json(file).of(dict).items() if k not in ("outputs", "model")
-        }
-        file.unlink()
-    return result
+def show_plan(left: list[Part], minutes: float) -> None:
+    """The parts with their estimates, and where the time will probably end."""
+    total = 0.0
+    for part in left:
+        total += part.seconds
+        fits = "" if total <= 60 * minutes else "  (a later run)"
+        print(f"{part.seconds:5.0f} s {total:6.0f} s  {part.key}{fits}")
+    print(flush=True)
 
 
-def load(settings: Settings, device: torch.device) -> Transformer:
-    """Random weights of the geometry."""
-    if settings.model:
-        return load_model(Path(settings.model), device, DTYPES[settings.dtype])
-    model = Transformer(TOY).to(device).eval().requires_grad_(False)
-    randomize(model)
-    return model
+def perform(bench: Bench, left: list[Part], result: dict, end: float) -> None:
+    """Do the parts that fit, one after the other; save after each."""
+    done = result["parts"]
+    for part in left:
+        if time.monotonic() + part.seconds > end:
+            print(f"no time for {part.key}", flush=True)
+            continue
+        began, entry = time.monotonic(), {}
+        print(f"{part.key} ...", flush=True)
+        try:
+            with torch.inference_mode():
+                entry["result"] = part.work(bench, bench.at(part.place) if part.place else None)
+        except Exception as e:
+            if bench.smoke:
+                raise
+            entry["failed"] = f"{type(e).__name__}: {e}"[:2000]
+            print(f"    failed: {entry['failed']}", flush=True)
+            bench.drop()  # a point that failed is not used again
+        entry["seconds"] = time.monotonic() - began
+        entry["estimate"] = part.seconds
+        if part.place:
+            entry["place"] = asdict(part.place)
+        done[part.key] = entry
+        if part.name == "bandwidth" and "result" in entry:
+            bench.per_second = entry["result"]["bytes_per_s"]
+        print(f"    {entry['seconds']:.0f} s", flush=True)
+        write_json(result, bench.out)
+        bench.out.with_suffix(".md").write_text(markdown(result))
 
 
-def batch_and_length(text: str) -> tuple[int, int]:
-    B, S = map(int, text.split(","))
-    return B, S
+def steps_of(result: dict) -> Iterator[tuple[str, dict, dict]]:
+    """Place, its settings and figures of plain steps, of parts that were done."""
+    for key, entry in result["parts"].items():
+        if key.startswith("steps at ") and "result" in entry:
+            yield key.removeprefix("steps at "), entry["place"], entry["result"]
+
+
+def cost_model_fit(result: dict, smoke: bool) -> dict:
+    """The cost model's constants from all plain and verifying steps, and how well they explain."""
+    config, kind = (TOY, "cpu") if smoke else (LLAMA, "h200")
+    timings = []
+    for _, place, figures in steps_of(result):
+        if place["model"] != "llama":
+            continue
+        size = 4 if smoke else 2
+        kv = 1 if place["kv_dtype"] == "float8" else None
+        w = Workload(place["B"], place["S"], itemsize=size, kv_itemsize=kv)
+        key = f"all verifications at {Place(**place)}"
+        figures = figures | result["parts"].get(key, {}).get("result", {})
+        for name, step in figures.items():
+            if name == "T_T" or name.startswith("T_V"):
+                T = 1 if name == "T_T" else int(name[4:-1]) + 1
+                timings.append(Timing(w, T, w.prefix_len, 1e-3 * step["ms"]))
+    hw, error = fit(config, HARDWARE[kind], timings)
+    before = [abs(forward_time(config, HARDWARE[kind], t.workload, t.T).total / t.seconds - 1)
+              for t in timings]  # fmt: skip
+    return {"hardware": asdict(hw), "median_error": error,
+            "median_error_of_the_preset": statistics.median(before)}  # fmt: skip
+
+
+def markdown(result: dict) -> str:
+    """A line per point: steps against their floors, and the best rounds."""
+    head = ("point", "T_T ms", "x floor", "T_V / T_T", "T_D x floor", "best rounds", "SDPA",
+            "gpt-fast style")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    done = {key: entry["result"] for key, entry in result["parts"].items() if "result" in entry}
+    for place, _, s in steps_of(result):
+        t = s["T_T"]["ms"]
+        verify = [f"{v['ms'] / t:.2f} ({name})" for name, v in s.items() if name.startswith("T_V")]
+        drafts = [
+            f"{v['over_floor']:.2f} ({name[2:]}{key[6:].split(' at ')[0]})"
+            for key, r in done.items() if key.startswith("drafts") and key.endswith(f" at {place}")
+            for name, v in r.items()
+        ]  # fmt: skip
+        runs = [run for key, r in done.items() if key.startswith("rounds ") and key.endswith(place)
+                for run in r["runs"]]  # fmt: skip
+        best = {}
+        for run in sorted(runs, key=lambda run: run["speedup"]):
+            best[run["policy"], run["weights"], run["synthetic_acceptance"]] = run
+        words = [f"{policy} {weights} at {rate}: {run['speedup']:.2f}"
+                 for (policy, weights, rate), run in best.items()]  # fmt: skip
+        base = done.get(f"baselines at {place}", {})
+        others = (f"{base[k] / t:.2f} T_T" if k in base else ""
+                  for k in ("sdpa_ms", "gpt_fast_style_ms"))  # fmt: skip
+        cells = (place, f"{t:.2f}", f"{s['T_T']['over_floor']:.2f}", ", ".join(verify),
+                 ", ".join(drafts), "; ".join(words), *others)  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing beyond them")
+    parser.add_argument("--only", default="", help="parts with this in their name, done or not")
+    parser.add_argument("--plan", action="store_true", help="print the plan, do nothing")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--minutes", type=float, default=6.0, help="begin no point after them")
-    parser.add_argument("--points", nargs="+", type=batch_and_length, metavar="B,S")
-    parser.add_argument("--detailed", type=int, default=2, metavar="N",
-                        help="points with all gammas and budgets, profile, baselines")  # fmt: skip
-    parser.add_argument("--check_seconds", type=float, default=240, help="that tests may take")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("checks", "demo"))
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    start = time.monotonic()
-    if not args.smoke and not torch.cuda.is_available():
+    start, args = time.monotonic(), parse_args()
+    if not (args.smoke or args.plan) and not torch.cuda.is_available():
         sys.exit("gpu.py: torch sees no GPU here; --smoke runs everything at toy sizes on the CPU")
-    device = torch.device("cpu" if args.smoke else "cuda")
-    settings = SMOKE if args.smoke else FULL
-    date = time.strftime("%Y-%m-%d")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    default = f"gpu_{name.replace(' ', '_').lower()}_{date}.json"
-    out = args.out or ROOT / "benchmarks" / "results" / default
+    out = args.out or ROOT / "benchmarks" / "results" / (
+        "gpu_smoke.json" if args.smoke else "gpu.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"command": " ".join(["python", *sys.argv]), "date": date,
-              "settings": asdict(settings), "points": [], "skipped": []}  # fmt: skip
-
-    def part(where: dict, name: str, work: Callable[[], object]) -> None:
-        """Do one part and save what is there; on the GPU a failure does not end the others."""
-        try:
-            where[name] = work()
-        except Exception as e:
-            if args.smoke:
-                raise
-            where.setdefault("failed", {})[name] = f"{type(e).__name__}: {e}"
-            print(f"{name} failed: {type(e).__name__}: {e}", flush=True)
-        result["seconds"] = time.monotonic() - start
-        write_json(result, out)
-        out.with_suffix(".md").write_text(markdown(result))
-
-    if "checks" not in args.skip:
-        log = out.with_suffix(".checks.txt")
-        part(result, "checks", lambda: checks(log, args.check_seconds))
-    if "demo" not in args.skip:
-        part(result, "demo", lambda: demo(device.type, out, args.smoke))
-    with torch.inference_mode():
-        part(result, "bandwidth", lambda: bandwidth(device, 2**24 if args.smoke else 2**33))
-        per_second = result["bandwidth"]["bytes_per_s"]
-        print(f"{per_second / 1e9:.0f} GB/s", flush=True)
-        model = load(settings, device)
-        if not args.smoke:
-            compile_blocks(model)
-        result["environment"] = environment(Engine(model, 1, 1, Strategy(), Sampling()))
-        for i, (B, S) in enumerate(args.points or settings.points):
-            if time.monotonic() - start > 60 * args.minutes:
-                result["skipped"].append([B, S])
-                continue
-            torch._dynamo.reset()  # shapes of the point before
-            numbers = {"batch_size": B, "prefix_len": S,
-                     "itemsize": DTYPES[settings.dtype].itemsize}  # fmt: skip
-            result["points"].append(numbers)
-            here = replace(settings, programs_per_sm=settings.programs_per_sm if i == 0 else ())
-            measure(model, numbers, i < args.detailed, per_second, here, part)
-            free(device)
-        if any("steps" in p for p in result["points"]):
-            kind = "cpu" if args.smoke else "h200"
-            part(result, "cost_model",
-                 lambda: cost_model_fit(model.config, result["points"], kind))  # fmt: skip
-    if "cost_model" in result:
-        print(f"cost model fitted: median error {result['cost_model']['median_error']:.1%}")
-    if result["skipped"]:
-        print(f"no time was left for {result['skipped']}")
-    print(markdown(result) + f"wrote {out}")
-
-
-def measure(model, numbers: dict, detailed: bool, per_second: float, settings: Settings, part):
-    """All parts of one point, into `numbers`."""
-    B, S = numbers["batch_size"], numbers["prefix_len"]
-    point = Point(model, B, S, per_second, settings)
-    part(numbers, "steps", lambda: point.steps(detailed))
-    part(numbers, "rounds", point.rounds)
-    if detailed and settings.programs_per_sm:
-        part(numbers, "split_kv", point.split_sweep)
-    part(numbers, "prefill", point.prefill)
-    if point.device.type == "cuda":
-        numbers["peak_memory_bytes"] = torch.cuda.max_memory_allocated(point.device)
-    if detailed:
-        part(numbers, "baselines", point.baselines)
-    if "steps" in numbers:
-        t = numbers["steps"]["T_T"]
-        print(f"B {B} S {S}: T_T {t['ms']:.2f} ms, {t['over_floor']:.2f} x floor", flush=True)
-    for name, times in numbers.get("split_kv", {}).items():
-        swept = ", ".join(f"{n}: {ms:.3f} ms" for n, ms in times.items())
-        print(f"    {name} by split-KV programs per multiprocessor: {swept}", flush=True)
-
-
-def free(device: torch.device) -> None:
-    """Give the memory of the point that ended back."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    result = open_json(out).of(dict) if out.exists() else {"parts": {}, "runs": []}
+    every = [part for part in parts(args.smoke) if args.only in part.key]
+    left = every if args.only else waiting(every, result["parts"])
+    show_plan(left, args.minutes)
+    if args.plan:
+        return
+    bench = Bench(args.smoke, out)
+    known = result["parts"].get("bandwidth", {}).get("result")
+    bench.per_second = known["bytes_per_s"] if known else bench.per_second
+    tiny = Transformer(TOY).to(bench.device, torch.float32 if args.smoke else torch.bfloat16)
+    result["environment"] = environment(Engine(tiny, 1, 1, Strategy(), Sampling()))
+    run = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d %H:%M")}
+    result["runs"].append(run)
+    perform(bench, left, result, start + 60 * args.minutes)
+    if any(True for _ in steps_of(result)):
+        result["cost_model"] = cost_model_fit(result, args.smoke)
+        print(f"cost model fitted: median error {result['cost_model']['median_error']:.1%}, of the "
+              f"preset {result['cost_model']['median_error_of_the_preset']:.1%}")  # fmt: skip
+    run["seconds"] = time.monotonic() - start
+    write_json(result, out)
+    out.with_suffix(".md").write_text(markdown(result))
+    print(markdown(result) + f"wrote {out}; {len(waiting(every, result['parts']))} parts are left")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,11 @@ class SyntheticEngine(Engine):
     ) -> Iterator[tuple[int, Tensor]]:
         """All tokens at once, and the last's hidden state [dim]: random, as their K and V are."""
         for buffer in self.full.k + self.full.v:
-            buffer[b].normal_()
+            row = buffer[b]
+            if row.dtype.itemsize > 1:
+                row.normal_()
+            else:  # which float8 cannot
+                row.copy_(torch.randn(row.shape, dtype=torch.bfloat16, device=row.device))
         norm = self.model.norm.weight
         yield length, torch.randn(len(norm), dtype=norm.dtype, device=norm.device)
 

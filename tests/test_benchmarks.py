@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import product
@@ -54,6 +55,7 @@ def run_main(tmp_path, monkeypatch):
     ("scaling", {"model", "strategy", "cells", "calibration"}),
     ("offline", {"runs", "sharing", "prediction_error"}),
     ("peers", {"programs", "failed"}),
+    ("exact", {"without", "exact"}),
 ])  # fmt: skip
 def test_smoke(run_main, name, keys):
     out = run_main(name, "--smoke")
@@ -220,29 +222,67 @@ def test_load_memory_measures_a_sharded_checkpoint(monkeypatch):
     assert r["peak_growth_bytes"] > 0.9 * r["model_bytes"]
 
 
-def test_gpu_benchmark_runs_at_toy_sizes_on_the_cpu(run_main):
-    out = run_main("gpu", "--smoke", "--detailed", "1")
+def test_gpu_benchmark_runs_at_toy_sizes_on_the_cpu(run_main, capsys):
+    out = run_main("gpu", "--smoke")
     result = json.loads(out.read_text())
-    assert "skipped" in result["checks"]["last_line"] and result["demo"]["identical"]
-    assert "test_cuda.py" in out.with_suffix(".checks.txt").read_text()
-    assert [(p["batch_size"], p["prefix_len"]) for p in result["points"]] == [(2, 300), (1, 100)]
-    first, second = result["points"]
-    assert {"T_T", "T_V(1)", "T_V(2)", "T_D(16)", "T_D(32)"} <= first["steps"].keys()
-    assert first["baselines"]["gpt_fast_style_ms"] > 0
-    assert "T_T" in second["steps"] and "T_V(1)" not in second["steps"]
-    for p in (first, second):
-        assert len(p["rounds"]["runs"]) == 2
-        assert all(r["tokens_per_s"] > 0 for r in p["rounds"]["runs"])
-    assert {n: sorted(t) for n, t in first["split_kv"].items()} == {
-        "T_T": ["1", "2"],
-        "T_V(2)": ["1", "2"],
-    }
-    assert not {"split_kv", "baselines"} & second.keys()
-    assert out.with_suffix(".md").read_text().count("\n") == 4
+    done = {key: entry["result"] for key, entry in result["parts"].items()}
+    assert "skipped" in done["tests of texts"]["last_line"]
+    assert "test_cuda.py" in out.with_suffix(".tests.txt").read_text()
+    assert done["demo float32"]["identical"] and done["demo exact"]["identical"]
+    at = " at (2, 300)"
+    assert {"T_T", "T_V(2)"} <= done["steps" + at].keys() >= {"replay_over_kernels"}
+    assert done["all verifications" + at].keys() == {"T_V(1)", "T_V(2)"}
+    assert done["all drafts" + at].keys() == {"T_D(16)", "T_D(32)"}
+    assert done["baselines" + at]["gpt_fast_style_ms"] > 0
+    for policy, rates in {"streaming": [0.81, 0.9], "snapkv": [0.895, 0.95]}.items():
+        for weights in ("", " int8"):
+            rounds = done[f"rounds {policy}{weights}{at}"]
+            assert [run["synthetic_acceptance"] for run in rounds["runs"]] == rates
+            assert rounds["gamma_0_beside_a_drafter"] > 0
+    exact = done["exact" + at]
+    assert exact["exact_rows_with_equal_bits"] == exact["rows"] == 2 and exact["exact_repeats"]
+    assert len(done["kernel of plain steps" + at]) == 6
+    lines = out.with_suffix(".md").read_text().splitlines()
+    assert len(lines) == 8 and len({line.count("|") for line in lines}) == 1
+    capsys.readouterr()
+    run_main("gpu", "--smoke")  # again: nothing is left to do
+    assert json.loads(out.read_text())["parts"] == result["parts"]
+    assert capsys.readouterr().out.strip().endswith("0 parts are left")
     if not torch.cuda.is_available():
         command = [sys.executable, "benchmarks/gpu.py"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 1 and "torch sees no GPU here" in done.stderr
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ended.returncode == 1 and "torch sees no GPU here" in ended.stderr
+
+
+def test_gpu_parts_survive_each_other_and_are_tried_again_last(tmp_path, monkeypatch):
+    """One fails, one has no time; the next run begins with what was never tried."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    def fail(bench, point):
+        raise RuntimeError("out of luck")
+
+    bench = gpu.Bench(True, tmp_path / "out.json")
+    bench.smoke = False  # else a failure ends everything
+    every = [gpu.Part("bad", 1, fail), gpu.Part("long", 900, lambda bench, point: {}),
+             gpu.Part("good", 1, lambda bench, point: {"n": 3})]  # fmt: skip
+    result = {"parts": {}}
+    gpu.perform(bench, every, result, time.monotonic() + 60)
+    saved = json.loads((tmp_path / "out.json").read_text())["parts"]
+    assert saved["bad"]["failed"] == "RuntimeError: out of luck" and "long" not in saved
+    assert saved["good"]["result"] == {"n": 3} and saved["good"]["seconds"] < 1
+    assert [part.name for part in gpu.waiting(every, result["parts"])] == ["long", "bad"]
+
+
+def test_the_gpu_plan_begins_with_a_run_of_its_own(monkeypatch):
+    """What decides fits into nine minutes; two batches of parts have no name in common."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    parts = gpu.parts(smoke=False)
+    assert len({part.key for part in parts}) == len(parts)
+    first = [part.key for part in parts].index("rounds snapkv fp8 at (24, 32768)")
+    assert sum(part.seconds for part in parts[: first + 1]) <= 9 * 60
 
 
 def test_a_time_out_does_not_lose_what_the_tests_printed(tmp_path, monkeypatch):

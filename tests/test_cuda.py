@@ -154,6 +154,41 @@ def test_bfloat16_is_near_float32():
     assert error < 0.05
 
 
+def test_exact_bfloat16_has_one_text_for_all_strategies():
+    """A few rows: the cache is cut into pieces. Every third round drafts less."""
+    texts = []
+    for strategy in (None, "streaming", "snapkv", "mixed", "ngram"):
+        model = on_gpu(tiny_model(), torch.bfloat16)
+        model.exact = 3
+        engine = engine_for(model, strategy, n=300)
+        assert (
+            engine.full.access(torch.zeros(4, 4, dtype=torch.long, device="cuda"))[0].n_pieces > 1
+        )
+        engine.prefill(PROMPTS, [300] * 4)
+        while not engine.batch.finished.all():
+            engine.run(engine.gamma, 2)
+            engine.run(min(engine.gamma, 1), 1)
+        texts.append(engine.batch.outputs())
+    assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.parametrize("B", [1, 40])
+def test_exact_logits_are_the_same_bits_at_every_place(B):
+    """Of a verification: B = 40 fills the GPU with rows, B = 1 is cut into many pieces."""
+    model, T = on_gpu(tiny_model(8, 8), torch.bfloat16), 6
+    model.exact = T - 1
+    cache = KVCache.empty(CacheSpec.for_model(model, B), 3000)
+    for buffer in cache.k + cache.v:
+        buffer.normal_()
+    tokens = torch.randint(97, (B, 2 * T), device="cuda")
+    start = torch.linspace(100, 2900, B, device="cuda").long()[:, None]
+    pos = start + torch.arange(2 * T, device="cuda")
+    first = model(tokens[:, :T], pos[:, :T], cache)
+    for t in range(1, T):
+        again = model(tokens[:, t : t + T], pos[:, t : t + T], cache)
+        assert torch.equal(again[:, : T - t], first[:, t:]), t
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1)])
 def test_decoding_is_the_split_kv_kernel(monkeypatch, heads):
     """TRITON_DECODE makes flex_attention fail where it would take another kernel."""

@@ -313,6 +313,18 @@ def test_sampled_outputs_are_those_of_plain_decoding_too(checkpoint, capsys):
     assert "1 of 1 outputs identical" in out and "of which accepting" in out
 
 
+def test_exact_pads_every_step_of_the_target(checkpoint, capsys):
+    """Also where the program chooses gamma: not the longest, which every step would pay for."""
+    given = ["--prompt", "import os\n" * 9, "--max_new_tokens", "20", "--exact"]
+    given += ["--dtype", "bfloat16", "--check_lossless"]
+    for flags, gamma in (["--draft", "ngram", "--gamma", "2"], 2), (["--draft", "ngram"], 5):
+        status, result = run(checkpoint, *given, *flags)
+        assert status == 0 and result["identical"]
+        assert result["environment"]["padded_to_drafts"] == gamma
+        words = f"exact: every step of the target is of {gamma + 1} tokens"
+        assert words in capsys.readouterr().out
+
+
 def test_sampled_text_depends_on_the_seed_alone(checkpoint):
     flags = [*FIXED, "--prompt", "x", "--max_new_tokens", "20", "--temperature", "1"]
     alone, compared = (run(checkpoint, *flags, *more)[1] for more in ([], ["--compare"]))
@@ -377,6 +389,7 @@ BAD_FLAGS = [
     (["--speculate_k", "0", "--compare"], "needs a draft"),
     (["--draft", "none", "--check_lossless"], "needs a draft"),
     (["--draft", "none", "--compare"], "needs a draft"),
+    (["--draft", "none", "--exact"], "--exact needs a draft"),
     (["--prompt", "a", "--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
     (["--prompt", "a", "--profile", "/"], "cannot write /"),
     (["--interactive", "--json", "-"], "--interactive has no"),

@@ -28,8 +28,9 @@ ALGORITHM = {  # the chapters, and what they stand on
     "device": (140, ""),
     "kernels": (120, ""),
     "cpu_attention": (90, ""),
-    "kv_cache": (445, "cpu_attention kernels"),
-    "model": (402, "config cpu_attention kernels kv_cache"),
+    "exact": (160, "kernels"),
+    "kv_cache": (450, "cpu_attention exact kernels"),
+    "model": (402, "config cpu_attention exact kernels kv_cache"),
     "quantize": (225, "config kernels model"),
     "sampling": (330, ""),
     "batch": (295, "sampling"),
@@ -45,7 +46,8 @@ ALGORITHM = {  # the chapters, and what they stand on
     "graphs": (110, "batch"),
     "spec_decode": (
         450,
-        "batch config device drafter drafters graphs kv_cache model policies quantize sampling",
+        "batch config device drafter drafters exact graphs kv_cache model policies quantize"
+        " sampling",
     ),
 }
 ECONOMICS = {
@@ -53,8 +55,9 @@ ECONOMICS = {
     "acceptance": (100, "config"),
     "picture": (250, ""),
     "cost_model": (440, "acceptance config families files picture roofline"),
+    "capacity": (130, "config cost_model families roofline"),
     "forecast": (110, ""),
-    "auto": (345, "device drafter forecast model policies roofline spec_decode"),
+    "auto": (352, "device drafter forecast model policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
 IN_AND_OUT = {
@@ -67,15 +70,15 @@ IN_AND_OUT = {
 }
 PROGRAM = {
     "report": (385, ""),
-    "measure": (255, "auto config device kv_cache report sampling spec_decode"),
-    "options": (265, "checkpoint config cost_model drafters files policies quantize sampling"),
+    "measure": (260, "auto config device kv_cache report sampling spec_decode"),
+    "options": (270, "checkpoint config cost_model drafters files policies quantize sampling"),
     "load": (
-        200,
+        205,
         "auto batch checkpoint config device drafters kernels measure model options policies"
         " prompts quantize sampling spec_decode",
     ),
     "serve": (
-        255,
+        258,
         "auto batch device load measure offline options refill report results sampling spec_decode",
     ),
     "demo": (
@@ -91,13 +94,13 @@ PROGRAM = {
     "generate": (215, "*"),  # everything; nobody imports it
 }
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
-CHAPTERS = ("kernels", "cpu_attention", "kv_cache", "model", "quantize", "sampling", "batch",
-            "policies", "selection", "lookup", "drafter", "draft_models", "drafters", "graphs",
-            "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 10300  # of a file, of CHAPTERS, of all files
+CHAPTERS = ("kernels", "cpu_attention", "exact", "kv_cache", "model", "quantize", "sampling",
+            "batch", "policies", "selection", "lookup", "drafter", "draft_models", "drafters",
+            "graphs", "spec_decode")  # fmt: skip
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3600, 10300  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "files", "roofline", "acceptance", "picture",
-                 "cost_model", "report")  # fmt: skip
+                 "cost_model", "capacity", "report")  # fmt: skip
 MANY_PARAMETERS = {  # function: why it has more
     "cpu_attention.attend": "what an operator is given are tensors and numbers, not structures",
     "spec_decode.__init__": "an engine is made of seven independent things",
@@ -340,7 +343,7 @@ def public_things_say_what_they_do(sources: list[Source]) -> Iterator[str]:
 
 def namespaces_stay_in_commands(sources: list[Source]) -> Iterator[str]:
     for source in sources:
-        if source.name in ("generate", "cost_model"):
+        if source.name in ("generate", "cost_model", "capacity"):
             continue
         for node in nodes(source, ast.Name, ast.Attribute, ast.alias):
             if "Namespace" in (getattr(node, k, "") for k in ("id", "attr", "name")):
@@ -445,7 +448,7 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
     files_are_short: (HOUSE, {
         f"batch.py has {TABLE['batch'][0] + 1} lines": {"batch": "\n" * (TABLE["batch"][0] + 1)},
         "a.py has 451 lines": {"a": "\n" * 451},
-        "the algorithm: 3501": {"kv_cache": "\n" * 2000, "graphs": "\n" * 1501, "auto": "\n" * 9},
+        "the algorithm: 3601": {"kv_cache": "\n" * 2000, "graphs": "\n" * 1601, "auto": "\n" * 9},
         f"all files: {MAX_TOTAL + 1}": {"a": "\n" * 4000, "b": "\n" * (MAX_TOTAL - 3999)},
     }),
     functions_are_short: (HOUSE, {

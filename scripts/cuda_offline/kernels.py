@@ -19,7 +19,7 @@ from policies import POLICIES, Strategy
 from quantize import Twins
 from sampling import Sampling
 from scripts.cuda_offline import inductor, pretend
-from scripts.cuda_offline.inductor import Kernel, Recorder
+from scripts.cuda_offline.inductor import Kernel, Launch, Recorder
 from scripts.cuda_offline.report import Report
 from spec_decode import Engine
 
@@ -76,6 +76,7 @@ class Case:
     all_kernels: bool = False  # not only those of attention
     kv_dtype: torch.dtype | None = None  # of the caches, if another
     weights: str = "same"  # of the blocks, or a kind of twin
+    exact: bool = False
 
     @property
     def splits(self) -> bool:
@@ -105,6 +106,9 @@ def blocks() -> Iterator[Case]:
     for what, B, T, caches in (parts[0], parts[2]):
         name = f"block Llama {what} bfloat16, KV float8 B {B} T {T}"
         yield Case(name, LLAMA, "bfloat16", B, T, caches, True, torch.float8_e4m3fn)
+    for B in (8, 24):  # few rows: the cache is cut into pieces
+        name = f"block Llama exact verify bfloat16 B {B} T 6"
+        yield Case(name, LLAMA, "bfloat16", B, 6, verifying, True, exact=True)
     name = "block Llama draft fp8 weights B 24 T 1"
     yield Case(name, LLAMA, "bfloat16", 24, 1, sparse_alone, True, weights="fp8")
     yield Case("block Qwen verify bfloat16 B 8 T 4", QWEN, "bfloat16", 8, 4, verifying, True)
@@ -114,10 +118,10 @@ def blocks() -> Iterator[Case]:
         yield Case(f"block demo float32 B {B} T {T}", DEMO, "float32", B, T, caches, True)
 
 
-def attention(dtype: str, G: int, T: int, D: int = 128) -> Case:
+def attention(dtype: str, G: int, T: int, D: int = 128, exact: bool = False) -> Case:
     B = 1 if T == CHUNK else 8
-    narrow = config(128, 8 * G, 8, D, 128)
-    return Case(f"attention {dtype} G {G} T {T} D {D}", narrow, dtype, B, T)
+    narrow, name = config(128, 8 * G, 8, D, 128), f"attention {dtype} G {G} T {T} D {D}"
+    return Case(name + " exact" * exact, narrow, dtype, B, T, exact=exact)
 
 
 def attentions() -> Iterator[Case]:
@@ -130,6 +134,8 @@ def attentions() -> Iterator[Case]:
     for D in (16, 32, 64):
         yield attention("float32", 4, 6, D)
     yield attention("bfloat16", 4, 17, 64)
+    for dtype, G, T in (("bfloat16", 1, 4), ("bfloat16", 7, 8), ("float32", 4, 6)):
+        yield attention(dtype, G, T, exact=True)
     for T in (1, 6, 12, 33, CHUNK):
         yield attention("bfloat16", 2, T, 256)
 
@@ -160,11 +166,17 @@ def programs_at_once(kernel: Kernel) -> int:
     return min(by_shared, by_registers)
 
 
-def check_split(report: Report, case: Case, kernel: Kernel) -> None:
-    """All programs of a split-KV kernel should run at once; there is one for each piece anyway."""
+def check_split(report: Report, case: Case, launch: Launch) -> None:
+    """All programs of a split-KV kernel should run at once; there is one for each piece anyway.
+
+    Where it is to be exact, pieces are heads, and as many as would have been parts.
+    """
+    kernel, heads = launch.kernel, dict(launch.arguments)["arg_M"][2]
     tile, split = kernel.settings["BLOCK_M"], kernel.settings["SPLIT_KV"]
-    pieces = case.B * case.config.n_kv_head * -(-case.config.n_group * case.T // tile)
+    pieces = case.B * heads * -(-case.config.n_group * case.T // tile)
     room = pretend.H200.multi_processor_count * programs_at_once(kernel)
+    if case.exact and (split > 1 or pieces > room or 4 * pieces < room):
+        report.fail(f"{case.name}: split {split}, {pieces} pieces, of which {room} run at once")
     if split > 1 and split * pieces > room:
         report.fail(f"{case.name}: {split * pieces} programs, of which {room} run at once")
 
@@ -194,7 +206,7 @@ def one(report: Report, case: Case, recorder: Recorder) -> None:
     torch._dynamo.utils.counters.clear()
     with report.case(case.name) as said, pretend.gpu():
         model = pretend.model_on_gpu(case.config, DTYPES[case.dtype])
-        model.kv_dtype = case.kv_dtype
+        model.kv_dtype, model.exact = case.kv_dtype, case.exact * (case.T - 1)
         compile_blocks(model)
         if case.weights != "same":
             model = Twins(model).get(case.weights)
@@ -216,8 +228,9 @@ def one(report: Report, case: Case, recorder: Recorder) -> None:
             report.fail(f"{case.name}: attention is not the split-KV kernel")
         for kernel in kernels:
             said.append(describe(kernel))
-            if kernel.splits:
-                check_split(report, case, kernel)
+        for launch in recorder.launches[: len(recorder.launches) // 4]:  # of the first layer
+            if launch.kernel.splits:
+                check_split(report, case, launch)
         said.append(f"{len(recorder.launches) // 4} Triton launches a layer")
 
 

@@ -3,6 +3,9 @@
 This process lets Inductor generate them, for a GPU of a few multiprocessors, so that there are few
 programs. A second one interprets them, because Triton decides that when it is imported. The
 reduction after a split-KV kernel is ordinary Inductor code; here it is written out.
+
+Where a kernel is to be exact (`exact.py`), the same queries are computed again as the first ones of
+a later forward: what comes out must be the same, bit by bit.
 """
 
 import importlib.util
@@ -12,12 +15,14 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from config import ModelConfig
+from exact import mask_by_position
 from kernels import compile_blocks
 from kv_cache import CacheSpec, KVCache
 from scripts.cuda_offline import inductor, pretend
@@ -25,6 +30,7 @@ from scripts.cuda_offline.report import ROOT, Report, scratch
 
 SLOTS = 600
 STARTS = (SLOTS - 1, 3, 254)  # where a row's tokens end, begin, begin: across two blocks
+BLOCK = 128  # slots
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2}  # the interpreter has no bfloat16
 
 
@@ -39,11 +45,12 @@ class Case:
     finished: bool = False  # row 1, whose result nobody needs
     window: int | None = None  # of the model's attention
     longest: int = SLOTS  # tokens of a forward; a layer with a window is a ring if they are few
+    exact: bool = False
 
     @property
     def name(self) -> str:
         more = " row 1 finished" * self.finished + f" window {self.window}" * bool(self.window)
-        more += " ring" * (self.longest < SLOTS)
+        more += " ring" * (self.longest < SLOTS) + " exact" * self.exact
         return f"{self.dtype} H {self.H} Hkv {self.Hkv} D {self.D} B {self.B} T {self.T}{more}"
 
 
@@ -57,6 +64,10 @@ CASES = (
     Case(7, 1, 16, 3, 4),  # more programs than blocks of a short row
     Case(8, 2, 32, 2, 17),  # three tiles of queries
     Case(8, 2, 32, 2, 17, "float16"),
+    Case(8, 2, 32, 3, 6, exact=True),  # one piece
+    Case(7, 1, 16, 2, 4, exact=True),  # four
+    Case(7, 1, 16, 2, 4, "float16", finished=True, exact=True),
+    Case(8, 2, 32, 1, 6, window=200, longest=100, exact=True),
     Case(8, 2, 32, 2, 33),  # not split, as the following
     Case(4, 1, 32, 1, 256),
     Case(4, 1, 32, 1, 256, window=200),
@@ -72,6 +83,7 @@ def generate(case: Case, recorder: inductor.Recorder) -> dict:
                          sliding_window=case.window)  # fmt: skip
     with pretend.gpu():
         model = pretend.model_on_gpu(config, getattr(torch, case.dtype))
+        model.exact = case.exact * (case.T - 1)
         compile_blocks(model)
         cache = KVCache.empty(CacheSpec.for_model(model, case.B), SLOTS, longest=case.longest)
         pos = torch.zeros(case.B, case.T, dtype=torch.int64, device="cuda")
@@ -137,41 +149,90 @@ def reduced(out: Tensor, top: Tensor, total: Tensor) -> Tensor:
     return out / torch.where(total == 0, 1, total)[..., None]
 
 
-def interpret(job: dict) -> float:
-    """The largest error of the job's kernel, for random K, V and queries."""
-    case = Case(**job["case"])
+class Data(NamedTuple):
+    """What a case's kernel is launched on."""
+
+    cache: KVCache
+    pos: Tensor  # [B, T]
+    q: Tensor  # [B, Hkv, G, T, D]
+    k: Tensor  # [B, Hkv, S, D]
+    v: Tensor  # [B, Hkv, S, D]
+
+    def later(self, t: int) -> "Data":
+        """The queries from the t-th on, as the first ones of a forward, and t others."""
+        q = torch.cat((self.q[:, :, :, t:], torch.randn_like(self.q[:, :, :, :t])), dim=3)
+        return self._replace(pos=self.pos + t, q=q)
+
+
+def data(case: Case, n_slots: int) -> Data:
+    """Random, with as many slots as the kernel was made for."""
     G, dtype = case.H // case.Hkv, getattr(torch, case.dtype)
     heads = case.Hkv, case.D, G
     spec = CacheSpec((case.window,), case.B, *heads, dtype, torch.device("cpu"), True)
     finished = torch.tensor([case.finished and b == 1 for b in range(case.B)])
-    cache = KVCache.empty(spec, SLOTS, finished, case.longest)
-    first = torch.tensor([STARTS[0] - case.T, *STARTS[1:]])[: case.B]
+    cache = KVCache.empty(spec, max(n_slots, SLOTS), finished, case.longest)
+    ends = (2 * BLOCK, *STARTS) if case.exact else STARTS  # one token later there is a third block
+    first = torch.tensor([ends[0] - case.T, *ends[1:]])[: case.B]
     pos = first[:, None] + torch.arange(case.T)
-    ((size, window),) = cache.layers
-    mask = cache.block_mask(pos, size, window)
-    q, k, v = (torch.randn(case.B, case.Hkv, n, case.D).to(dtype)
-               for n in (G * case.T, size, size))  # fmt: skip
+    q, k, v = (torch.randn(case.B, case.Hkv, *n, case.D).to(dtype)
+               for n in ((G, case.T), (n_slots,), (n_slots,)))  # fmt: skip
+    return Data(cache, pos, q, k, v)
+
+
+def n_pieces_of(arguments: dict, case: Case) -> int:
+    """Into how many the cache is cut: each has a mask then, and Q, K, V are only viewed."""
+    mask = arguments["arg_KV_NUM_BLKS"]
+    return max((mask if isinstance(mask, list) else mask.shape)[1] // case.Hkv, 1)
+
+
+def launch(job: dict, case: Case, d: Data) -> tuple[dict[str, Tensor], bool]:
+    """What the job's kernel wrote, by argument, and whether it is the split-KV kernel."""
+    ((size, window),) = d.cache.layers
     shapes = {name: shape for name, shape in job["arguments"] if isinstance(shape, list)}
+    n_pieces = n_pieces_of(shapes, case)
+    mask = d.cache.block_mask(d.pos, size, window)
+    if n_pieces > 1:
+        mask = mask_by_position(d.pos, size, n_pieces, d.cache.spec, d.cache.finished)
     splits = "arg_M" in shapes
     blank = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
     values = blank | {
-        "arg_Q": q.view(shapes["arg_Q"]), "arg_K": k, "arg_V": v,
+        "arg_Q": d.q.view(shapes["arg_Q"]), "arg_K": d.k, "arg_V": d.v,
         "arg_KV_NUM_BLKS": mask.kv_num_blocks, "arg_KV_IDX": mask.kv_indices,
     }  # fmt: skip
     if not splits:
-        values["out_ptr0"] = values["out_ptr0"].to(dtype)
-    values |= {name: first for name in shapes if name.startswith("in_ptr")}
+        values["out_ptr0"] = values["out_ptr0"].to(d.q.dtype)
+    values |= {name: d.pos[:, 0].contiguous() for name in shapes if name.startswith("in_ptr")}
     for name, shape in shapes.items():
         assert [*values[name].shape] == shape, f"{name}: {values[name].shape}, not {shape}"
     grid = tuple(n for name, n in job["arguments"] if name.startswith("grid"))
     load_kernel(job)[grid](*(values[name] for name in shapes))
-    out = values["out_ptr0"]
-    if splits:
-        parts = out.view(case.B, -1, case.Hkv, G * case.T, case.D)
-        out = reduced(parts, values["arg_M"], values["arg_L"])
-    expected = attention(q, k, v, pos, case.window, ring=bool(cache.rings))
-    expected = expected.masked_fill(finished[:, None, None, None], 0)
-    return (out.view_as(expected).float() - expected).abs().max().item()
+    return values, splits
+
+
+def attended(job: dict, case: Case, d: Data) -> Tensor:  # [B, Hkv, G * T, D]
+    """What the kernel computes, with its parts put together."""
+    values, splits = launch(job, case, d)
+    out, R = values["out_ptr0"], d.q.shape[2] * case.T
+    if splits:  # parts of a row, [B, n_split, heads, R, D], or pieces of a cache, as heads
+        sizes = case.B, -1, case.Hkv, n_pieces_of(values, case), R
+        written = out.view(*sizes, case.D), values["arg_M"].view(sizes), values["arg_L"].view(sizes)
+        out = reduced(*(x.transpose(2, 3).flatten(1, 2) for x in written))
+    return out.view(case.B, case.Hkv, R, case.D)
+
+
+def interpret(job: dict) -> float:
+    """The largest error of the job's kernel, for random K, V and queries."""
+    case = Case(**job["case"])
+    (keys,) = (shape for name, shape in job["arguments"] if name == "arg_K")
+    d = data(case, keys[2])
+    out = attended(job, case, d)
+    expected = attention(d.q.flatten(2, 3), d.k, d.v, d.pos, case.window, bool(d.cache.rings))
+    expected = expected.masked_fill(d.cache.finished[:, None, None, None], 0)
+    for t in range(1, case.T if case.exact else 0):
+        again = attended(job, case, d.later(t)).view(d.q.shape)
+        if not torch.equal(again[:, :, :, : case.T - t], out.view(d.q.shape)[:, :, :, t:]):
+            return float("inf")
+    return (out.float() - expected).abs().max().item()
 
 
 def interpret_all(file: Path) -> int:
@@ -182,7 +243,7 @@ def interpret_all(file: Path) -> int:
     triton_heuristics.template = lambda **settings: lambda function: function
     torch.manual_seed(0)
     report = Report("")
-    with mock.patch.object(CacheSpec, "kv_block", 128):  # a GPU's, on the CPU
+    with mock.patch.object(CacheSpec, "kv_block", BLOCK):  # a GPU's, on the CPU
         for job in json.loads(file.read_text()):
             case = Case(**job["case"])
             with report.case(case.name) as said:
