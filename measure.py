@@ -181,12 +181,13 @@ def step_bytes(engine: Engine, lengths: list[int]) -> int:
     """Bytes that a plain step must read after prompts of these lengths: their K and V, the weights.
 
     A sliding window sees the newest tokens of a prompt only. An embedding table of its own gives a
-    row per token; tied to the output layer it is read whole, and counts once.
+    row per token; tied to the output layer it is read whole, and counts once. Of several ranks each
+    reads its part of it.
     """
     config, table = engine.model.config, engine.model.tok_embeddings.weight
     read = sum(kv_bytes(config, n, engine.full.spec.stored_dtype.itemsize) for n in lengths)
     weight_bytes = sum(p.nbytes for p in engine.model.parameters())
-    if not config.tie_embeddings:
+    if not config.tie_embeddings or config.n_ranks > 1:
         weight_bytes -= table.nbytes - len(lengths) * table[0].nbytes
     return read + weight_bytes
 

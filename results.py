@@ -23,7 +23,9 @@ from pathlib import Path
 
 from checkpoint import weight_files
 from config import is_random
+from device import first_rank
 from offline import Input, parse
+from parallel import from_first
 
 VERSION = 1  # of what the lines mean, and of the tokens that a request gets
 EDGE = 2**20  # bytes of both ends of a file that stand for it
@@ -140,6 +142,14 @@ class Output:
         return f"{len(self.done)} requests are done, and the same command goes on from there"
 
 
+class Follower(Output):
+    """What a rank knows of the file that another one writes."""
+
+    def append(self, record: dict) -> None:
+        """Remember that it is done."""
+        self.done.update([record["id"]] if "id" in record and "error" not in record else [])
+
+
 @contextmanager
 def open_output(path: Path, given: Input, manifest: dict) -> Iterator[Output]:
     """The file of results, to be continued where it ends.
@@ -168,6 +178,19 @@ def open_output(path: Path, given: Input, manifest: dict) -> Iterator[Output]:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def open_shared(path: Path, given: Input, manifest: dict) -> Iterator[Output]:
+    """The same where several ranks run one model: the first one writes, all know what is done."""
+    if first_rank():
+        with open_output(path, given, manifest) as output:
+            from_first([*output.done])
+            yield output
+    else:
+        follower = Follower(path, -1)
+        follower.done.update(from_first([]))
+        yield follower
 
 
 def to_line(record: dict) -> bytes:

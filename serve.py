@@ -28,9 +28,10 @@ from load import Opened, describe, how, make_engine, open_all
 from measure import acceptance, setting, warm_up
 from offline import BadLines, Defaults, Input, Line, answer_text, read_input
 from options import Options
+from parallel import check_same
 from refill import Refill, Result
 from report import Served, leg, progress_line, served_numbers, served_table
-from results import VERSION, Output, fingerprint, open_output
+from results import VERSION, Output, fingerprint, open_shared
 from sampling import Sampling, widest
 from spec_decode import Engine
 
@@ -49,7 +50,8 @@ def serve(o: Options) -> int:
     given = read_input(o.prompts, opened.checkpoint, defaults)
     if given.bad and not o.skip_bad:
         raise BadLines(given.path, given.bad)
-    with open_output(o.output, given, manifest(o, opened, given, sampling)) as output:
+    check_same("what the prompts say", given.sha256)
+    with open_shared(o.output, given, manifest(o, opened, given, sampling)) as output:
         lines = [line for line in given.lines if line.id not in output.done]
         result: dict = {
             "requests": len(given.lines),

@@ -22,13 +22,14 @@ ROOT = Path(__file__).parent.parent
 # Files in the order of their arrows: each imports only files above it, so there is no circle.
 # file: (most lines, the files of ours that it imports)
 ALGORITHM = {  # the chapters, and what they stand on
-    "config": (320, ""),
-    "families": (260, "config"),
-    "device": (140, ""),
+    "config": (345, ""),
+    "families": (276, "config"),
+    "device": (155, ""),
     "kernels": (120, ""),
     "cpu_attention": (90, ""),
     "kv_cache": (445, "cpu_attention kernels"),
     "model": (402, "config cpu_attention kernels kv_cache"),
+    "parallel": (300, "config device model"),  # applied from outside; no chapter needs it
     "quantize": (225, "config kernels model"),
     "sampling": (290, ""),
     "batch": (265, "sampling"),
@@ -48,41 +49,41 @@ ALGORITHM = {  # the chapters, and what they stand on
     ),
 }
 ECONOMICS = {
-    "roofline": (240, "config"),
+    "roofline": (262, "config"),
     "cost_model": (450, "config families roofline"),
     "forecast": (110, ""),
-    "auto": (345, "device drafter forecast model policies roofline spec_decode"),
+    "auto": (357, "device drafter forecast model parallel policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
 IN_AND_OUT = {
     "tokenizer": (446, "config"),
     "chat": (260, "config tokenizer"),
     "prompts": (140, "tokenizer"),
-    "checkpoint": (390, "chat config device families model tokenizer"),
+    "checkpoint": (398, "chat config device families model parallel tokenizer"),
     "offline": (350, "batch checkpoint prompts sampling tokenizer"),
-    "results": (190, "checkpoint config offline"),
+    "results": (220, "checkpoint config device offline parallel"),
 }
 PROGRAM = {
     "report": (265, ""),
-    "measure": (225, "auto config device kv_cache report sampling spec_decode"),
+    "measure": (226, "auto config device kv_cache report sampling spec_decode"),
     "options": (225, "checkpoint config cost_model drafters policies quantize sampling"),
     "load": (
-        200,
-        "auto batch checkpoint config device drafters kernels measure model options policies"
-        " prompts quantize sampling spec_decode",
+        212,
+        "auto batch checkpoint config device drafters kernels measure model options parallel"
+        " policies prompts quantize sampling spec_decode",
     ),
     "serve": (
-        255,
-        "auto batch checkpoint device load measure offline options refill report results"
+        260,
+        "auto batch checkpoint device load measure offline options parallel refill report results"
         " sampling spec_decode",
     ),
-    "generate": (215, "*"),  # everything; nobody imports it
+    "generate": (235, "*"),  # everything; nobody imports it
 }
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
 CHAPTERS = ("kernels", "cpu_attention", "kv_cache", "model", "quantize", "sampling", "batch",
             "policies", "selection", "lookup", "drafter", "draft_models", "drafters", "graphs",
             "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 8700  # of a file, of CHAPTERS, of all files
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 9000  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")
 MANY_PARAMETERS = {  # function: why it has more
@@ -433,7 +434,7 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
         f"batch.py has {TABLE['batch'][0] + 1} lines": {"batch": "\n" * (TABLE["batch"][0] + 1)},
         "a.py has 451 lines": {"a": "\n" * 451},
         "the algorithm: 3501": {"kv_cache": "\n" * 2000, "graphs": "\n" * 1501, "auto": "\n" * 9},
-        "all files: 8701": {"a": "\n" * 4000, "b": "\n" * 4701},
+        "all files: 9001": {"a": "\n" * 4000, "b": "\n" * 5001},
     }),
     functions_are_short: (HOUSE, {
         "a.f has 61 lines": {"a": LONG},
