@@ -40,6 +40,7 @@ from torch.distributed import Store
 import report
 from auto import Auto
 from checkpoint import Checkpoint, write_file, write_json
+from data_parallel import supervise, supervised
 from device import first_rank, timed
 from load import describe, how, load
 from measure import Job, decode, measure, warm_up
@@ -168,6 +169,8 @@ def command(argv: list[str] | None = None, store: Store | None = None) -> int:
     forgive_streams()
     with torch.inference_mode():
         options = parse_args(argv, __doc__.split("\n")[0])
+        if store and options.data_parallel and not supervised():
+            return supervise(store)
         if store:
             options = of_this_rank(options, store)
         check_targets(options)
@@ -182,6 +185,8 @@ def of_this_rank(o: Options, store: Store) -> Options:
     if o.interactive:
         raise ValueError("--interactive is for one process: torchrun has no terminal for its ranks")
     o = replace(o, device=own_device(o.device))
+    if o.data_parallel:
+        return o if os.environ["RANK"] == "0" else replace(o, json=None)
     join(o.device, store)
     return o if first_rank() else replace(o, json=None, profile=None)
 

@@ -54,6 +54,8 @@ def fingerprint(checkpoint_dir: Path) -> str:
 class Output:
     """The file of results, which is this process's alone while it lives. See `open_output`."""
 
+    shared = False  # whether others of this kind may have it, too
+
     def __init__(self, path: Path, fd: int) -> None:
         self.path, self.fd = path, fd
         self.done: set[str] = set()  # ids with a result
@@ -151,7 +153,9 @@ class Follower(Output):
 
 
 @contextmanager
-def open_output(path: Path, given: Input, manifest: dict) -> Iterator[Output]:
+def open_output(
+    path: Path, given: Input, manifest: dict, kind: type[Output] = Output
+) -> Iterator[Output]:
     """The file of results, to be continued where it ends.
 
     ValueError if it is the input, no ordinary file, or another run's. OSError if it cannot be
@@ -169,10 +173,11 @@ def open_output(path: Path, given: Input, manifest: dict) -> Iterator[Output]:
         raise OSError(f"cannot write {path}: {e.strerror}") from None
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = fcntl.LOCK_SH if kind.shared else fcntl.LOCK_EX
+            fcntl.flock(fd, lock | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"{path} is being written by another process; wait for it") from None
-        output = Output(path, fd)
+        output = kind(path, fd)
         output.begin(manifest, given)
         yield output
         os.fsync(fd)

@@ -1,4 +1,4 @@
-"""generate.py, whose rank 1 ends badly in the midst of decoding: `torchrun ends.py HOW NOTE`.
+"""generate.py, whose rank 1 ends badly in the midst of decoding: `torchrun ends.py HOW NOTE ...`.
 
 HOW is raise, kill, or interrupt, which is Ctrl-C. NOTE is a file that gets the time of it.
 """
@@ -14,16 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import generate
 from spec_decode import Engine
 
-HOW, NOTE = sys.argv[1], Path(sys.argv[2])
-FLAGS = ["--no-compile", "--draft", "none", "--batch_size", "1", "--max_new_tokens", "3000",
-         "--max_context", "6000", "--prompt", "a", "--ignore_eos"]  # fmt: skip
+HOW, NOTE, *FLAGS = sys.argv[1:]
 ROUNDS = 20  # before it happens
 eager_round = Engine.eager_round
 
 
 def round_of_rank_1(engine: Engine, gamma: int) -> None:
-    if engine.host_rounds == ROUNDS and not NOTE.exists():
-        NOTE.write_text(str(time.time()))
+    if engine.host_rounds == ROUNDS and not Path(NOTE).exists():
+        Path(NOTE).write_text(str(time.time()))
         if HOW == "raise":
             raise ValueError("rank 1 cannot go on")
         if HOW == "kill":

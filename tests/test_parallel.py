@@ -157,6 +157,10 @@ ENDS = {  # how a rank ends, and what is said of it
 }
 
 
+LONG = ("--no-compile", "--draft", "none", "--batch_size", "1", "--max_new_tokens", "3000",
+        "--max_context", "6000", "--prompt", "a", "--ignore_eos")  # fmt: skip
+
+
 def torchrun(*command: object) -> list[object]:
     """Of two processes on this machine."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -167,7 +171,7 @@ def test_one_rank_ends_all(tmp_path):
     """Within 10 seconds, with one line besides those of torchrun, and a status that is not 0."""
     running = {}
     for how in ENDS:
-        command = torchrun(ROOT / "tests" / "ends.py", how, tmp_path / how)
+        command = torchrun(ROOT / "tests" / "ends.py", how, tmp_path / how, *LONG)
         out = (tmp_path / f"{how}.log").open("w")
         running[how] = subprocess.Popen(command, env=ENVIRONMENT, stdout=out, stderr=out)
     while any(process.poll() is None for process in running.values()):

@@ -62,6 +62,7 @@ IN_AND_OUT = {
     "checkpoint": (398, "chat config device families model parallel tokenizer"),
     "offline": (350, "batch checkpoint prompts sampling tokenizer"),
     "results": (220, "checkpoint config device offline parallel"),
+    "data_parallel": (145, "offline results"),
 }
 PROGRAM = {
     "report": (265, ""),
@@ -73,17 +74,17 @@ PROGRAM = {
         " policies prompts quantize sampling spec_decode",
     ),
     "serve": (
-        260,
-        "auto batch checkpoint device load measure offline options parallel refill report results"
-        " sampling spec_decode",
+        310,
+        "auto batch checkpoint data_parallel device load measure offline options parallel refill"
+        " report results sampling spec_decode",
     ),
-    "generate": (235, "*"),  # everything; nobody imports it
+    "generate": (240, "*"),  # everything; nobody imports it
 }
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
 CHAPTERS = ("kernels", "cpu_attention", "kv_cache", "model", "quantize", "sampling", "batch",
             "policies", "selection", "lookup", "drafter", "draft_models", "drafters", "graphs",
             "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 9000  # of a file, of CHAPTERS, of all files
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3500, 9250  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "roofline", "cost_model", "report")
 MANY_PARAMETERS = {  # function: why it has more
@@ -434,7 +435,7 @@ RULES: dict[Rule, tuple[list[Source], dict[str, dict[str, str]]]] = {
         f"batch.py has {TABLE['batch'][0] + 1} lines": {"batch": "\n" * (TABLE["batch"][0] + 1)},
         "a.py has 451 lines": {"a": "\n" * 451},
         "the algorithm: 3501": {"kv_cache": "\n" * 2000, "graphs": "\n" * 1501, "auto": "\n" * 9},
-        "all files: 9001": {"a": "\n" * 4000, "b": "\n" * 5001},
+        "all files: 9251": {"a": "\n" * 4000, "b": "\n" * 5251},
     }),
     functions_are_short: (HOUSE, {
         "a.f has 61 lines": {"a": LONG},
