@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,7 @@ GREEDY, SAMPLED = Sampling(), Sampling(0.9, 30, 0.95)
 PROMPT = [*torch.randint(97, (150,), generator=torch.Generator().manual_seed(5)).tolist()]
 PROMPTS = [PROMPT[:130], PROMPT[3:4], PROMPT[40:57] * 3, PROMPT[10:99], PROMPT[:60]]
 N_NEW = 8
+HANG = timedelta(seconds=60)  # ranks that decide differently wait for each other
 SMALL = "2-1-1"  # the directory of a model of two heads and one layer
 TWO_ONLY = {  # what four ranks show no better
     "strategy none", "strategy chunks", "strategy ngram", "strategy int8", "draft model streaming",
@@ -225,7 +227,8 @@ def world(n: int, folder: Path, wanted: dict[str, Callable[[], list]]) -> None:
             continue
         try:
             store = dist.FileStore(str(folder / f"store-{n}"), n)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
+            how = {"store": store, "rank": rank, "world_size": n, "timeout": HANG}
+            dist.init_process_group("gloo", **how)
             (folder / f"{n}-{rank}.json").write_text(json.dumps(run(wanted)))
             os._exit(0)
         except BaseException:
