@@ -28,8 +28,9 @@ from device import median_seconds, timed
 from drafter import Drafter
 from forecast import Ahead, Record
 from model import Transformer
+from parallel import from_first, reducer
 from policies import Strategy
-from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time
+from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time, with_link
 from spec_decode import Engine
 
 GAMMAS, LONGEST = (2, 5, 12), 12  # compiled draft lengths on the CPU (LOG.md); the most on a GPU
@@ -43,6 +44,7 @@ SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a w
 # There are more sweeps within SHORT seconds, and while the latest differ by a factor of STEADY:
 # compilers that torch has started in the background slow all down for some seconds.
 SHORT, STEADY, MAX_SWEEPS = 1.5, 1.3, 20
+LARGER = 64  # times as many bytes are in the second all-reduce that is timed
 Trial = Generator[None, None, tuple[Tensor, Tensor]]  # yields after each round
 
 
@@ -171,12 +173,24 @@ class Auto:
             for (length, gamma), seconds in times.items()
         ]
         preset = HARDWARE["h200" if engine.device.type == "cuda" else "cpu"]
+        if config.n_ranks > 1:
+            preset = with_link(preset, config.n_ranks, self.time_all_reduces())
         self.hardware, self.fit_error = fit(config, preset, timings)
         expected = (forward_time(config, self.hardware, t.workload, t.T).total for t in timings)
         pairs = [(t.seconds, seconds) for t, seconds in zip(timings, expected, strict=True)]
         for i, gamma in enumerate(gammas):
             measured, predicted = map(sum, zip(*pairs[i :: len(gammas)], strict=True))
             self.residual[gamma] = measured / predicted
+
+    def time_all_reduces(self) -> dict[int, float]:
+        """Seconds by bytes, of those in a plain step and of much larger ones."""
+        engine, times = self.engine, {}
+        model, B = engine.model, self.engine.batch.n_rows
+        for n_tokens in (B, B * LARGER):
+            work = engine.capture(reducer(model, n_tokens))
+            n_bytes = n_tokens * model.config.dim * engine.full.spec.dtype.itemsize
+            times[n_bytes] = median_seconds(engine.device, work)
+        return times
 
     def workload(self, length: int) -> Workload:
         """This batch, all rows of that length."""
@@ -277,7 +291,14 @@ class Auto:
         options, threshold = ([], 0.0) if self.named else ([Choice()], MARGIN)
         known = (c for c in self.candidates if c.record.known or self.named)
         options += [c.best(ahead, threshold) for c in known]
-        return max(options, key=lambda o: o.speedup * (stay if o.candidate is now else 1.0))
+        best = max(options, key=lambda o: o.speedup * (stay if o.candidate is now else 1.0))
+        return self.agreed(best)
+
+    def agreed(self, choice: Choice) -> Choice:
+        """Rank 0's choice, where several run one model."""
+        who = self.candidates.index(choice.candidate) if choice.candidate else None
+        who, *rest = from_first((who, choice.gamma, choice.speedup))
+        return Choice(None if who is None else self.candidates[who], *rest)
 
     def follow(self) -> Iterator[None]:
         """Rounds to the end, with what the latest acceptance asks for.

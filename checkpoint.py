@@ -25,6 +25,7 @@ from config import ModelConfig, is_random, open_json, total_params
 from device import check_fits
 from families import load_config
 from model import Block, Transformer, rope_frequencies
+from parallel import Shard
 from tokenizer import NumberTokenizer, Tokenizer, load_tokenizer
 
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "demo"
@@ -86,9 +87,10 @@ class Checkpoint:
         device: torch.device,
         dtype: torch.dtype,
         on_tensor: Callable[[int, int], None] = lambda done, total: None,  # bytes of the model
+        shard: Shard | None = None,
     ) -> Transformer:
         """The model with its weights, see `load_model`."""
-        return load_model(self.path, device, dtype, on_tensor, self.config)
+        return load_model(self.path, device, dtype, on_tensor, self.config, shard)
 
 
 def open_checkpoint(checkpoint_dir: Path, chat: bool = False) -> Checkpoint:
@@ -170,6 +172,7 @@ def load_model(
     dtype: torch.dtype,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,  # bytes of the model
     config: ModelConfig | None = None,  # None: read from the directory
+    shard: Shard | None = None,  # what to load of it; None: all
 ) -> Transformer:
     """The model of a Hugging Face directory: `config.json` and safetensors, single or sharded.
 
@@ -181,13 +184,15 @@ def load_model(
     """
     config, random = config or load_config(checkpoint_dir), is_random(checkpoint_dir)
     headers = {} if random else read_headers(weight_files(checkpoint_dir))
-    what = f"the weights of {checkpoint_dir}"
-    n_bytes = total_params(config) * dtype.itemsize
+    what, own = f"the weights of {checkpoint_dir}", shard.config if shard else config
+    n_bytes = total_params(own) * dtype.itemsize
     check_fits(n_bytes, device, what, lambda share: "a smaller model or --dtype")
     if not random:
         check_headers(checkpoint_dir, headers, config)
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+        model = Transformer(own).to(dtype)
+    if shard:
+        shard.trim(model)
     total, done = sum(p.nbytes for p in model.parameters()), 0
     on_tensor(0, total)
     model = model.to_empty(device=device).eval().requires_grad_(False)
@@ -197,19 +202,22 @@ def load_model(
     if random:
         randomize(model)
         on_tensor(total, total)
-    places = dict(hf_weights(model))
-    for shard in sorted({header.shard for header in headers.values()}):
-        with safe_open(shard, framework="pt") as file:
-            for name in places.keys() & file.keys():
-                place = places[name].copy_(file.get_tensor(name))
-                if not all(end.isfinite() for end in place.aminmax()):  # NaN is both ends
-                    raise ValueError(
-                        f"{shard}: {name} has NaN or infinite numbers in "
-                        f"{str(dtype).removeprefix('torch.')}; download it again, or take a wider "
-                        f"--dtype"
-                    )
-                done += place.nbytes
-                on_tensor(done, total)
+    for name, place in hf_weights(model) if not random else ():
+        path = headers[name].shard
+        with safe_open(path, framework="pt") as file:  # anew: what was mapped of it is forgotten
+            if shard:
+                shard.read(name, file.get_slice(name), place)
+            else:
+                place.copy_(file.get_tensor(name))
+        if not all(end.isfinite() for end in place.aminmax()):  # NaN is both ends
+            raise ValueError(
+                f"{path}: {name} has NaN or infinite numbers in "
+                f"{str(dtype).removeprefix('torch.')}; download it again, or take a wider --dtype"
+            )
+        done += place.nbytes
+        on_tensor(done, total)
+    if shard:
+        shard.apply(model)
     return model
 
 

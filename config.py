@@ -17,7 +17,7 @@ Layers may differ in what they see. In a layer with a *window* a query sees the 
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, get_args
@@ -173,6 +173,7 @@ class ModelConfig:
     attention_cap: float | None = None  # scores become cap * tanh(score / cap); None: they stay
     logit_cap: float | None = None  # the same for logits
     fused_weights: bool = False  # one tensor in files for q, k, v, and one for gate, up
+    n_ranks: int = 1  # of which this is one: heads and ffn_dim are its own (see `one_rank`)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -212,6 +213,26 @@ class ModelConfig:
         return tuple(
             None if (i + 1) % every == 0 else self.sliding_window for i in range(self.n_layer)
         )
+
+
+def one_rank(m: ModelConfig, n: int) -> ModelConfig:
+    """What one of n ranks has of a model: some of its heads, and an n-th of its feed-forward.
+
+    KV heads that are fewer than ranks are on several of them. A feed-forward that does not divide
+    is filled up with zeros. ValueError for heads that do not divide.
+    """
+
+    def divides(n: int) -> bool:
+        return m.n_head % n == 0 and max(m.n_kv_head, n) % min(m.n_kv_head, n) == 0
+
+    if not divides(n):
+        fitting = ", ".join(str(k) for k in range(1, m.n_head + 1) if divides(k))
+        raise ValueError(
+            f"{m.n_head} query heads and {m.n_kv_head} KV heads cannot be divided among {n} ranks; "
+            f"take {fitting}"
+        )
+    n_head, n_kv_head = m.n_head // n, max(m.n_kv_head // n, 1)
+    return replace(m, n_head=n_head, n_kv_head=n_kv_head, ffn_dim=-(-m.ffn_dim // n), n_ranks=n)
 
 
 GEMMA: dict[str, Any] = {"activation": "gelu_tanh", "scaled_embedding": True, "norm_plus_one": True,
@@ -260,16 +281,24 @@ def layer_params(m: ModelConfig) -> int:
     return m.dim * m.head_dim * 2 * (m.n_head + m.n_kv_head) + 3 * m.dim * m.ffn_dim
 
 
+def output_rows(m: ModelConfig) -> int:
+    """Rows of the output layer: each rank has some of the vocabulary, at most so much."""
+    return -(-m.vocab_size // m.n_ranks)
+
+
 def matrix_params(m: ModelConfig) -> int:
     """Numbers in all matrices that a token is multiplied by, the output layer included."""
-    return m.n_layer * layer_params(m) + m.dim * m.vocab_size
+    return m.n_layer * layer_params(m) + m.dim * output_rows(m)
 
 
 def total_params(m: ModelConfig) -> int:
-    """All parameters: matrices, norms, and the embedding table where it is one of its own."""
-    table = 0 if m.tie_embeddings else m.dim * m.vocab_size
+    """All parameters: matrices, norms, and the embedding table, which every rank has whole.
+
+    The output layer is a part of the table where both are one.
+    """
+    output = 0 if m.tie_embeddings else output_rows(m)
     norms = (4 if m.post_norms else 2) * m.n_layer + 1
-    return matrix_params(m) + table + norms * m.dim
+    return m.n_layer * layer_params(m) + m.dim * (m.vocab_size + output + norms)
 
 
 def visible_tokens(m: ModelConfig, n_tokens: int, margin: int = 0) -> int:

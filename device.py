@@ -2,8 +2,13 @@
 
 Work on a GPU is only queued by the call that asks for it, so a clock is read when the device has
 nothing left to do. `timed` is one such reading, `median_seconds` a repeated one.
+
+Where several processes run one model together (`parallel.py`), what they decide must not depend on
+which of them asks. Then the time of some work is that of the slowest, and free is what is free on
+all of them.
 """
 
+import os
 import platform
 import resource
 import statistics
@@ -13,8 +18,28 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+def several_ranks() -> bool:
+    """Whether other processes run the same model with this one."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def first_rank() -> bool:
+    """Whether this process writes files for all of them: it is rank 0, or alone."""
+    return not several_ranks() or dist.get_rank() == 0
+
+
+def agreed(value: float, which: str = "max") -> float:
+    """The largest value of all ranks, or the least ("min"); alone, the value."""
+    if not several_ranks():
+        return value
+    shared = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(shared, dist.ReduceOp.MAX if which == "max" else dist.ReduceOp.MIN)
+    return shared.item()
 
 
 def find_device(name: str) -> torch.device:
@@ -35,6 +60,7 @@ def find_device(name: str) -> torch.device:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device; None where the system does not tell.
 
+    A CPU is shared with the processes that `torchrun` has started beside this one.
     On CUDA also what PyTorch keeps for its next tensors, but not what a CUDA graph's own pool
     keeps: only that graph's replays, and captures into its pool, ever use it.
     """
@@ -50,7 +76,8 @@ def free_memory(device: torch.device) -> int | None:
     if not meminfo.exists():
         return None
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(fields["MemAvailable"].split()[0]) * 1024 // n_processes
 
 
 def check_fits(
@@ -60,8 +87,8 @@ def check_fits(
     remedy: Callable[[float], str],  # is told which share of what is needed would fit
 ) -> None:
     """ValueError with both numbers and the remedy if the device has not that much memory free."""
-    free = free_memory(device)
-    if free is not None and n_bytes > free:
+    free: float | None = free_memory(device)
+    if free is not None and n_bytes > (free := agreed(free, "min")):
         raise ValueError(
             f"{what} need {n_bytes / 2**30:.1f} GiB, but {device} has "
             f"{free / 2**30:.1f} GiB free; use {remedy(free / n_bytes)}"
@@ -123,4 +150,4 @@ def timed(device: torch.device, work: Callable[[], T]) -> tuple[float, T]:
     start = time.perf_counter()
     result = work()
     synchronize(device)
-    return time.perf_counter() - start, result
+    return agreed(time.perf_counter() - start), result

@@ -23,7 +23,9 @@ from config import (
     check_value,
     is_random,
     lookup_name,
+    one_rank,
     open_json,
+    output_rows,
 )
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -65,14 +67,30 @@ ARCHITECTURES = {
 
 
 def load_config(checkpoint_dir: Path) -> ModelConfig:
-    """The model of a directory's `config.json`, or of a preset behind `random:`.
+    """The model of a directory's `config.json`, or of a preset behind `random:`, or one rank of it.
 
     Raises FileNotFoundError, or ValueError for what is not supported.
     """
     if is_random(checkpoint_dir):
-        return lookup_name(MODELS, str(checkpoint_dir).removeprefix(RANDOM), "model")
+        return load_preset(str(checkpoint_dir).removeprefix(RANDOM))
     path = checkpoint_dir / "config.json"
     return read_config(open_json(path).of(dict), str(path))
+
+
+def load_preset(name: str) -> ModelConfig:
+    """A preset; NAME/8: one rank of eight as a model of its own, with an eighth of the vocabulary.
+
+    What it takes is what each of eight GPUs takes, but for their all-reduces. ValueError for a name
+    that is unknown, and as in `one_rank`.
+    """
+    name, slash, ranks = name.partition("/")
+    whole = lookup_name(MODELS, name, "model")
+    if not slash:
+        return whole
+    if not (ranks.isdecimal() and ranks.isascii() and 1 <= len(ranks) <= 6 and int(ranks)):
+        raise ValueError(f"{RANDOM}{name}/{ranks}: {ranks!r} is no number of ranks")
+    part = one_rank(whole, int(ranks))
+    return replace(part, n_ranks=1, vocab_size=output_rows(part))
 
 
 def read_config(hf: dict, source: str = "config.json") -> ModelConfig:

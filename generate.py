@@ -28,7 +28,8 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing
 
 def interrupted(*_: object) -> None:
     """Ends the process, with the line and the status that `main` has for it."""
-    os.write(2, b"\ngenerate.py: interrupted\n")
+    if os.environ.get("RANK", "0") == "0":  # all ranks are interrupted
+        os.write(2, b"\ngenerate.py: interrupted\n")
     os._exit(130)
 
 
@@ -36,18 +37,21 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, interrupted)  # the imports take seconds; `main` puts it back
 
 import torch
+from torch.distributed import Store
 
 import report
 from auto import Auto
 from checkpoint import Checkpoint
+from data_parallel import supervise, supervised
 from demo import demo
-from device import timed
+from device import first_rank, timed
 from explain import explain
 from files import write_file
 from load import describe, how, load
 from measure import Job, decode, measure, warm_up
 from offline import BadLines
 from options import Options, check_targets, parse_args, write_result
+from parallel import as_one, join, launched, own_device
 from serve import serve
 from spec_decode import Engine
 from tokenizer import TextStream, Tokenizer, continuation
@@ -154,28 +158,45 @@ def say_answer(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 for input that cannot be used."""
+    try:
+        return command(argv)
+    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as e:
+        return failed(e)
+
+
+def command(argv: list[str] | None = None, store: Store | None = None) -> int:
+    """The same; raises what is wrong. `store` is where the ranks of one model meet."""
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        forgive_streams()
-        with torch.inference_mode():
-            options = parse_args(argv, __doc__.split("\n")[0])
-            check_targets(options)
-            if options.output:
-                return serve(options)
-            return command(options)(options, *load(options))
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        return refused(e)
-    except KeyboardInterrupt as e:  # which may say how far it came
-        print(f"\ngenerate.py: interrupted{e}", file=sys.stderr)
-        return 130
+    forgive_streams()
+    with torch.inference_mode():
+        options = parse_args(argv, __doc__.split("\n")[0])
+        if store and options.data_parallel and not supervised():
+            return supervise(store)
+        if store:
+            options = of_this_rank(options, store)
+        check_targets(options)
+        if options.output:
+            return serve(options)
+        return one_batch(options)(options, *load(options))
 
 
-def command(o: Options) -> Callable[..., int]:
+def one_batch(o: Options) -> Callable[..., int]:
     """What is done with one batch."""
     if o.interactive:
         return converse
     return explain if o.explain else demo if o.is_demo else batch
+
+
+def of_this_rank(o: Options, store: Store) -> Options:
+    """The flags as this one of several ranks has them, which meet here. ValueError for some."""
+    if o.interactive:
+        raise ValueError("--interactive is for one process: torchrun has no terminal for its ranks")
+    o = replace(o, device=own_device(o.device))
+    if o.data_parallel:
+        return o if os.environ["RANK"] == "0" else replace(o, json=None)
+    join(o.device, store)
+    return o if first_rank() else replace(o, json=None, profile=None)
 
 
 def forgive_streams() -> None:
@@ -188,6 +209,16 @@ def forgive_streams() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
             stream.reconfigure(errors=errors)
+
+
+def failed(e: BaseException) -> int:
+    """Say in one line what ended the program; returns the exit status."""
+    if isinstance(e, KeyboardInterrupt):  # which may say how far it came
+        print(f"\ngenerate.py: interrupted{e}", file=sys.stderr)
+        return 130
+    if isinstance(e, (ValueError, OSError, MemoryError, RuntimeError)):
+        return refused(e)
+    raise e
 
 
 def refused(e: Exception) -> int:
@@ -210,4 +241,4 @@ def refused(e: Exception) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_one(partial(command, None), failed) if launched() else main())

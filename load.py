@@ -16,13 +16,14 @@ import prompts
 from auto import Auto, Candidate, draft_lengths
 from batch import MAX_EOS
 from checkpoint import DTYPES, KV_DTYPES, Checkpoint, open_checkpoint
-from config import kv_bytes
+from config import ModelConfig, kv_bytes
 from device import check_fits, dtype_name, find_device
 from drafters import check_strategy, with_weights
 from kernels import compile_blocks, compiler_runs
 from measure import Job, Progress
 from model import Transformer
 from options import Options
+from parallel import Shard, check_same, shard_of
 from policies import Strategy
 from quantize import emulated, resolve
 from sampling import Sampling, widest
@@ -41,6 +42,12 @@ class Opened(NamedTuple):
     kv_dtype: torch.dtype  # of the target's K and V
     end_ids: tuple[int, ...]  # tokens that end a text
     max_context: int  # tokens of prompt and answer
+    shard: Shard | None = None  # what this rank has of the model; None: all of it
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of what this rank has."""
+        return self.shard.config if self.shard else self.checkpoint.config
 
 
 def open_all(o: Options) -> Opened:
@@ -57,12 +64,13 @@ def open_all(o: Options) -> Opened:
         checkpoint.check_same_vocabulary(draft)
     max_context = checkpoint.config.max_seq_len
     max_context = min(max_context, o.max_context or max_context)
-    return Opened(checkpoint, draft, device, dtype, kv_dtype, end_ids, max_context)
+    shard = shard_of(checkpoint.config)
+    return Opened(checkpoint, draft, device, dtype, kv_dtype, end_ids, max_context, shard)
 
 
 def check_size(opened: Opened, n_rows: int, n_tokens: int) -> None:
     """ValueError if the caches alone do not fit; the engine asks again, for all that it needs."""
-    n_bytes = n_rows * kv_bytes(opened.checkpoint.config, n_tokens, opened.kv_dtype.itemsize)
+    n_bytes = n_rows * kv_bytes(opened.config, n_tokens, opened.kv_dtype.itemsize)
     remedy = "a smaller --batch_size or --max_context"
     check_fits(n_bytes, opened.device, "the KV caches", lambda share: remedy)
 
@@ -73,6 +81,7 @@ def load(o: Options) -> tuple[Checkpoint, Engine, Auto | None, Job]:
     longest = opened.max_context
     check_size(opened, o.batch_size or 1, min(1 + o.max_new_tokens, longest))  # rows are large too
     rows = read_rows(o, opened.checkpoint, longest)
+    check_same("the prompts", rows)
     if not o.interactive:
         longest = max(map(len, rows)) + o.max_new_tokens
     engine, auto = make_engine(o, opened, len(rows), longest, widest(samplings))
@@ -94,7 +103,7 @@ def make_engine(
     checkpoint, draft, device, dtype, kv_dtype, *_ = opened
     check_size(opened, n_rows, longest)
     automatic = o.drafts and "auto" in (o.draft, o.speculate_k)
-    lengths = draft_lengths(device.type, checkpoint.config.n_group)
+    lengths = draft_lengths(device.type, opened.config.n_group)
     gammas = o.gammas(lengths[:-1] if o.exact else lengths)  # all rounds would pay for the longest
     strategies = weighed(o, opened, o.strategies(max(gammas)))
     if len(strategies) == 1:
@@ -104,12 +113,15 @@ def make_engine(
     if wanted and not compiling:
         print("generate.py: no working compiler for torch.compile on this machine (the CPU needs "
               "g++): running eagerly, which is slower", file=sys.stderr)  # fmt: skip
-    if any(emulated(d.weights, checkpoint.config, device) for d in strategies):
+    if any(emulated(d.weights, opened.config, device) for d in strategies):
         print(f"generate.py: {o.draft_weights} draft weights have no kernel here: they are "
               "emulated, which is no faster", file=sys.stderr)  # fmt: skip
-    model = load_weights(checkpoint, device, dtype, compiling)
+    model = load_weights(checkpoint, opened, compiling, opened.shard)
     model.kv_dtype, model.exact = kv_dtype, max(gammas) if o.exact else 0
-    draft_model = load_weights(draft, device, dtype, compiling) if draft else None
+    draft_model = None
+    if draft:  # whole on every rank if its heads do not divide
+        shard = shard_of(draft.config, may_replicate=True)
+        draft_model = load_weights(draft, opened, compiling, shard)
     if not automatic:
         return Engine(model, n_rows, longest, strategies[0], sampling, o.seed, draft_model), None
     engine = Engine(model, n_rows, longest, Strategy(), sampling, o.seed)
@@ -127,7 +139,7 @@ def weighed(o: Options, opened: Opened, strategies: list[Strategy]) -> list[Stra
 
     ValueError for bfloat16 beside bfloat16.
     """
-    kind = resolve(o.draft_weights, opened.checkpoint.config, opened.device, opened.dtype)
+    kind = resolve(o.draft_weights, opened.config, opened.device, opened.dtype)
     if o.lower_weights and len(strategies) == 1:
         return [replace(strategies[0], weights=kind)]  # refused later if it has no use for them
     own_model = opened.draft is not None and o.draft != "auto"
@@ -149,7 +161,7 @@ def read_rows(o: Options, checkpoint: Checkpoint, max_context: int) -> list[list
 
 
 def load_weights(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, compiling: bool
+    checkpoint: Checkpoint, opened: Opened, compiling: bool, shard: Shard | None
 ) -> Transformer:
     """The model; of a large one, standard error tells how far it is."""
     say = partial(print, file=sys.stderr, flush=True)
@@ -163,7 +175,7 @@ def load_weights(
             if done == total:
                 say()
 
-    model = checkpoint.load(device, dtype, on_tensor)
+    model = checkpoint.load(opened.device, opened.dtype, on_tensor, shard)
     if compiling:
         compile_blocks(model)
     return model
@@ -176,6 +188,8 @@ def describe(o: Options, engine: Engine, auto: Auto | None, what: str) -> str:
         dtype_name(t) for t in (engine.full.spec.dtype, engine.full.spec.stored_dtype)
     )
     dtype += f" (KV {kv_dtype})" if kv_dtype != dtype else ""
+    n_ranks = engine.model.config.n_ranks
+    share = f" on each of {n_ranks} ranks" if n_ranks > 1 else ""
     draft = "no draft: plain decoding"
     if auto:
         candidates = ", ".join(map(str, auto.candidates))
@@ -187,7 +201,7 @@ def describe(o: Options, engine: Engine, auto: Auto | None, what: str) -> str:
     if o.exact:
         draft += f"; exact: every step of the target is of {engine.full.spec.exact + 1} tokens"
     return (
-        f"{o.checkpoint_path}: {n_params / 1e6:.1f}M parameters, {dtype} on {o.device}, "
+        f"{o.checkpoint_path}: {n_params / 1e6:.1f}M parameters{share}, {dtype} on {o.device}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{what}\n{draft}"
     )
 

@@ -207,7 +207,7 @@ def step_times(
 def step_bytes(engine: Engine, lengths: list[int]) -> int:
     """Bytes that a plain step must read after prompts of these lengths: their K and V, the weights.
 
-    A sliding window sees the newest tokens of a prompt only.
+    A sliding window sees the newest tokens of a prompt only. Of several ranks each reads its part.
     """
     config, itemsize = engine.model.config, engine.full.spec.stored_dtype.itemsize
     read = sum(kv_bytes(config, n, itemsize) for n in lengths)

@@ -270,16 +270,14 @@ class Transformer(nn.Module):
         """Bytes of weights that a forward of so many tokens must read.
 
         An embedding table of its own gives a row per token; tied to the output layer it is read
-        whole, and counts once.
+        whole, and counts once. Of several ranks each has an output layer of its own.
         """
         table, others = self.tok_embeddings.weight, (p for p in self.parameters())
         kept = (b for name, b in self.named_buffers() if name != "rope_freq")  # LowLinear's
         total = sum(t.nbytes for t in (*others, *kept))
-        return (
-            total
-            if self.config.tie_embeddings
-            else total - table.nbytes + n_tokens * table[0].nbytes
-        )
+        if self.config.tie_embeddings and self.config.n_ranks == 1:
+            return total
+        return total - table.nbytes + n_tokens * table[0].nbytes
 
     @property
     def flex(self) -> bool:

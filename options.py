@@ -58,6 +58,8 @@ class Options:
     prompts: Path | None = flag(None, '.jsonl, an object with "prompt" per line')
     output: Path | None = flag(None, "with --prompts: write each result to this .jsonl when it is "
                                      "done; what is there already is kept")  # fmt: skip
+    data_parallel: bool = flag(False, "with --output: share the prompts with other processes, each "
+                                      "with a model of its own (torchrun)")  # fmt: skip
     skip_bad: bool = flag(False, "with --output: record lines that cannot be used, do the others")
     order: str | None = flag(None, "with --output: which prompt gets a row; default: first",
                              choices=("first", "longest"), metavar=None)  # fmt: skip
@@ -136,6 +138,8 @@ class Options:
              "--check_lossless needs the plain run that --no-compare leaves out"),
             (self.output and not self.prompts, "--output needs --prompts"),
             (self.output and self.profile, "--output has no --profile"),
+            (self.data_parallel and not self.output, "--data_parallel needs --output"),
+            (self.data_parallel and self.compares, "--data_parallel has no --compare"),
             (not self.output and (self.skip_bad or self.order or self.max_gap is not None),
              "--skip_bad, --order and --max_gap need --output"),
             (self.max_gap is not None and not self.max_gap > 0,

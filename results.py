@@ -23,7 +23,9 @@ from pathlib import Path
 
 from checkpoint import weight_files
 from config import is_random
+from device import first_rank
 from offline import Input, parse
+from parallel import from_first
 
 VERSION = 1  # of what the lines mean, and of the tokens that a request gets
 EDGE = 2**20  # bytes of both ends of a file that stand for it
@@ -51,6 +53,8 @@ def fingerprint(checkpoint_dir: Path) -> str:
 
 class Output:
     """The file of results, which is this process's alone while it lives. See `open_output`."""
+
+    shared = False  # whether others of this kind may have it, too
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path, self.fd = path, fd
@@ -140,8 +144,18 @@ class Output:
         return f"{len(self.done)} requests are done, and the same command goes on from there"
 
 
+class Follower(Output):
+    """What a rank knows of the file that another one writes."""
+
+    def append(self, record: dict) -> None:
+        """Remember that it is done."""
+        self.done.update([record["id"]] if "id" in record and "error" not in record else [])
+
+
 @contextmanager
-def open_output(path: Path, given: Input, manifest: dict) -> Iterator[Output]:
+def open_output(
+    path: Path, given: Input, manifest: dict, kind: type[Output] = Output
+) -> Iterator[Output]:
     """The file of results, to be continued where it ends.
 
     ValueError if it is the input, no ordinary file, or another run's. OSError if it cannot be
@@ -159,15 +173,29 @@ def open_output(path: Path, given: Input, manifest: dict) -> Iterator[Output]:
         raise OSError(f"cannot write {path}: {e.strerror}") from None
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = fcntl.LOCK_SH if kind.shared else fcntl.LOCK_EX
+            fcntl.flock(fd, lock | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"{path} is being written by another process; wait for it") from None
-        output = Output(path, fd)
+        output = kind(path, fd)
         output.begin(manifest, given)
         yield output
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def open_shared(path: Path, given: Input, manifest: dict) -> Iterator[Output]:
+    """The same where several ranks run one model: the first one writes, all know what is done."""
+    if first_rank():
+        with open_output(path, given, manifest) as output:
+            from_first([*output.done])
+            yield output
+    else:
+        follower = Follower(path, -1)
+        follower.done.update(from_first([]))
+        yield follower
 
 
 def to_line(record: dict) -> bytes:

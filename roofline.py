@@ -9,8 +9,9 @@ reads memory and computes at the same time, so a stage takes the longer of the t
     all-reduce  2 per layer with tensor parallelism:  latency + bytes / link bandwidth
     fixed       per layer: launches, norms, everything that does not grow
 
-Weights, heads and arithmetic are divided by the number of GPUs. Bandwidth and FLOP/s are the data
-sheet's peaks times efficiencies. A layer with a sliding window reads its window, not S.
+Weights, heads and arithmetic are divided by the number of GPUs, but for a model that is one rank of
+several (`config.one_rank`): it is divided already. Bandwidth and FLOP/s are the data sheet's peaks
+times efficiencies. A layer with a sliding window reads its window, not S.
 
 At long context the attention stage of T = 1 and of T = gamma + 1 read the same bytes. So checking
 gamma + 1 tokens takes hardly longer than decoding one, and speculation is possible.
@@ -159,6 +160,25 @@ def weight_bytes(m: ModelConfig, w: Workload, weight_itemsize: int | None = None
     return blocks * (weight_itemsize or w.itemsize) + output * w.itemsize
 
 
+def moved_bytes(n_bytes: float, n_gpus: int) -> float:
+    """What an all-reduce of so many bytes moves through each link, in a ring."""
+    return n_bytes * 2 * (n_gpus - 1) / n_gpus
+
+
+def with_link(hw: Hardware, n_gpus: int, timed: dict[int, float]) -> Hardware:
+    """The device with the link that explains timed all-reduces: seconds by bytes, two of them.
+
+    Where the larger takes no longer, all is latency. ValueError for a time that is none.
+    """
+    (small, first), (large, second) = sorted(timed.items())
+    if not 0 < first < math.inf:
+        raise ValueError(f"an all-reduce took {first} s; a time must be positive and finite")
+    more = max(second - first, 1e-3 * first)
+    bandwidth = moved_bytes(large - small, n_gpus) / more
+    latency = max(first - moved_bytes(small, n_gpus) / bandwidth, 1e-3 * first)
+    return replace(hw, all_reduce_seconds=latency, link_bandwidth=bandwidth)
+
+
 def forward_time(
     m: ModelConfig,
     hw: Hardware,
@@ -172,9 +192,9 @@ def forward_time(
     new_bytes = rows * activation_bytes(m, w.itemsize, w.cached_itemsize)
     S = visible_tokens(m, w.prefix_len if context is None else context) / m.n_layer
     attention_flops = 4 * m.n_layer * m.n_head * m.head_dim * S * rows / w.num_gpus
-    all_reduce = 0.0
-    if w.num_gpus > 1:  # a ring moves 2 (n - 1) / n of the bytes through each link
-        n_bytes = rows * m.dim * w.itemsize * 2 * (w.num_gpus - 1) / w.num_gpus
+    all_reduce, n_gpus = 0.0, w.num_gpus * m.n_ranks
+    if n_gpus > 1:
+        n_bytes = moved_bytes(rows * m.dim * w.itemsize, n_gpus)
         all_reduce = 2 * m.n_layer * (hw.all_reduce_seconds + n_bytes / hw.link_bandwidth)
     return ForwardTime(
         weights=weight_bytes(m, w, weight_itemsize) / w.num_gpus / hw.bandwidth,

@@ -11,27 +11,32 @@ and then. With --compare the same requests are first decoded plainly, through th
 nothing of that is written.
 """
 
+import itertools
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 
 from auto import Auto
 from batch import Request
+from data_parallel import SharedOutput
 from device import dtype_name, peak_memory_bytes, timed
 from load import Opened, describe, how, make_engine, open_all
 from measure import acceptance, setting, warm_up
 from offline import BadLines, Defaults, Input, Line, answer_text, read_input
 from options import Options, write_result
+from parallel import check_same
 from refill import Refill, Result
 from report import Served, leg, progress_line, served_numbers, served_table
-from results import VERSION, Output, fingerprint, open_output
+from results import VERSION, Output, fingerprint, open_output, open_shared
 from sampling import Sampling, widest
 from spec_decode import Engine
 
 ROWS = 16  # at most, unless a flag says otherwise
+WAIT = 0.3  # seconds between two looks at what other processes have left
 SHOW, LOG = 1.0, 30.0  # seconds between two states of a terminal's line, and two lines of a log
 TEXT_FLAGS = ("max_new_tokens", "seed", "ignore_eos", "chat", "system")  # that texts depend on
 DRAFT_FLAGS = ("draft", "speculate_k", "draft_budget", "n_sink", "obs_window", "reselect_every")
@@ -46,7 +51,9 @@ def serve(o: Options) -> int:
     given = read_input(o.prompts, opened.checkpoint, defaults)
     if given.bad and not o.skip_bad:
         raise BadLines(given.path, given.bad)
-    with open_output(o.output, given, manifest(o, opened, given, sampling)) as output:
+    check_same("what the prompts say", given.sha256)
+    writes = partial(open_output, kind=SharedOutput) if o.data_parallel else open_shared
+    with writes(o.output, given, manifest(o, opened, given, sampling)) as output:
         lines = [line for line in given.lines if line.id not in output.done]
         result: dict = {
             "requests": len(given.lines),
@@ -66,7 +73,7 @@ def serve(o: Options) -> int:
                 f"command goes on from there"
             ) from None
     try:
-        if lines:
+        if "plan" in result:
             say(served_table(result))
     finally:  # also where nobody reads standard output any more
         write_result(o, result)
@@ -102,16 +109,24 @@ def run(
     plain: dict[int, list[int]] = {}  # tokens by request
     differing: list[str] = []  # ids
 
-    def write(r: Result) -> None:
+    def write(r: Result, lines: list[Line] = lines) -> None:
         line = lines[r.index]
         output.append(record(line, r, opened))
         if o.compares and plain[r.index] != r.token_ids:
             differing.append(line.id)
 
-    def answer(auto: Auto | None, use: Callable[[Result], object], title: str = "") -> dict:
-        requests, max_gap = [line.request for line in lines], o.max_gap or Refill.max_gap
-        longest_first = o.order == "longest"
-        refill = Refill(engine, requests, opened.end_ids, auto, max_gap, longest_first)
+    requests, longest_first = [line.request for line in lines], o.order == "longest"
+    max_gap = o.max_gap or Refill.max_gap
+
+    def answer(
+        auto: Auto | None,
+        use: Callable[[Result], object],
+        title: str = "",
+        queue: Iterable[Request] | None = None,  # None: all of them
+    ) -> dict:
+        longest = longest_first and queue is None
+        queue = requests if queue is None else queue
+        refill = Refill(engine, queue, opened.end_ids, auto, max_gap, longest)
         return figures(refill, requests, use, title)
 
     baseline = None
@@ -120,12 +135,47 @@ def run(
         engine.switch(None)
         baseline = answer(None, lambda r: plain.update({r.index: r.token_ids}), "plainly: ")
         engine.switch(drafter)
-    main = answer(auto, write)
+    if isinstance(output, SharedOutput):
+        ordered = sorted(lines, key=lambda line: -line.request.n_tokens * longest_first)
+        main = share(output, ordered, lambda queue, mine: answer(
+            auto, partial(write, lines=mine), queue=queue))  # fmt: skip
+    else:
+        main = answer(auto, write)
+    if not main:  # others have done it all
+        return {}
     if auto:
         say(auto.explain())
     result = setting(engine, auto) | {"peak_memory_bytes": peak_memory_bytes(engine.device)}
     result[leg(result["plan"])] = main
     return result if baseline is None else result | compared(main, baseline, differing)
+
+
+def share(
+    output: SharedOutput,
+    lines: list[Line],
+    answer: Callable[[Iterable[Request], list[Line]], dict],
+) -> dict:
+    """Answer what no other process does, until all is written; the figures of the first pass.
+
+    After that, requests may be left that somebody had claimed and died with.
+    """
+    first: dict = {}
+    while output.missing(lines):
+        mine: list[Line] = []
+
+        def claimed(mine: list[Line] = mine) -> Iterator[Request]:
+            for line in output.claims(lines):
+                mine.append(line)
+                yield line.request
+
+        queue = claimed()
+        request = next(queue, None)
+        if request is None:
+            time.sleep(WAIT)
+        else:
+            numbers = answer(itertools.chain([request], queue), mine)
+            first = first or numbers
+    return first
 
 
 def prepare(
@@ -134,7 +184,9 @@ def prepare(
     """An engine for these requests, warmed up. Says what it is and how long that took."""
     samplings = dict.fromkeys(request.sampling for request in requests)
     sampling, several = widest(samplings), len(samplings) > 1
-    n_rows, n_tokens = min(o.batch_size or ROWS, len(requests)), [r.n_tokens for r in requests]
+    n_processes = int(os.environ.get("WORLD_SIZE", "1")) if o.data_parallel else 1
+    n_rows = min(o.batch_size or ROWS, -(-len(requests) // n_processes))
+    n_tokens = [r.n_tokens for r in requests]
     engine, auto = make_engine(o, opened, n_rows, max(n_tokens), sampling)
     lengths, limit = [len(r.prompt) for r in requests], max(r.max_new_tokens for r in requests)
     what = (

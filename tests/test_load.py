@@ -55,9 +55,9 @@ def test_flags_become_an_engine(checkpoint):
 
 def test_a_large_model_says_how_far_its_loading_is(checkpoint, monkeypatch, capsys):
     opened = open_all(parse_args(["--checkpoint_path", str(checkpoint)]))
-    load_weights(opened.checkpoint, torch.device("cpu"), torch.float32, False)
+    load_weights(opened.checkpoint, opened, False, None)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(load, "LARGE", 1)
-    load_weights(opened.checkpoint, torch.device("cpu"), torch.float32, False)
+    load_weights(opened.checkpoint, opened, False, None)
     err = capsys.readouterr().err
     assert err.startswith(f"loading {checkpoint}: 0.0 GB ... ") and err.endswith("100% \n")

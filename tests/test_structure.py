@@ -22,15 +22,16 @@ ROOT = Path(__file__).parent.parent
 # Files in the order of their arrows: each imports only files above it, so there is no circle.
 # file: (most lines, the files of ours that it imports)
 ALGORITHM = {  # the chapters, and what they stand on
-    "config": (320, ""),
+    "config": (345, ""),
     "files": (80, ""),
-    "families": (260, "config"),
-    "device": (140, ""),
+    "families": (276, "config"),
+    "device": (155, ""),
     "kernels": (120, ""),
     "cpu_attention": (90, ""),
     "exact": (160, "kernels"),
     "kv_cache": (450, "cpu_attention exact kernels"),
-    "model": (402, "config cpu_attention exact kernels kv_cache"),
+    "model": (405, "config cpu_attention exact kernels kv_cache"),
+    "parallel": (300, "config device model"),  # applied from outside; no chapter needs it
     "quantize": (225, "config kernels model"),
     "sampling": (330, ""),
     "batch": (295, "sampling"),
@@ -51,35 +52,37 @@ ALGORITHM = {  # the chapters, and what they stand on
     ),
 }
 ECONOMICS = {
-    "roofline": (240, "config"),
+    "roofline": (262, "config"),
     "acceptance": (100, "config"),
     "picture": (250, ""),
-    "cost_model": (440, "acceptance config families files picture roofline"),
-    "capacity": (130, "config cost_model families roofline"),
+    "cost_model": (450, "acceptance config families files picture roofline"),
+    "capacity": (130, "config cost_model roofline"),
     "forecast": (110, ""),
-    "auto": (352, "device drafter forecast model policies roofline spec_decode"),
+    "auto": (372, "device drafter forecast model parallel policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
 IN_AND_OUT = {
     "tokenizer": (446, "config"),
     "chat": (260, "config tokenizer"),
     "prompts": (140, "tokenizer"),
-    "checkpoint": (340, "chat config device families model tokenizer"),
+    "checkpoint": (352, "chat config device families model parallel tokenizer"),
     "offline": (350, "batch checkpoint prompts sampling tokenizer"),
-    "results": (190, "checkpoint config offline"),
+    "results": (220, "checkpoint config device offline parallel"),
+    "data_parallel": (145, "offline results"),
 }
 PROGRAM = {
     "report": (385, ""),
     "measure": (260, "auto config device kv_cache report sampling spec_decode"),
-    "options": (270, "checkpoint config cost_model drafters files policies quantize sampling"),
+    "options": (275, "checkpoint config cost_model drafters files policies quantize sampling"),
     "load": (
-        205,
-        "auto batch checkpoint config device drafters kernels measure model options policies"
-        " prompts quantize sampling spec_decode",
+        218,
+        "auto batch checkpoint config device drafters kernels measure model options parallel"
+        " policies prompts quantize sampling spec_decode",
     ),
     "serve": (
-        258,
-        "auto batch device load measure offline options refill report results sampling spec_decode",
+        310,
+        "auto batch data_parallel device load measure offline options parallel refill report"
+        " results sampling spec_decode",
     ),
     "demo": (
         160,
@@ -91,13 +94,13 @@ PROGRAM = {
         "auto checkpoint config draft_models drafter drafters kv_cache load lookup measure options"
         " spec_decode tokenizer",
     ),
-    "generate": (215, "*"),  # everything; nobody imports it
+    "generate": (250, "*"),  # everything; nobody imports it
 }
 TABLE = ALGORITHM | ECONOMICS | IN_AND_OUT | PROGRAM
 CHAPTERS = ("kernels", "cpu_attention", "exact", "kv_cache", "model", "quantize", "sampling",
             "batch", "policies", "selection", "lookup", "drafter", "draft_models", "drafters",
             "graphs", "spec_decode")  # fmt: skip
-MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3600, 10300  # of a file, of CHAPTERS, of all files
+MAX_LINES, MAX_CHAPTERS, MAX_TOTAL = 450, 3600, 10900  # of a file, of CHAPTERS, of all files
 MAX_FUNCTION, MAX_PARAMETERS, MAX_EQUAL = 60, 6, 5  # lines, parameters without self, lines
 WITHOUT_TORCH = ("config", "families", "files", "roofline", "acceptance", "picture",
                  "cost_model", "capacity", "report")  # fmt: skip
