@@ -309,7 +309,7 @@ def test_synthetic_acceptance_has_the_asked_rate(monkeypatch):
     draft = engine.draft(3)
     z = torch.tensor([[0.3, 0.3, 0.3], [0.3, 0.4, 0.3], [0.4, 0.3, 0.3], [0.36, 0.3, 0.37]])
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic, "noise", lambda seed, pos, n_vocab: z[..., None])
+        patch.setattr(synthetic, "noise", lambda keys, n_vocab: z[..., None])
         assert engine.decide(draft)[0].tolist() == [3, 1, 0, 2]
     for rate, rounds in ((0.0, 59), (1.0, 15)):  # of 59 tokens behind the first one
         engine.accept_at(rate)

@@ -204,6 +204,9 @@ def bash_commands() -> list[str]:
 def test_commands_of_documents_run(command, tmp_path):
     """Cheap ones do; of others the flags are read; what is installed or tested is what CI does."""
     program, *words = shlex.split(command, comments=True)
+    if program == "torchrun":
+        words = words[words.index("generate.py") :]
+        assert any(mark in command for mark in MARKED)
     script, *flags = words or [""]
     if script == "generate.py":
         options.parse_args([*flags] + ["FILE"] * (flags[-1:] == ["--json"]))
