@@ -60,7 +60,7 @@ def ways(raw: dict) -> list[dict]:
     That of one draft beside plain decoding is made into the form that several have.
     """
     if "runs" in raw:
-        return raw["runs"]
+        return raw["runs"]  # the demo's table, of which each line has a temperature
     run, plan = raw["speculative"], raw["plan"]
     rows = len(raw["outputs"])
     drafted = run | {
@@ -68,8 +68,8 @@ def ways(raw: dict) -> list[dict]:
         "gamma": plan["gamma"],
         "speedup": raw["speedup"],
         "row_speedup": raw["row_speedup"],
-        "identical": rows - len(raw.get("differences", ())),
-        "predicted_speedup": predicted(run, plan["gamma"], run["mean_acceptance_length"]),
+        "identical_rows": rows - len(raw.get("differences", ())),
+        "formula": predicted(run, plan["gamma"], run["mean_acceptance_length"]),
     }
     return [raw["baseline"] | {"name": "plain"}, drafted]
 
@@ -79,16 +79,19 @@ def demo(raw: dict) -> str:
     head = ("way to draft", "tokens/s", "acceptance rate", "tokens per round", "ms per draft token",
             "ms per pass of the model", "formula", "speedup of a row", "of the batch",
             "same text")  # fmt: skip
-    plain, *drafted = ways(raw)
-    rows = [("plain", f"{plain['decode_tokens_per_second']:.0f}", "", "1", "",
-             f"{plain['target_step_ms']:.1f}", "", "", "", "")]  # fmt: skip
-    for way in drafted:
+    rows = []
+    for way in ways(raw):
+        sampled = f", temperature {way['temperature']}" if way.get("temperature") else ""
+        if "draft_step_ms" not in way:
+            rows.append((way["name"] + sampled, f"{way['decode_tokens_per_second']:.0f}", "", "1",
+                         "", f"{way['target_step_ms']:.1f}", "", "", "", ""))  # fmt: skip
+            continue
         rows.append((
-            way["name"], f"{way['decode_tokens_per_second']:.0f}",
+            way["name"] + sampled, f"{way['decode_tokens_per_second']:.0f}",
             f"{way['draft_acceptance_rate']:.2f}", f"{way['mean_acceptance_length']:.2f}",
             f"{way['draft_step_ms']:.1f}", f"{way['verify_ms']:.1f}",
-            f"{way['predicted_speedup']:.2f}", f"{way['row_speedup']:.2f}",
-            f"**{way['speedup']:.2f}**", f"{way['identical']} of {len(raw['outputs'])}",
+            f"{way['formula']:.2f}", f"{way['row_speedup']:.2f}",
+            f"**{way['speedup']:.2f}**", f"{way['identical_rows']} of {len(raw['outputs'])}",
         ))  # fmt: skip
     return table(head, rows)
 
@@ -143,7 +146,7 @@ def formula(demo_raw: dict, offline_raw: dict) -> str:
     return sentences(
         f"For {way['name']} in the demo's table it says {way['mean_acceptance_length']:.2f} * "
         f"{plain['target_step_ms']:.1f} / ({way['gamma']} * {way['draft_step_ms']:.1f} + "
-        f"{way['verify_ms']:.1f}) = {way['predicted_speedup']:.2f}. A row gained "
+        f"{way['verify_ms']:.1f}) = {way['formula']:.2f}. A row gained "
         f"{way['row_speedup']:.2f}, the batch {way['speedup']:.2f}. For a file of "
         f"{offline_raw['sizes']['prompts']} prompts with {offline_raw['plan']['strategy']} it says "
         f"{offline_raw['predicted_speedup']:.2f}, and the file gained {refilled:.2f}."

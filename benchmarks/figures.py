@@ -60,13 +60,12 @@ class Figure(NamedTuple):
     write: Callable[..., str]  # of the contents of the sources
     sources: tuple[str, ...] = ()  # names in results/, without date; or paths, which have a slash
     command: str = ""  # where the raw files do not say it
-    awaited: bool = False  # nobody has measured it yet: the block is empty until then
 
 
 DEMO = "python generate.py --json FILE"
 DEMO_BEFORE = "benchmarks/results/demo_cpu_2026-11-22.json"  # with the model of 21M tokens
 FIGURES = {
-    "scaling_picture": Figure(blocks.scaling_picture, ("scaling_cpu",), awaited=True),
+    "scaling_picture": Figure(blocks.scaling_picture, ("scaling_cpu",)),
     "demo": Figure(blocks.demo, ("demo_cpu",), DEMO),
     "step_bytes": Figure(blocks.step_bytes),
     "one_round": Figure(blocks.one_round, ("one_round_cpu",)),
@@ -85,7 +84,7 @@ FIGURES = {
     ),
     "auto": Figure(blocks.auto, ("auto_cpu",)),
     "offline": Figure(blocks.offline, ("offline_cpu",)),
-    "scaling": Figure(blocks.scaling, ("scaling_cpu",), awaited=True),
+    "scaling": Figure(blocks.scaling, ("scaling_cpu",)),
     "paper": Figure(blocks.paper_errors),
     "load_memory": Figure(blocks.load_memory, ("load_memory",)),
     "geometry": Figure(blocks.geometry, ("checkpoints/demo/config.json",)),
@@ -111,12 +110,7 @@ def body(name: str) -> str:
     ValueError if the name is unknown, FileNotFoundError if there is no raw file.
     """
     figure = lookup_name(FIGURES, name, "block")
-    try:
-        paths = [newest(source) for source in figure.sources]
-    except FileNotFoundError:
-        if figure.awaited:
-            return ""
-        raise
+    paths = [newest(source) for source in figure.sources]
     raws = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     text = figure.write(*raws).rstrip() + "\n"
     if paths:

@@ -97,7 +97,6 @@ def test_the_newest_raw_file_counts(tmp_path, monkeypatch):
     assert figures.newest("a_cpu").name == "a_cpu_2026-11-22.json"
     with pytest.raises(FileNotFoundError, match="has no b_cpu_YYYY-MM-DD.json"):
         figures.newest("b_cpu")
-    assert figures.body("scaling") == ""  # awaited
     with pytest.raises(FileNotFoundError, match="has no floor_cpu_YYYY"):
         figures.body("floor")
 
@@ -128,15 +127,18 @@ def test_exceptions_are_needed():
 
 def test_several_ways_to_draft_have_a_line_each():
     """`generate.py --json` with a list of runs, and its older form with one draft."""
-    plain = {"name": "plain", "decode_tokens_per_second": 100.0, "target_step_ms": 50.0}
+    plain = {"name": "plain", "decode_tokens_per_second": 100.0, "target_step_ms": 50.0,
+             "temperature": 0.0}  # fmt: skip
     streaming = plain | {
         "name": "streaming 128", "decode_tokens_per_second": 170.4, "speedup": 1.704,
         "row_speedup": 2.4, "draft_acceptance_rate": 0.71, "mean_acceptance_length": 4.0,
-        "draft_step_ms": 7.0, "verify_ms": 65.0, "predicted_speedup": 2.0, "gamma": 5,
-        "identical": 15,
+        "draft_step_ms": 7.0, "verify_ms": 65.0, "formula": 2.0, "gamma": 5,
+        "identical_rows": 15,
     }  # fmt: skip
-    raw = {"runs": [plain, streaming, streaming | {"name": "auto"}], "outputs": [0] * 16}
-    head, _, first, second, third = blocks.demo(raw).splitlines()
+    warm = streaming | {"name": "auto", "temperature": 0.8}
+    raw = {"runs": [plain, streaming, warm | {"temperature": 0.0}, warm], "outputs": [0] * 16}
+    head, _, first, second, third, last = blocks.demo(raw).splitlines()
+    assert last.startswith("| auto, temperature 0.8 | 170 |")
     assert first.startswith("| plain | 100 | ") and third.startswith("| auto | 170 |")
     assert second == ("| streaming 128 | 170 | 0.71 | 4.00 | 7.0 | 65.0 | 2.00 | 2.40 | **1.70** | "
                       "15 of 16 |")  # fmt: skip
@@ -258,5 +260,5 @@ def test_the_tour_names_every_file():
 def test_the_readme_is_short_and_has_few_numbers():
     assert len(README.splitlines()) <= 260
     text = figures.NOT_TEXT.sub("", figures.FENCE.sub("", README))
-    text = re.sub(r"^[|].*$|<!--.*?-->", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^([|]|From `).*$|<!--.*?-->", "", text, flags=re.MULTILINE)
     assert len(NUMBER.findall(text)) <= 0.03 * len(text.split())
