@@ -1,29 +1,23 @@
 // Attention of a few queries to a long cache, at the speed at which memory delivers K and V.
 //
-// q, out [B, H, R, D] float32: R = G * T queries of T consecutive tokens (index g * T + t), scaled.
-// k, v [B, H, S, D] of type KV: slot s holds the newest position p <= newest with p % S == s.
-// start [B]: position of the first token; nothing is read, and 0 is the answer, for start = -T.
-// mask [B, n_masks, R, S], one for all heads or one for each, says who sees what instead, if given.
+// Arguments are those of `attend` in cpu_attention.py; a row has R = G * T queries for each KV head.
 // Slots are divided into parts of PART, which any thread computes, and which are combined in order.
 // Within a part the softmax is online, a tile at a time (FlashAttention, arXiv 2205.14135). What is
 // computed for a query does not depend on the other queries: it is bit for bit the same among them.
 // Whoever compiles this puts definitions of D (a multiple of W) and KV before it.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 constexpr int W = 16, N = D / W;  // floats of a vector, which compilers split where need be
 constexpr int TILE = 32, PART = 1024, LINE = 64 / sizeof(KV), LINES = D / LINE;
 constexpr float HIDDEN = -1e30f;
-typedef float F __attribute__((vector_size(4 * W)));
+typedef float F __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * W)));
-typedef uint16_t U __attribute__((vector_size(2 * W)));
+typedef uint16_t U __attribute__((vector_size(2 * W), may_alias));
 
-static inline F load(const float* p) { F x; std::memcpy(&x, p, sizeof x); return x; }
-static inline void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+static inline F load(const float* p) { return *(const F*)p; }
 static inline F load(const uint16_t* p) {  // bfloat16: the upper half of a float
-  U x; std::memcpy(&x, p, sizeof x);
-  return (F)(__builtin_convertvector(x, I) << 16);
+  return (F)(__builtin_convertvector(*(const U*)p, I) << 16);
 }
 static inline F pairs(F a, F b) {  // a0 + a1, a2 + a3, .. b0 + b1, ..
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
@@ -44,11 +38,8 @@ struct Share {  // the i-th of n parts of what every slot has: a query fetches i
       __builtin_prefetch(slot + l * LINE, 0, 2);
   }
 };
-struct Call {
-  int64_t B, H, R, T, S, n_masks, window;  // window: newest tokens that a query sees
-  float cap; int n_threads;                // cap of scores, or 0
-};
-struct State { float m, l[W], y[D], w[TILE]; };  // of a query: largest score, sums of weights and V
+struct Call { int64_t B, H, R, T, S, n_masks, window; float cap; int n_threads; };
+struct State { F m = F{} + HIDDEN, l{}, y[N]{}; float w[TILE]; };  // largest score, sums; weights
 
 template <class X>  // scores of W slots
 static inline F score(const float* q, const X* k, const KV* next, Share share) {
@@ -67,34 +58,32 @@ static inline F score(const float* q, const X* k, const KV* next, Share share) {
   return dot[0];
 }
 static inline void softmax(State& s, const F* scores) {  // of a tile; what was before is rescaled
-  float m = s.m;
+  float m = s.m[0];
   for (int i = 0; i < TILE; i++) m = std::max(m, scores[i / W][i % W]);
-  F before = exp(F{} + (s.m - m)), l = load(s.l) * before;
-  if (m > s.m) for (int d = 0; d < D; d += W) store(s.y + d, load(s.y + d) * before);
-  for (int i = 0; i < TILE / W; i++) {
-    F w = scores[i] > HIDDEN ? exp(scores[i] - m) : F{};
-    store(s.w + i * W, w), l += w;
-  }
-  s.m = m, store(s.l, l);
+  F before = exp(s.m - m);
+  if (m > s.m[0]) for (F& y : s.y) y *= before;
+  s.m = F{} + m, s.l *= before;
+  for (int i = 0; i < TILE / W; i++)
+    s.l += ((F*)s.w)[i] = scores[i] > HIDDEN ? exp(scores[i] - m) : F{};
 }
 template <int M, class X>  // of M queries
 static inline void add_values(State* s, const X* v, const KV* next, Share share) {
   F y[M][N];
-  for (int i = 0; i < M * N; i++) y[i / N][i % N] = load(s[i / N].y + i % N * W);
+  for (int i = 0; i < M * N; i++) y[i / N][i % N] = s[i / N].y[i % N];
   for (int j = 0; j < TILE; j++, share.fetch(next + (j - 1) * D))
     for (int d = 0; d < N; d++) {
       F x = load(v + j * D + d * W);
       for (int i = 0; i < M; i++) y[i][d] += s[i].w[j] * x;
     }
-  for (int i = 0; i < M * N; i++) store(s[i / N].y + i % N * W, y[i / N][i % N]);
+  for (int i = 0; i < M * N; i++) s[i / N].y[i % N] = y[i / N][i % N];
 }
 // States of the queries of one row and head after its slots first .. last - 1.
 static void part(const Call& c, const float* q, const KV* k, const KV* v, State* states,
                  const bool* mask, int64_t start, int64_t first, int64_t last) {
   constexpr I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   int newest = start + c.T - 1, turn = newest % c.S, R = c.R;  // slots up to `turn`: latest turn
-  float buffer[2][TILE * D];
-  for (int r = 0; r < R; r++) states[r] = {HIDDEN};
+  F buffer[2][TILE * N];
+  for (int r = 0; r < R; r++) states[r] = {};
   for (int slot = first; slot < last; slot += TILE) {
     const KV *keys = k + slot * int64_t(D), *values = v + slot * int64_t(D);
     auto look = [&](const auto* keys_now, const auto* values_now) {
@@ -102,12 +91,12 @@ static void part(const Call& c, const float* q, const KV* k, const KV* v, State*
         int at = start + r % c.T, oldest = std::max<int64_t>(at - c.window + 1, 0);
         F scores[TILE / W];
         for (int i = 0; i < TILE; i += W) {
+          F x = score(q + r * D, keys_now + i * D, keys + (TILE + i) * D, Share{r, R});
+          for (int l = 0; c.cap && l < W; l++) x[l] = c.cap * std::tanh(x[l] / c.cap);
           I p = lane + (slot + i - turn);  // position, counted from the newest
           p = (p > 0 ? p - int(c.S) : p) + newest;
-          F x = score(q + r * D, keys_now + i * D, keys + (TILE + i) * D, Share{r, R});
-          if (c.cap) for (int l = 0; l < W; l++) x[l] = c.cap * std::tanh(x[l] / c.cap);
           I seen = (p <= at) & (p >= oldest);
-          if (mask) for (int l = 0, j = slot + i; l < W; l++, j++)
+          for (int l = 0, j = slot + i; mask && l < W; l++, j++)
             seen[l] = -(j < c.S && mask[r * c.S + j]);
           scores[i / W] = seen ? x : F{} + HIDDEN;
         }
@@ -121,12 +110,12 @@ static void part(const Call& c, const float* q, const KV* k, const KV* v, State*
     };
     bool whole = slot + TILE <= c.S, convert = sizeof(KV) < sizeof(float) && R > 2;
     if (whole && !convert) { look(keys, values); continue; }
-    for (int i = 0; i < TILE * D; i += W) {  // converted once for all queries, or padded
-      bool there = whole || slot + i / D < c.S;
-      store(buffer[0] + i, there ? load(keys + i) : F{});
-      store(buffer[1] + i, there ? load(values + i) : F{});
+    for (int i = 0; i < TILE * N; i++) {  // converted once for all queries, or padded
+      bool there = whole || slot + i / N < c.S;
+      buffer[0][i] = there ? load(keys + i * W) : F{};
+      buffer[1][i] = there ? load(values + i * W) : F{};
     }
-    look(buffer[0], buffer[1]);
+    look((const float*)buffer[0], (const float*)buffer[1]);
   }
 }
 extern "C" void attend(const Call& c, const float* q, const KV* k, const KV* v, float* out,
@@ -145,13 +134,15 @@ extern "C" void attend(const Call& c, const float* q, const KV* k, const KV* v, 
 #pragma omp parallel for num_threads(c.n_threads)
   for (int64_t i = 0; i < c.B * c.H * c.R; i++) {
     const State* s = states + i / c.R * n_parts * c.R + i % c.R;
-    float m = HIDDEN, sum = 0, y[D] = {};
-    for (int64_t n = 0; n < n_parts; n++) m = std::max(m, s[n * c.R].m);
+    F m = s->m, sums = {}, y[N] = {};
+    for (int64_t n = 1; n < n_parts; n++) m = s[n * c.R].m > m ? s[n * c.R].m : m;
     for (int64_t n = 0; n < n_parts; n++) {
-      F share = exp(F{} + (s[n * c.R].m - m));
-      for (int d = 0; d < D; d++) y[d] += share[0] * s[n * c.R].y[d];
-      for (int l = 0; l < W; l++) sum += share[0] * s[n * c.R].l[l];
+      F share = exp(s[n * c.R].m - m);
+      sums += share * s[n * c.R].l;
+      for (int d = 0; d < N; d++) y[d] += share * s[n * c.R].y[d];
     }
-    for (int d = 0; d < D; d++) out[i * D + d] = sum > 0 ? y[d] / sum : 0.0f;
+    float sum = 0;
+    for (int l = 0; l < W; l++) sum += sums[l];
+    for (int d = 0; d < N; d++) ((F*)out)[i * N + d] = sum > 0 ? y[d] / sum : F{};
   }
 }

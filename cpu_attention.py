@@ -69,7 +69,7 @@ def attend(
     """
     (B, H, G, T, D), S = q.shape, k.shape[2]
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
-    states = q.new_empty(B * H * G * T * -(-S // PART), 1 + W + D + TILE)
+    states = q.new_empty(B * H * G * T * -(-S // PART), 2 * W + D + TILE)
     assert k.is_contiguous() and v.is_contiguous() and start.is_contiguous()
     mask = None if mask is None else mask.contiguous()
     n_masks = 1 if mask is None else mask.shape[1]
