@@ -30,7 +30,7 @@ from forecast import Ahead, Record
 from model import Transformer
 from parallel import from_first, reducer
 from policies import Strategy
-from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time, with_link
+from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time, preset, with_link
 from spec_decode import Engine
 
 GAMMAS, LONGEST = (2, 5, 12), 12  # compiled draft lengths on the CPU (LOG.md); the most on a GPU
@@ -172,10 +172,10 @@ class Auto:
             )
             for (length, gamma), seconds in times.items()
         ]
-        preset = HARDWARE["h200" if engine.device.type == "cuda" else "cpu"]
+        hw = preset(engine.device.type)
         if config.n_ranks > 1:
-            preset = with_link(preset, config.n_ranks, self.time_all_reduces())
-        self.hardware, self.fit_error = fit(config, preset, timings)
+            hw = with_link(hw, config.n_ranks, self.time_all_reduces())
+        self.hardware, self.fit_error = fit(config, hw, timings)
         expected = (forward_time(config, self.hardware, t.workload, t.T).total for t in timings)
         pairs = [(t.seconds, seconds) for t, seconds in zip(timings, expected, strict=True)]
         for i, gamma in enumerate(gammas):

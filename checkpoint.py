@@ -11,10 +11,12 @@ allocated, and every number must be finite.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from reprlib import repr as brief
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -204,10 +206,10 @@ def load_model(
         on_tensor(total, total)
     for name, place in hf_weights(model) if not random else ():
         path = headers[name].shard
-        with safe_open(path, framework="pt") as file:  # anew: what was mapped of it is forgotten
-            if shard:
-                shard.read(name, file.get_slice(name), place)
-            else:
+        if shard:
+            shard.read(name, partial(tensor_of, path, name), place)
+        else:
+            with safe_open(path, framework="pt") as file:  # anew: what was mapped is forgotten
                 place.copy_(file.get_tensor(name))
         if not all(end.isfinite() for end in place.aminmax()):  # NaN is both ends
             raise ValueError(
@@ -262,6 +264,13 @@ class Header(NamedTuple):
     shard: Path
     shape: list[int]
     dtype: str  # as safetensors calls it
+
+
+@contextmanager
+def tensor_of(shard: Path, name: str) -> Iterator[Any]:
+    """A tensor of a file, of which a slice is a copy; the file is mapped meanwhile."""
+    with safe_open(shard, framework="pt") as file:
+        yield file.get_slice(name)
 
 
 def read_headers(shards: list[Path]) -> dict[str, Header]:

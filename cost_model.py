@@ -68,6 +68,7 @@ class Strategy:
     model_name: str = ""
     select_every: int | None = None  # rounds to the next selection; 0: never; None: as in SELECTS
     weights: str = "same"  # self-speculation: of the target's blocks, or a kind of WEIGHT_BYTES
+    whole: bool = False  # its model is on each of several GPUs; else divided among them
 
     @property
     def has_cache(self) -> bool:
@@ -79,13 +80,18 @@ class Strategy:
             return self.policy
         who = self.model_name or ("draft model" if self.model else "self")
         weights = f" {self.weights}" if self.weights != "same" else ""
+        who += ", whole" if self.whole else ""
         return f"{who}, {self.policy}" + (f" {self.budget}" if self.budget else "") + weights
+
+    def on_its_gpus(self, w: Workload) -> Workload:
+        """The workload, on as many GPUs as a draft step is divided among."""
+        return replace(w, num_gpus=1) if self.whole else w
 
     def draft_seconds(self, target: ModelConfig, hw: Hardware, w: Workload) -> float:
         """T_D: seconds per draft token, with its share of selecting or reading again."""
         if not self.has_cache:
             return 0.0
-        m = self.model or target
+        m, w = self.model or target, self.on_its_gpus(w)
         context = w.prefix_len if self.policy == "full" else min(self.budget, w.prefix_len)
         seconds = forward_time(m, hw, w, 1, context, WEIGHT_BYTES.get(self.weights)).total
         if self.policy == "streaming" and self.model:  # read again before its own context ends
@@ -111,7 +117,7 @@ class Strategy:
         """Bytes of the draft's caches and model on each GPU, for texts of `capacity` tokens."""
         if not self.has_cache:
             return 0.0
-        m = self.model or target
+        m, w = self.model or target, self.on_its_gpus(w)
         n = visible_tokens(m, self.budget) / m.n_layer + self.gamma + 1
         full = visible_tokens(m, capacity, PREFILL_CHUNK) / m.n_layer
         if self.policy == "full":
@@ -120,9 +126,9 @@ class Strategy:
             n += {"streaming": self.budget}.get(self.policy, full)
         size = SELECTS.get(self.policy, (0, 1))[1]
         n += full / size / 2 if size > 1 else 0  # the mean keys
-        weights = total_params(m) * w.itemsize if self.model else 0
-        weights += m.n_layer * layer_params(m) * WEIGHT_BYTES.get(self.weights, 0)
-        return w.batch_size * n * kv_bytes_on_gpu(m, w) + weights / w.num_gpus
+        own = held_bytes(m, w) if self.model else 0
+        copied = m.n_layer * layer_params(m) * WEIGHT_BYTES.get(self.weights, 0) / w.num_gpus
+        return w.batch_size * n * kv_bytes_on_gpu(m, w) + own + copied
 
     def expected_acceptance(self, length: int, table: Iterable[Acceptance]) -> float | None:
         """Alpha of the measured entry nearest in length, of those with the budget nearest below.
@@ -200,6 +206,12 @@ class Prediction:
         return 1
 
 
+def held_bytes(m: ModelConfig, w: Workload) -> float:
+    """Bytes of a model's weights on each GPU; the embedding table is whole on all of them."""
+    table = m.vocab_size * m.dim
+    return (table + (total_params(m) - table) / w.num_gpus) * w.itemsize
+
+
 def memory_bytes(target: ModelConfig, w: Workload, strategy: Strategy = PLAIN) -> float:
     """Bytes of weights, caches and work on each GPU, the largest of them.
 
@@ -207,12 +219,11 @@ def memory_bytes(target: ModelConfig, w: Workload, strategy: Strategy = PLAIN) -
     with a window holds that and a prefill's chunk, as in `kv_cache.KVCache`.
     """
     capacity = w.prefix_len + strategy.gamma + 1
-    weights = total_params(target) * w.itemsize / w.num_gpus
     held = visible_tokens(target, capacity, PREFILL_CHUNK) / target.n_layer
     caches = w.batch_size * held * kv_bytes_on_gpu(target, w)
     sizes = w.batch_size, strategy.gamma, PREFILL_CHUNK, w.itemsize, SAMPLING_COMPILED
     work = work_bytes(target, *sizes)
-    return weights + caches + strategy.memory_bytes(target, w, capacity) + work
+    return held_bytes(target, w) + caches + strategy.memory_bytes(target, w, capacity) + work
 
 
 def largest_batch(target: ModelConfig, hw: Hardware, w: Workload, s: Strategy = PLAIN) -> int:
@@ -249,16 +260,18 @@ def all_strategies(
     budgets: Iterable[int],
     gammas: Iterable[int],
     weights: Iterable[str] = ("same",),  # of self-speculation
+    num_gpus: int = 1,
 ) -> list[Strategy]:
-    """Every strategy of this project."""
-    every = [PLAIN]
+    """Every strategy of this project; on several GPUs draft models divided, and whole on each."""
+    every, places = [PLAIN], (False, True) if num_gpus > 1 else (False,)
+    owned = [(name, m, whole) for name, m in models.items() for whole in places]
     for gamma in gammas:
         every.append(Strategy("ngram", gamma))
         every += [Strategy("mixed", gamma, K, weights=kind) for K in budgets for kind in weights]
-        every += [Strategy("full", gamma, 0, m, name) for name, m in models.items()]
+        every += [Strategy("full", gamma, 0, m, name, whole=whole) for name, m, whole in owned]
         for budget, policy in itertools.product(budgets, ("streaming", "snapkv", "chunks")):
             every += [Strategy(policy, gamma, budget, weights=kind) for kind in weights]
-            every += [Strategy(policy, gamma, budget, m, name) for name, m in models.items()]
+            every += [Strategy(policy, gamma, budget, m, name, whole=w) for name, m, w in owned]
     return every
 
 
@@ -358,7 +371,8 @@ def named(
     path = args.checkpoint_path
     target = load_config(path) if path else lookup_name(MODELS, args.model, "model")
     models = {name: lookup_name(MODELS, name, "model") for name in args.draft_model}
-    strategies = all_strategies(models, args.draft_budget, args.gamma, args.draft_weights)
+    sizes = args.draft_budget, args.gamma, args.draft_weights, args.num_gpus
+    strategies = all_strategies(models, *sizes)
     return hw, target, strategies, acceptance
 
 

@@ -26,6 +26,7 @@ from options import Options
 from parallel import Shard, check_same, shard_of
 from policies import Strategy
 from quantize import emulated, resolve
+from roofline import Workload, preset, whole_is_faster
 from sampling import Sampling, widest
 from spec_decode import Engine
 
@@ -119,9 +120,11 @@ def make_engine(
     model = load_weights(checkpoint, opened, compiling, opened.shard)
     model.kv_dtype, model.exact = kv_dtype, max(gammas) if o.exact else 0
     draft_model = None
-    if draft:  # whole on every rank if its heads do not divide
-        shard = shard_of(draft.config, may_replicate=True)
-        draft_model = load_weights(draft, opened, compiling, shard)
+    if draft:
+        own = strategies[-1]
+        reads = longest if own.policy == "full" else min(own.budget, longest)
+        whole = partial(had_better_be_whole, opened, draft.config, n_rows, reads)
+        draft_model = load_weights(draft, opened, compiling, shard_of(draft.config, whole))
     if not automatic:
         return Engine(model, n_rows, longest, strategies[0], sampling, o.seed, draft_model), None
     engine = Engine(model, n_rows, longest, Strategy(), sampling, o.seed)
@@ -132,6 +135,14 @@ def make_engine(
         own = own if named else replace(own, policy="streaming", reselect_every=None)
         candidates.append(Candidate(own, draft_model))
     return engine, Auto(engine, candidates, gammas, named)
+
+
+def had_better_be_whole(
+    opened: Opened, draft: ModelConfig, n_rows: int, n_read: int, n_ranks: int
+) -> bool:
+    """Whether each rank had better have all of a draft model, by the cost model's presets."""
+    w = Workload(n_rows, n_read, n_ranks, opened.dtype.itemsize)
+    return whole_is_faster(draft, preset(opened.device.type), w, n_read)
 
 
 def weighed(o: Options, opened: Opened, strategies: list[Strategy]) -> list[Strategy]:

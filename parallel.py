@@ -40,7 +40,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -61,6 +61,9 @@ CUTS = {  # by the name of a layer in files: the dimension that is cut, and what
     "o_proj": (1, "q"), "gate_proj": (0, "ffn"), "up_proj": (0, "ffn"),
     "gate_up_proj": (0, "ffn ffn"), "down_proj": (1, "ffn"), "lm_head": (0, "vocab"),
 }  # fmt: skip
+
+
+Opened = Callable[[], AbstractContextManager[Any]]  # a tensor of a file, while it is open
 
 
 class Part(NamedTuple):
@@ -132,20 +135,33 @@ class Shard:
             weight = model.output.weight[: self.parts["vocab"].size]
             model.output.weight = nn.Parameter(weight, requires_grad=False)
 
-    def read(self, name: str, file: Any, place: Tensor) -> Tensor:  # a slice of safetensors; place
-        """Fill a place, of any shape [...], with this rank's part of a file's tensor."""
+    def read(self, name: str, opened: Opened, place: Tensor) -> Tensor:  # [...] -> [...]
+        """Fill a place with this rank's part of a file's tensor."""
         layer, kind = name.split(".")[-2:]
         dim, stacked = CUTS.get(layer, (0, ""))
         if not stacked or (dim == 1 and kind == "bias"):
-            return place.copy_(file[:])
+            return self.copy(opened, place, 0, slice(None))
         at = base = 0
         for start, size, room, whole in map(self.parts.__getitem__, stacked.split()):
-            index = slice(base + start, base + start + size)
+            columns = slice(base + start, base + start + size) if dim else slice(None)
             to = place.narrow(dim, at, room if layer != "lm_head" else size)
             if size:
-                to.narrow(dim, 0, size).copy_(file[index] if dim == 0 else file[:, index])
+                self.copy(opened, to.narrow(dim, 0, size), 0 if dim else base + start, columns)
             to.narrow(dim, size, to.shape[dim] - size).zero_()
             at, base = at + room, base + whole
+        return place
+
+    def copy(self, opened: Opened, place: Tensor, first: int, columns: slice) -> Tensor:
+        """Fill a place, [R] or [R, C], with these columns of R rows of a file's tensor.
+
+        Band by band, each from a file that is opened anew: the pages of whole rows are mapped, and
+        what is cut out of them is a copy. Both together are less than the place itself.
+        """
+        height = max(len(place) // (2 * self.n), 1)
+        for n, band in enumerate(place.split(height)):
+            rows = slice(first + n * height, first + n * height + len(band))
+            with opened() as tensor:
+                band.copy_(tensor[(rows, columns)[: place.dim()]])
         return place
 
     def apply(self, model: Transformer) -> None:
@@ -168,19 +184,23 @@ def piece(rank: int, room: int, whole: int) -> Part:
     return Part(start, min(room, whole - start), room, whole)
 
 
-def shard_of(config: ModelConfig, may_replicate: bool = False) -> Shard | None:
+def shard_of(
+    config: ModelConfig,
+    whole: Callable[[int], bool] | None = None,  # had n ranks better?
+) -> Shard | None:
     """This rank's part of such a model; None where there is one rank.
 
-    ValueError for heads that do not divide, unless the model may be whole on every rank.
+    Where `whole` says so, or heads do not divide, it is whole on every rank. ValueError for heads
+    that do not divide, without `whole`.
     """
     if not several_ranks():
         return None
-    place = dist.get_rank(), dist.get_world_size()
+    rank, n = dist.get_rank(), dist.get_world_size()
     try:
-        return Shard(config, *place)
+        return Shard(config, rank, n, replicated=whole is not None and whole(n))
     except ValueError:
-        if may_replicate:
-            return Shard(config, *place, replicated=True)
+        if whole:
+            return Shard(config, rank, n, replicated=True)
         raise
 
 
@@ -245,17 +265,20 @@ def as_one(command: Callable[[dist.Store], int], failed: Callable[[BaseException
     """Run the command on this rank; rank 0 prints. Returns the exit status.
 
     `failed` tells of an exception and returns the status for it, or raises what is our own mistake.
-    The first rank that has one tells of it; each ends at once.
+    The first rank that has one tells of it; each ends at once. Where one was killed, torchrun's
+    SIGTERM may reach the others before they miss it.
     """
     store, streams = connect(), (sys.stdout, sys.stderr)
     if os.environ["RANK"] != "0":
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    signal.signal(signal.SIGTERM, told_to_end)
     watch_interruptions()
     try:
         status = command(store)
-    except (Exception, KeyboardInterrupt) as e:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        status = 1
+    except (Exception, KeyboardInterrupt, ToldToEnd) as raised:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        status, e = 1, begun_by(raised)
         if first_to_end(store):
             sys.stdout, sys.stderr = streams
             try:
@@ -270,6 +293,23 @@ def as_one(command: Callable[[dist.Store], int], failed: Callable[[BaseException
     return status
 
 
+class ToldToEnd(BaseException):
+    """By torchrun: another rank has ended, or somebody ends all."""
+
+
+def told_to_end(*_: object) -> None:
+    """What SIGTERM does."""
+    raise ToldToEnd
+
+
+def begun_by(e: BaseException) -> BaseException:
+    """The interruption in whose wake it was raised, by a library that was tidying up; or itself."""
+    before: BaseException | None = e
+    while before and not isinstance(before, (KeyboardInterrupt, ToldToEnd)):
+        before = before.__context__
+    return before or e
+
+
 def first_to_end(store: dist.Store) -> bool:
     """Whether this rank is the first that says so. True if nobody can be asked any more."""
     with suppress(RuntimeError):
@@ -278,8 +318,10 @@ def first_to_end(store: dist.Store) -> bool:
 
 
 def lost_others(e: BaseException) -> bool:
-    """Whether a collective has failed, as it does when another rank has gone."""
-    return isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo" in str(e))
+    """Whether another rank has gone: a collective fails then, and torchrun says so."""
+    return isinstance(e, (dist.DistError, ToldToEnd)) or (
+        isinstance(e, RuntimeError) and "gloo" in str(e)
+    )
 
 
 def watch_interruptions() -> None:

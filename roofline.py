@@ -78,6 +78,11 @@ HARDWARE = {
 }  # fmt: skip
 
 
+def preset(device_type: str) -> Hardware:
+    """What a device is taken for, before anything on it was timed."""
+    return HARDWARE["h200" if device_type == "cuda" else "cpu"]
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """A batch on one or several GPUs. ValueError for a number below 1."""
@@ -205,6 +210,16 @@ def forward_time(
         all_reduce=all_reduce,
         fixed=m.n_layer * hw.layer_seconds,
     )
+
+
+def whole_is_faster(m: ModelConfig, hw: Hardware, w: Workload, context: int) -> bool:
+    """Whether a draft step of a model that sees so many tokens had better not be divided.
+
+    All of it on each GPU takes longer to read, but there is nothing to exchange.
+    """
+    divided, whole = (forward_time(m, hw, replace(w, num_gpus=n), 1, context).total
+                      for n in (w.num_gpus, 1))  # fmt: skip
+    return whole < divided
 
 
 @dataclass(frozen=True, slots=True)

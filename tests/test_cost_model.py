@@ -41,7 +41,7 @@ from cost_model import (
 )
 from kv_cache import CacheSpec, KVCache
 from model import Transformer
-from roofline import HARDWARE, Workload, forward_time, kv_bytes_on_gpu
+from roofline import HARDWARE, Workload, forward_time, kv_bytes_on_gpu, whole_is_faster
 from sampling import Sampling
 from spec_decode import Engine
 from tests.test_roofline import A100, LLAMA, ROUND, SMALL
@@ -287,14 +287,31 @@ def test_the_work_of_a_round_by_hand():
 ])  # fmt: skip
 def test_the_memory_of_a_draft_by_hand(strategy, tokens, weights):
     """16 bytes of K and V a token, of one head, that each of both GPUs holds; 9 rows of 100."""
-    w = Workload(9, 50, num_gpus=2)
+    w, table = Workload(9, 50, num_gpus=2), SMALL.vocab_size * SMALL.dim
+    held = 2 * (total_params(SMALL) + table) / 2  # both have the whole table
     n_bytes = strategy.memory_bytes(SMALL, w, 100)
-    assert n_bytes == 9 * 16 * tokens + weights * 2 * total_params(SMALL) / 2
+    assert n_bytes == 9 * 16 * tokens + weights * held
+    whole = replace(strategy, whole=True).memory_bytes(SMALL, w, 100)
+    assert whole == 9 * 16 * tokens + weights * 2 * total_params(SMALL)
     capacity = 50 + strategy.gamma + 1
     assert memory_bytes(SMALL, w, strategy) == strategy.memory_bytes(SMALL, w, capacity) + (
-        2 * total_params(SMALL) / 2 + 9 * 16 * capacity
+        held + 9 * 16 * capacity
         + work_bytes(SMALL, 9, strategy.gamma, PREFILL_CHUNK, 2, 8)
     )  # fmt: skip
+
+
+def test_a_draft_model_is_divided_where_reading_it_takes_longer_than_to_exchange():
+    """Also what is loaded follows `whole_is_faster`."""
+    h100, models = HARDWARE["h100"], {name: MODELS[name] for name in ("llama-3.2-1b", "llama-2-7b")}
+    small, large = models.values()
+    w = Workload(4, 8192, num_gpus=8)
+    assert whole_is_faster(small, h100, w, 256) and not whole_is_faster(large, h100, w, 256)
+    ways = [s for s in all_strategies(models, [256], [4], num_gpus=8) if s.policy == "streaming"]
+    assert len(ways) == 5 and len(all_strategies(models, [256], [4])) == 14
+    seconds = {(s.model_name, s.whole): s.draft_seconds(LLAMA, h100, w) for s in ways if s.model}
+    for name, m in models.items():
+        assert (seconds[name, True] < seconds[name, False]) == whole_is_faster(m, h100, w, 256)
+    assert str(Strategy("full", 4, model=small, whole=True)) == "draft model, whole, full"
 
 
 def live_bytes(work) -> int:

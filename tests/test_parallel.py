@@ -15,7 +15,7 @@ import pytest
 
 from config import MODELS, ModelConfig, one_rank, output_rows, total_params
 from families import load_config
-from parallel import own_device
+from parallel import begun_by, own_device
 from roofline import HARDWARE, Workload, forward_time, moved_bytes, with_link
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,10 +144,10 @@ def test_the_link_explains_two_timed_all_reduces():
 
 
 def test_a_rank_loads_its_share_only(worlds):
-    """Mapped pages of the files are counted: columns of a tensor are on all of its pages."""
-    held, share, anonymous, peak, tensor = worlds["alone"]["memory"]
+    """And mapped pages of the files are counted: columns of a tensor are on all of its pages."""
+    held, share, anonymous, peak, largest = worlds["alone"]["memory"]
     assert held == share and anonymous < 1.05 * share
-    assert peak < share + 1.2 * tensor
+    assert peak < share + 1.2 * largest
 
 
 ENDS = {  # how a rank ends, and what is said of it
@@ -165,6 +165,17 @@ def torchrun(*command: object) -> list[object]:
     """Of two processes on this machine."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
             *command]  # fmt: skip
+
+
+def test_what_an_interruption_sets_off_is_one():
+    try:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise UnboundLocalError
+    except UnboundLocalError as e:
+        assert type(begun_by(e)) is KeyboardInterrupt
+    assert begun_by(mine := ValueError()) is mine
 
 
 def test_one_rank_ends_all(tmp_path):

@@ -69,16 +69,16 @@ TWO_ONLY = {  # what four ranks show no better
 }  # fmt: skip
 
 
-def load(path: Path, may_replicate: bool = False) -> Transformer:
-    shard = shard_of(load_config(path), may_replicate)
+def load(path: Path, whole: Callable[[int], bool] | None = None) -> Transformer:
+    shard = shard_of(load_config(path), whole)
     return load_model(path, CPU, torch.float32, shard=shard)
 
 
 def text(
     path: Path, strategy: Strategy, sampling: Sampling = GREEDY, draft: Path | None = None
 ) -> list:
-    """Five prompts of 1 to 130 tokens through three rows."""
-    draft_model = draft and load(draft, may_replicate=True)
+    """Five prompts of 1 to 130 tokens through three rows; one draft model is not divided."""
+    draft_model = draft and load(draft, whole=lambda n: strategy.policy == "streaming")
     engine = Engine(load(path), 3, 150, strategy, sampling, 7, draft_model)
     outputs, stats = generate(engine, PROMPTS, N_NEW)
     return [outputs, stats.accepted_histogram]
@@ -172,8 +172,8 @@ def resident(field: str) -> int:
 
 
 def memory(folder: Path) -> list[int]:
-    """Bytes: of a rank's parameters, expected, anonymous, at the peak, of the largest tensor."""
-    config = ModelConfig(256, 3, 8, 8, 32, 6000, 500)
+    """Bytes: of a rank's parameters, expected, anonymous, at the peak, of the largest slice."""
+    config = ModelConfig(256, 3, 8, 8, 32, 24000, 500)
     folder.mkdir()
     save_model(Transformer(config), folder)
     shard = Unconnected(config, 1, 4)
