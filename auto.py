@@ -40,6 +40,10 @@ PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each can
 HOPE = 0.05  # the chance that a candidate not yet probed is as good as OPTIMISTIC
 FOLLOW = 2  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
+NEAR = (
+    0.9  # of the largest predicted speedup: a longer draft so near is preferred at first, because
+)
+# a text that a model writes repeats more than its prompt, by which it is judged until then
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 # There are more sweeps within SHORT seconds, and while the latest differ by a factor of STEADY:
 # compilers that torch has started in the background slow all down for some seconds.
@@ -66,16 +70,20 @@ class Candidate:
         share = self.t_select / (self.drafter.select_every or math.inf)
         return ahead.seconds(gamma, rounds, gamma * self.t_draft + share)
 
-    def best(self, ahead: Ahead, threshold: float = MARGIN) -> "Choice":
-        """With the gamma of the largest predicted speedup; no draft unless that is above."""
+    def best(self, ahead: Ahead, threshold: float = MARGIN, near: float = 1.0) -> "Choice":
+        """With the gamma of the largest predicted speedup; no draft unless that is above.
+
+        Or with the longest one whose speedup is `near` the largest.
+        """
         tokens = self.record.tokens(max(ahead.verify))
         speedups = {
             g: ahead.plain / self.seconds(ahead, g, ahead.remaining / tokens[:, g])
             for g in ahead.verify
             if g
         }
-        gamma = max(speedups, key=lambda g: speedups[g])
-        return Choice(self, gamma, speedups[gamma]) if speedups[gamma] > threshold else Choice()
+        least = near * max(speedups.values())
+        good = [g for g, speedup in speedups.items() if speedup >= least and speedup > threshold]
+        return Choice(self, max(good), speedups[max(good)]) if good else Choice()
 
     def __str__(self) -> str:
         return ("draft model, " if self.draft_model else "") + str(self.strategy)
@@ -233,8 +241,8 @@ class Auto:
         self.look_back()  # now there is some new text to judge by
         ahead = self.ahead()
         for c in self.candidates:
-            c.probed, c.foreseen = c.record, c.best(ahead, threshold=0.0).gamma
-        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0)
+            c.probed, c.foreseen = c.record, c.best(ahead, 0.0, NEAR).gamma
+        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0, NEAR)
         yield from self.follow()
 
     def look_back(self, drafting: Candidate | None = None) -> None:
@@ -286,11 +294,11 @@ class Auto:
                     break
             best = max(best, c.best(ahead).speedup)
 
-    def choose(self, ahead: Ahead, now: Candidate | None, stay: float) -> Choice:
+    def choose(self, ahead: Ahead, now: Candidate | None, stay: float, near: float = 1.0) -> Choice:
         """The largest predicted speedup; another candidate than `now` must gain `stay`."""
         options, threshold = ([], 0.0) if self.named else ([Choice()], MARGIN)
         known = (c for c in self.candidates if c.record.known or self.named)
-        options += [c.best(ahead, threshold) for c in known]
+        options += [c.best(ahead, threshold, near) for c in known]
         best = max(options, key=lambda o: o.speedup * (stay if o.candidate is now else 1.0))
         return self.agreed(best)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from config import ModelConfig
+from config import ModelConfig, most
 from cost_model import (
     ACCEPTANCE,
     PLAIN,
@@ -77,11 +77,7 @@ def longest_text(target: ModelConfig, hw: Hardware, w: Workload) -> int:
     def fits(n: int) -> bool:
         return memory_bytes(target, replace(w, prefix_len=n)) <= hw.memory
 
-    low, high = 0, LONGEST
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return most(LONGEST, fits)
 
 
 def line(S: int, full: list[Full]) -> str:

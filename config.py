@@ -16,7 +16,8 @@ Layers may differ in what they see. In a layer with a *window* a query sees the 
 """
 
 import json
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from reprlib import repr as brief
@@ -263,6 +264,11 @@ def lookup_name(table: dict, name: str, kind: str):
     if name not in table:
         raise ValueError(f"{kind} {name!r} is unknown; known: {', '.join(table)}")
     return table[name]
+
+
+def most(high: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 1 .. high that fits, if all smaller ones do; 0 if none does."""
+    return bisect(range(1, high + 1), False, key=lambda n: not fits(n))
 
 
 def is_random(checkpoint_dir: Path) -> bool:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from batch import MAX_GAMMA, Around, Batch, Request
-from config import SAMPLING_COMPILED, SAMPLING_EAGER, work_bytes
+from config import SAMPLING_COMPILED, SAMPLING_EAGER, most, work_bytes
 from device import check_fits
 from drafter import Drafter, Target
 from drafters import check_strategy, draft_cache_bytes, drafter_class
@@ -75,9 +75,9 @@ class Engine:
         self.max_len, self.seed, self.device = max_len, seed, spec.device
         self.prefill_chunk = min(spec.prefill_chunk, max_len)
         n_slots = max_len + MAX_GAMMA + 1  # a round may overshoot
-        unallocated = KVCache.empty(replace(spec, allocated=False), n_slots)
-        self.check(unallocated, strategy, draft_model, unallocated.n_bytes)
-        self.batch = Batch(batch_size, max_len, unallocated.capacity, spec.device)
+        self.full = KVCache.empty(replace(spec, allocated=False), n_slots)
+        self.check(strategy, draft_model)
+        self.batch = Batch(batch_size, max_len, self.full.capacity, spec.device)
         self.full = KVCache.empty(spec, n_slots, self.batch.finished)
         self.host_rounds = 0  # since the last rewind, as the host counts them
         self.begun = [(0, 1)] * batch_size  # by row: round before which it began, prompt's tokens
@@ -97,35 +97,43 @@ class Engine:
         return self.drafter.strategy.gamma if self.drafter else 0
 
     def check(
-        self,
-        full: KVCache,  # of this engine
-        strategy: Strategy,
-        draft_model: Transformer | None,
-        other_bytes: int,  # that are needed too
+        self, strategy: Strategy, draft_model: Transformer | None, held_bytes: int = 0
     ) -> None:
-        """ValueError if these do not go together, or need more memory than is free."""
+        """ValueError if these do not go together, or need more memory than is free, or held."""
         check_strategy(strategy, draft_model and draft_model.config, self.max_len)
-        spec, gamma = full.spec, strategy.gamma * strategy.enabled
-        per_logit = SAMPLING_COMPILED if self.model.compiled else SAMPLING_EAGER
-        per_logit *= not self.sampling.greedy
-        sizes = check_gamma(gamma, spec.exact), self.prefill_chunk, spec.dtype.itemsize, per_logit
-        twin, rows = self.twins.n_bytes(strategy.weights), (0, spec.batch_size)
-        fixed, work = (work_bytes(self.model.config, B, *sizes) + twin for B in rows)
-        needed = other_bytes + work + draft_cache_bytes(strategy, full, draft_model)
+        B, longest, needs = self.full.spec.batch_size, self.max_len, self.bytes_needed
 
         def remedy(share: float) -> str:
-            rows = (round(share * needed) - fixed) * spec.batch_size // (needed - fixed)
-            fewer = f"--batch_size {rows} (the most that fits) or " if rows > 0 else ""
-            return fewer + "a smaller --max_context"
+            room = held_bytes + round(share * needed)
+            rows = most(B, lambda n: needs(n, longest, strategy, draft_model) <= room)
+            tokens = most(longest, lambda n: needs(B, n, strategy, draft_model) <= room)
+            fits = {"--batch_size": rows, "--max_context": tokens}
+            ways = [f"{flag} {n} (the most that fits)" for flag, n in fits.items() if n]
+            return " or ".join(ways) or "a smaller --batch_size and --max_context"
 
-        check_fits(needed, spec.device, "the KV caches and the work of a round", remedy)
+        needed = needs(B, longest, strategy, draft_model) - held_bytes
+        check_fits(needed, self.device, "the KV caches and the work of a round", remedy)
+
+    def bytes_needed(
+        self, n_rows: int, max_len: int, strategy: Strategy, draft_model: Transformer | None
+    ) -> int:
+        """Beside the model: caches, a drafter's own and its copy of weights, and work."""
+        spec = replace(self.full.spec, batch_size=n_rows, allocated=False)
+        full = KVCache.empty(spec, max_len + MAX_GAMMA + 1)
+        gamma = check_gamma(strategy.gamma * strategy.enabled, spec.exact)
+        per_logit = SAMPLING_COMPILED if self.model.compiled else SAMPLING_EAGER
+        per_logit *= not self.sampling.greedy
+        sizes = min(self.prefill_chunk, max_len), spec.dtype.itemsize, per_logit
+        work = work_bytes(self.model.config, n_rows, gamma, *sizes)
+        work += self.twins.n_bytes(strategy.weights)
+        return full.n_bytes + work + draft_cache_bytes(strategy, full, draft_model)
 
     def add(self, strategy: Strategy, draft_model: Transformer | None = None) -> Drafter:
         """Make a drafter, to be kept with its captured rounds until `remove`.
 
         ValueError if it does not go with the models and max_len, or does not fit into memory.
         """
-        self.check(self.full, strategy, draft_model, 0)
+        self.check(strategy, draft_model, self.full.n_bytes)
         return self.make(strategy, draft_model)
 
     def make(self, strategy: Strategy, draft_model: Transformer | None) -> Drafter:
@@ -154,8 +162,8 @@ class Engine:
 
         ValueError if it cannot be; the engine then drafts as before.
         """
-        held = sum(drafter.n_bytes for drafter in self.drafters)
-        self.check(self.full, strategy, draft_model, -held)
+        held = self.full.n_bytes + sum(drafter.n_bytes for drafter in self.drafters)
+        self.check(strategy, draft_model, held)
         while self.drafters:  # nothing here refers to them: their memory is free for the next
             self.remove(self.drafters[-1])
         self.switch(self.make(strategy, draft_model) if strategy.enabled else None)

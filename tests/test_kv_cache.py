@@ -391,8 +391,15 @@ def test_the_largest_batch_that_fits_is_computed(monkeypatch):
     chunk, work = (work_bytes(model.config, n_rows, *sizes) for n_rows in (0, 1))
     n_bytes = sum(buffer.nbytes for buffer in caches) + work - chunk
     monkeypatch.setattr(device, "free_memory", lambda device: 5 * n_bytes + chunk)
-    with pytest.raises(ValueError, match=r"use --batch_size 5 \(the most that fits\) or a smaller"):
+    both = (
+        r"use --batch_size 5 \(the most that fits\) or --max_context (\d+) \(the most that fits\)$"
+    )
+    with pytest.raises(ValueError, match=both) as error:
         Engine(model, 9, 500, strategy, Sampling())
+    longest = int(re.search(both, str(error.value))[1])
+    Engine(model, 9, longest, strategy, Sampling())
+    with pytest.raises(ValueError, match=f"--max_context {longest} "):
+        Engine(model, 9, longest + 1, strategy, Sampling())
     Engine(model, 5, 500, strategy, Sampling())
     monkeypatch.setattr(device, "free_memory", lambda device: 5 * n_bytes + chunk - 1)
     with pytest.raises(ValueError, match=r"use --batch_size 4 \(the most"):
@@ -401,7 +408,10 @@ def test_the_largest_batch_that_fits_is_computed(monkeypatch):
     with pytest.raises(ValueError, match=r"use --batch_size 4 \(the most"):
         Engine(model, 5, 500, strategy, Sampling(0.8))  # sampling needs more
     monkeypatch.setattr(device, "free_memory", lambda device: n_bytes + chunk - 1)
-    with pytest.raises(ValueError, match="free; use a smaller --max_context"):
+    with pytest.raises(ValueError, match=r"free; use --max_context \d+ \(the most that fits\)$"):
+        Engine(model, 1, 500, strategy, Sampling())
+    monkeypatch.setattr(device, "free_memory", lambda device: 0)
+    with pytest.raises(ValueError, match="free; use a smaller --batch_size and --max_context"):
         Engine(model, 1, 500, strategy, Sampling())
 
 
