@@ -89,6 +89,10 @@ DEMO = Recipe(
         Phase(2048, 2_500_000, (0.3, 0.2), recall=0.5),
         Phase(4096, 4_500_000, (0.2, 0.0), recall=0.5),
         Phase(4096, 1_500_000, (0.2, 0.0), recall=0.5, rope_theta=300_000.0),
+        Phase(512, 4_000_000, (0.7, 0.7), recall=0.1),
+        Phase(512, 4_000_000, (0.7, 0.7), recall=0.1),
+        Phase(512, 3_000_000, (0.7, 0.4), recall=0.1),
+        Phase(4096, 2_500_000, (0.4, 0.0), recall=0.3),
     ),
 )  # fmt: skip
 DEMO_DRAFT = Recipe(

@@ -434,7 +434,7 @@ def test_it_follows_by_the_times_at_the_length_that_the_text_has_reached(monkeyp
     monkeypatch.setattr(auto.engine, "accept", reject)
     monkeypatch.setattr(auto, "choose", lambda *how: asked.append(how) or choose(*how))
     decode(auto.engine, auto=auto)
-    said = [(what.verify, now, stay) for what, now, stay in asked[:3]]
+    said = [(what.verify, now, stay) for what, now, stay, *_ in asked[:3]]
     assert said == [(CHEAP, None, 1.0), (DEAR, c, STAY), (DEAR, None, STAY)]
     assert auto.verify == CHEAP
 
