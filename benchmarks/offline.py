@@ -22,9 +22,13 @@ Decoding is timed apart from reading prompts, and tokens/s are given without rea
 
 Before that, questions about one document: the seconds of their prefill, with the document copied
 from a row that has read it and without. Writes JSON, and a Markdown table beside it.
+
+`--write FILE` measures nothing and writes the requests as a file of prompts, for `generate.py`: is
+what several processes make of it (`--data_parallel`) what one makes of it?
 """
 
 import argparse
+import json
 import math
 import random
 import statistics
@@ -43,6 +47,7 @@ from benchmarks.saving import save, table
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from cost_model import round_cost
 from device import timed
+from files import write_file
 from kernels import compile_blocks
 from measure import environment, step_times
 from policies import POLICIES, Strategy
@@ -368,6 +373,15 @@ def summary(result: dict) -> str:
     return "\n".join(lines)
 
 
+def write_prompts(requests: list[Request], tokenizer: Tokenizer, path: Path) -> None:
+    """The requests, a line each. As texts they may have a token more or fewer."""
+    lines = []
+    for i, request in enumerate(requests):
+        text, n = tokenizer.decode(request.prompt[1:]), request.max_new_tokens
+        lines.append(json.dumps({"id": f"piece-{i:03}", "prompt": text, "max_new_tokens": n}))
+    write_file("\n".join([*lines, ""]).encode(), path)
+
+
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--draft", choices=("ngram", *POLICIES), default="ngram")
@@ -381,18 +395,23 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--smoke", action="store_true")
     p.add_argument("--out", type=Path)
+    p.add_argument("--write", type=Path, metavar="FILE", help="the requests, for generate.py")
     return p.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     sizes = replace(FULL, prompts=args.prompts, rows=args.batch_size)
-    model = load_model(DEMO_CHECKPOINT, torch.device(args.device), DTYPES[args.dtype])
     if args.smoke:
         sizes, args.repeats = SMOKE, 1
-    else:
-        compile_blocks(model)
     tokenizer = load_tokenizer(DEMO_CHECKPOINT)
+    requests = mixed_requests(tokenizer, sizes, LIMITS[args.limits])
+    if args.write:
+        write_prompts(requests, tokenizer, args.write)
+        return
+    model = load_model(DEMO_CHECKPOINT, torch.device(args.device), DTYPES[args.dtype])
+    if not args.smoke:
+        compile_blocks(model)
     strategy = Strategy(args.draft, args.speculate_k, args.draft_budget)
     date = time.strftime("%Y-%m-%d")
     with torch.inference_mode():
@@ -403,7 +422,6 @@ def main() -> None:
             "limits": args.limits, "plan": strategy.describe(),
             "sharing": bench.sharing(questions(tokenizer, sizes)),
         }  # fmt: skip
-        requests = mixed_requests(tokenizer, sizes, LIMITS[args.limits])
         result |= measure(bench, requests, args.repeats)
     print(markdown(result) + summary(result))
     save(result, f"offline_{args.device}", args.out, markdown(result))

@@ -200,16 +200,25 @@ def test_a_program_that_fails_in_its_process_is_told_in_one_line():
 
 def test_usual_lengths_are_those_of_rows_that_run():
     """A request with a long answer is seen in more rounds."""
-    from benchmarks.offline import (
-        predicted,
-        usual_lengths,
-    )  # offline.py is also one of the program's files
+    from benchmarks.offline import predicted, usual_lengths  # offline.py is the program's, too
 
     requests = [Request([1] * 10, 31), Request([1] * 100, 11), Request([1] * 500, 1)]
     lengths = usual_lengths(requests, 4)
     assert sorted(lengths) == [16, 26, 36, 106]
     steps = {"target_step_ms": 40.0, "draft_step_ms": 2.0, "verify_ms": 50.0}
     assert predicted(steps, 5, 3.0) == pytest.approx(40 * 3 / (5 * 2 + 50))
+
+
+def test_the_offline_requests_are_written_for_the_program(tmp_path):
+    from benchmarks.offline import SMOKE, mixed_requests, uniform, write_prompts
+
+    tokenizer = load_tokenizer(DEMO_CHECKPOINT)
+    requests = mixed_requests(tokenizer, SMOKE, uniform)
+    write_prompts(requests, tokenizer, tmp_path / "in")
+    lines = [json.loads(line) for line in (tmp_path / "in").read_text().splitlines()]
+    assert [line["max_new_tokens"] for line in lines] == [r.max_new_tokens for r in requests]
+    texts = [tokenizer.decode(r.prompt[1:]) for r in requests]
+    assert [line["prompt"] for line in lines] == texts and len({line["id"] for line in lines}) == 5
 
 
 def test_load_memory_measures_a_sharded_checkpoint(monkeypatch):
