@@ -249,6 +249,12 @@ class Block(nn.Module):
         return x + (self.ffn_post_norm(y) if self.post_norms else y)
 
 
+@torch.compiler.nested_compile_region
+def one_of_many(layer: Block, *args) -> Tensor:
+    """A layer; where all of them are compiled into one function, they are compiled as one."""
+    return layer(*args)
+
+
 class Transformer(nn.Module):
     """All layers; see the module docstring."""
 
@@ -305,7 +311,7 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         memory = self.memory(pos, read, write)
         for layer, rope, part in zip(self.layers, self.ropes(pos), memory, strict=True):
-            x = layer(x, rope, *part)
+            x = one_of_many(layer, x, rope, *part)
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, dim]

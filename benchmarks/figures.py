@@ -63,7 +63,9 @@ class Figure(NamedTuple):
 
 
 DEMO = "python generate.py --json FILE"
-DEMO_BEFORE = "benchmarks/results/demo_cpu_2026-11-22.json"  # with the model of 21M tokens
+TEXTS_BEFORE = "benchmarks/results/texts_before_2026-11-30.json"  # with the model of 21M tokens
+TRAINED = "2026-11-30"  # the demo's model, last: what is older shows another one's texts
+OF_TEXTS = ("budgets", "quarters", "strategies", "kv_dtype", "offline", "formula")
 FIGURES = {
     "scaling_picture": Figure(blocks.scaling_picture, ("scaling_cpu",)),
     "demo": Figure(blocks.demo, ("demo_cpu",), DEMO),
@@ -90,7 +92,11 @@ FIGURES = {
     "geometry": Figure(blocks.geometry, ("checkpoints/demo/config.json",)),
     "schedule": Figure(blocks.schedule, ("checkpoints/demo/training.json",)),
     "schedule_draft": Figure(blocks.schedule, ("checkpoints/demo-draft/training.json",)),
-    "endings": Figure(blocks.endings, (DEMO_BEFORE, "demo_cpu"), DEMO),
+    "endings": Figure(
+        blocks.endings,
+        (TEXTS_BEFORE, "texts_cpu"),
+        "python generate.py --draft ngram --max_new_tokens 192 --json FILE",
+    ),
 }
 
 
@@ -120,7 +126,9 @@ def body(name: str) -> str:
             [str(path.relative_to(ROOT)) for path in paths],
             [re.sub(" --out [^ ]+", "", command) for command in commands],
         ))  # fmt: skip
-        text += "\n" * apart + f"From {files}{by and f', by {by}'}.\n"
+        old = name in OF_TEXTS and any(path.stem[-10:] < TRAINED for path in paths)
+        model = ", with the demo's model before its last training" if old else ""
+        text += "\n" * apart + f"From {files}{by and f', by {by}'}{model}.\n"
     return text
 
 
