@@ -24,7 +24,7 @@ from measure import Job, Progress
 from model import Transformer
 from options import Options
 from parallel import Shard, check_same, shard_of
-from policies import Strategy
+from policies import POLICIES, Strategy
 from quantize import emulated, resolve
 from roofline import Workload, preset, whole_is_faster
 from sampling import Sampling, widest
@@ -122,7 +122,7 @@ def make_engine(
     draft_model = None
     if draft:
         own = strategies[-1]
-        reads = longest if own.policy == "full" else min(own.budget, longest)
+        reads = min(own.budget, longest) if own.policy in POLICIES else longest
         whole = partial(had_better_be_whole, opened, draft.config, n_rows, reads)
         draft_model = load_weights(draft, opened, compiling, shard_of(draft.config, whole))
     if not automatic:

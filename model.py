@@ -250,7 +250,7 @@ class Block(nn.Module):
 
 
 @torch.compiler.nested_compile_region
-def one_of_many(layer: Block, *args) -> Tensor:
+def one_of_many(layer: Block, *args) -> Tensor:  # its arguments -> [B, T, dim]
     """A layer; where all of them are compiled into one function, they are compiled as one."""
     return layer(*args)
 
