@@ -287,8 +287,8 @@ def scaling_picture(raw: dict) -> str:
     one, all_of_it = (f"{gains[B, longest]['row_speedup']:.2f}" for B in (fewest, most))
     picture = f"![Speedup over batch size and length](benchmarks/{drawing(raw, 'streaming')})\n\n"
     return picture + sentences(
-        f"Points are measured, lines predicted. With {longest:,} tokens a row gains {one} at batch "
-        f"size {fewest} and {all_of_it} at {most}."
+        "Points are measured, lines predicted: what a row gains while it runs. With "
+        f"{longest:,} tokens that is {one} at batch size {fewest} and {all_of_it} at {most}."
     )
 
 

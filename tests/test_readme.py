@@ -159,7 +159,7 @@ def test_the_picture_is_told_in_words():
     raw = {"date": "2026-11-30", "environment": {"device": "cpu"}, "cells": cells}
     picture, _, *words = blocks.scaling_picture(raw).splitlines()
     assert picture.endswith("(benchmarks/results/scaling_cpu_2026-11-30.streaming.svg)")
-    assert " ".join(words).endswith("a row gains 1.30 at batch size 1 and 2.40 at 16.")
+    assert " ".join(words).endswith("4,096 tokens that is 1.30 at batch size 1 and 2.40 at 16.")
     text = blocks.scaling(raw)
     assert "| streaming, B | 512 tokens | 4,096 tokens |" in text and "60 of 64 outputs" in text
     assert "| 16 | 1.20 / 0.95 (3.00) | 2.40 / 2.15 (3.00) |" in text
