@@ -40,10 +40,9 @@ PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each can
 HOPE = 0.05  # the chance that a candidate not yet probed is as good as OPTIMISTIC
 FOLLOW = 2  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
-NEAR = (
-    0.9  # of the largest predicted speedup: a longer draft so near is preferred at first, because
-)
-# a text that a model writes repeats more than its prompt, by which it is judged until then
+# At first a longer draft is preferred whose speedup is so near the largest predicted one: what a
+# model writes repeats more than its prompt, and by that a draft is judged until then.
+NEAR = 0.9
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 # There are more sweeps within SHORT seconds, and while the latest differ by a factor of STEADY:
 # compilers that torch has started in the background slow all down for some seconds.

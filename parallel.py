@@ -61,8 +61,6 @@ CUTS = {  # by the name of a layer in files: the dimension that is cut, and what
     "o_proj": (1, "q"), "gate_proj": (0, "ffn"), "up_proj": (0, "ffn"),
     "gate_up_proj": (0, "ffn ffn"), "down_proj": (1, "ffn"), "lm_head": (0, "vocab"),
 }  # fmt: skip
-
-
 Opened = Callable[[], AbstractContextManager[Any]]  # a tensor of a file, while it is open
 
 
