@@ -59,7 +59,7 @@ from picture import Panel, Series, draw, short
 from policies import Strategy
 from prompts import DEMO_MODULES, module_source
 from quantize import resolve
-from roofline import HARDWARE, Hardware, Timing, Workload, fit
+from roofline import Hardware, Timing, Workload, fit, preset
 from sampling import Sampling, Stats
 from spec_decode import Engine
 from tokenizer import Tokenizer, load_tokenizer
@@ -235,8 +235,7 @@ def predict(result: dict) -> None:
         for c in known
         for T, t in zip((1, gamma + 1), timed_steps(c)[::2], strict=True)
     ]
-    preset = HARDWARE["h200" if result["environment"]["device"] == "cuda" else "cpu"]
-    hw, error = fit(config, preset, timings)
+    hw, error = fit(config, preset(result["environment"]["device"]), timings)
     missed = [[t / formula for t, formula in zip(timed_steps(c), seconds(c, hw), strict=True)]
               for c in known]  # fmt: skip
     factors = [statistics.geometric_mean(ratios) for ratios in zip(*missed, strict=True)]
