@@ -87,13 +87,19 @@ class Strategy:
         """The workload, on as many GPUs as a draft step is divided among."""
         return replace(w, num_gpus=1) if self.whole else w
 
+    def cached(self, w: Workload) -> Workload:
+        """The same with the numbers of its own cache: with weights in bf16 they are no larger."""
+        low = self.weights == "bf16" and w.cached_itemsize > WEIGHT_BYTES["bf16"]
+        return replace(w, kv_itemsize=WEIGHT_BYTES["bf16"]) if low else w
+
     def draft_seconds(self, target: ModelConfig, hw: Hardware, w: Workload) -> float:
         """T_D: seconds per draft token, with its share of selecting or reading again."""
         if not self.has_cache:
             return 0.0
         m, w = self.model or target, self.on_its_gpus(w)
         context = w.prefix_len if self.policy == "full" else min(self.budget, w.prefix_len)
-        seconds = forward_time(m, hw, w, 1, context, WEIGHT_BYTES.get(self.weights)).total
+        kind = WEIGHT_BYTES.get(self.weights)
+        seconds = forward_time(m, hw, self.cached(w), 1, context, kind).total
         if self.policy == "streaming" and self.model:  # read again before its own context ends
             rounds = max((m.max_seq_len - self.budget) // (self.gamma + 1), 1)
             again = forward_time(m, hw, w, self.budget, self.budget).total
@@ -128,7 +134,7 @@ class Strategy:
         n += full / size / 2 if size > 1 else 0  # the mean keys
         own = held_bytes(m, w) if self.model else 0
         copied = m.n_layer * layer_params(m) * WEIGHT_BYTES.get(self.weights, 0) / w.num_gpus
-        return w.batch_size * n * kv_bytes_on_gpu(m, w) + own + copied
+        return w.batch_size * n * kv_bytes_on_gpu(m, self.cached(w)) + own + copied
 
     def expected_acceptance(self, length: int, table: Iterable[Acceptance]) -> float | None:
         """Alpha of the measured entry nearest in length, of those with the budget nearest below.

@@ -14,6 +14,8 @@ constexpr float HIDDEN = -1e30f;
 typedef float F __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint16_t U __attribute__((vector_size(2 * W), may_alias));
+struct Call { int64_t B, H, R, T, S, n_masks, window; float cap; int n_threads; };
+struct State { F m = F{} + HIDDEN, l{}, y[N]{}; F w[TILE / W]; };  // largest score, sums; weights
 
 static inline F load(const float* p) { return *(const F*)p; }
 static inline F load(const uint16_t* p) {  // bfloat16: the upper half of a float
@@ -31,49 +33,41 @@ static inline F exp(F x) {  // of x <= 0: 2^n * e^r with |r| <= ln(2) / 2, and e
   for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
   return (F)((I)y + (n << 23));
 }
-struct Share {  // the i-th of n parts of what every slot has: a query fetches it of the next tile
-  int i, n;
-  void fetch(const KV* slot) const {
-    for (int l = LINES * i / n; l < LINES * (i + 1) / n; l++)
-      __builtin_prefetch(slot + l * LINE, 0, 2);
-  }
-};
-struct Call { int64_t B, H, R, T, S, n_masks, window; float cap; int n_threads; };
-struct State { F m = F{} + HIDDEN, l{}, y[N]{}; float w[TILE]; };  // largest score, sums; weights
-
+static inline void fetch(const KV* slot, int i, int n) {  // the i-th of n shares, one per query
+  for (int l = LINES * i / n; l < LINES * (i + 1) / n; l++)
+    __builtin_prefetch(slot + l * LINE, 0, 2);
+}
 template <class X>  // scores of W slots
-static inline F score(const float* q, const X* k, const KV* next, Share share) {
-  F x[N], dot[W];
-  for (int d = 0; d < N; d++) x[d] = load(q + d * W);
+static inline F score(const float* q, const X* k, const KV* next, int r, int R) {
+  F dot[W];
 #pragma GCC unroll 16
   for (int j = 0; j < W; j++) {
-    dot[j] = x[0] * load(k + j * D);
-    for (int d = 1; d < N; d++) dot[j] += x[d] * load(k + j * D + d * W);
-    share.fetch(next + j * D);
+    dot[j] = load(q) * load(k + j * D);
+    for (int d = W; d < int(D); d += W) dot[j] += load(q + d) * load(k + j * D + d);
+    fetch(next + j * D, r, R);
   }
 #pragma GCC unroll 4
   for (int n = W / 2; n; n /= 2)
-#pragma GCC unroll 8
     for (int j = 0; j < n; j++) dot[j] = pairs(dot[2 * j], dot[2 * j + 1]);
   return dot[0];
 }
-static inline void softmax(State& s, const F* scores) {  // of a tile; what was before is rescaled
-  float m = s.m[0];
-  for (int i = 0; i < TILE; i++) m = std::max(m, scores[i / W][i % W]);
+static inline void softmax(State& s) {  // of a tile's scores; what was before is rescaled
+  F top = s.m;
+  for (F w : s.w) top = w > top ? w : top;
+  float m = *std::max_element((float*)&top, (float*)(&top + 1));
   F before = exp(s.m - m);
   if (m > s.m[0]) for (F& y : s.y) y *= before;
   s.m = F{} + m, s.l *= before;
-  for (int i = 0; i < TILE / W; i++)
-    s.l += ((F*)s.w)[i] = scores[i] > HIDDEN ? exp(scores[i] - m) : F{};
+  for (F& w : s.w) s.l += w = w > HIDDEN ? exp(w - m) : F{};
 }
 template <int M, class X>  // of M queries
-static inline void add_values(State* s, const X* v, const KV* next, Share share) {
+static inline void add_values(State* s, const X* v, const KV* next, int r, int R) {
   F y[M][N];
   for (int i = 0; i < M * N; i++) y[i / N][i % N] = s[i / N].y[i % N];
-  for (int j = 0; j < TILE; j++, share.fetch(next + (j - 1) * D))
+  for (int j = 0; j < TILE; j++, fetch(next + (j - 1) * D, r / 2, (R + 1) / 2))
     for (int d = 0; d < N; d++) {
       F x = load(v + j * D + d * W);
-      for (int i = 0; i < M; i++) y[i][d] += s[i].w[j] * x;
+      for (int i = 0; i < M; i++) y[i][d] += ((float*)s[i].w)[j] * x;
     }
   for (int i = 0; i < M * N; i++) s[i / N].y[i % N] = y[i / N][i % N];
 }
@@ -89,24 +83,21 @@ static void part(const Call& c, const float* q, const KV* k, const KV* v, State*
     auto look = [&](const auto* keys_now, const auto* values_now) {
       for (int r = 0; r < R; r++) {
         int at = start + r % c.T, oldest = std::max<int64_t>(at - c.window + 1, 0);
-        F scores[TILE / W];
         for (int i = 0; i < TILE; i += W) {
-          F x = score(q + r * D, keys_now + i * D, keys + (TILE + i) * D, Share{r, R});
+          F x = score(q + r * D, keys_now + i * D, keys + (TILE + i) * D, r, R);
           for (int l = 0; c.cap && l < W; l++) x[l] = c.cap * std::tanh(x[l] / c.cap);
           I p = lane + (slot + i - turn);  // position, counted from the newest
           p = (p > 0 ? p - int(c.S) : p) + newest;
           I seen = (p <= at) & (p >= oldest);
           for (int l = 0, j = slot + i; mask && l < W; l++, j++)
             seen[l] = -(j < c.S && mask[r * c.S + j]);
-          scores[i / W] = seen ? x : F{} + HIDDEN;
+          states[r].w[i / W] = seen ? x : F{} + HIDDEN;
         }
-        softmax(states[r], scores);
       }
-      for (int r = 0; r < R; r += 2) {
-        Share share{r / 2, (R + 1) / 2};
-        if (r + 1 < R) add_values<2>(states + r, values_now, values + TILE * D, share);
-        else add_values<1>(states + r, values_now, values + TILE * D, share);
-      }
+      for (int r = 0; r < R; r++) softmax(states[r]);
+      int r = 0;  // two queries for each load of V
+      for (; r + 1 < R; r += 2) add_values<2>(states + r, values_now, values + TILE * D, r, R);
+      if (r < R) add_values<1>(states + r, values_now, values + TILE * D, r, R);
     };
     bool whole = slot + TILE <= c.S, convert = sizeof(KV) < sizeof(float) && R > 2;
     if (whole && !convert) { look(keys, values); continue; }

@@ -52,6 +52,8 @@ class SelfDrafter(Drafter):
 
     @staticmethod
     def build(strategy, spec, capacity, finished=None) -> Caches:
+        if strategy.weights == "bf16" and spec.stored_dtype == torch.float32:
+            spec = replace(spec, draft_dtype=torch.bfloat16)
         return (strategy.sparse_cache(spec, capacity),)
 
     def renew(self, b: int | None = None) -> None:

@@ -12,10 +12,9 @@ is arithmetic on the lengths, and the lengths are kept by the engine, per row.
 
 **Full.** A layer that sees all of the text has a slot for every token: position p in slot p.
 
-**Windowed.** Where queries see only the newest `window` tokens, older ones are dead weight. The
-buffer is a *ring*: position p goes to slot ``p % ring_size``, over a token that is ring_size older.
-What a slot holds follows from the newest position alone: the largest p of its residue class that
-does not exceed it (`ring_pos`)::
+**Windowed.** Where queries see only the newest `window` tokens, the buffer is a *ring*: position p
+goes to slot ``p % ring_size``, over a token that is ring_size older. What a slot holds follows from
+the newest position: the largest p of its residue class that does not exceed it (`ring_pos`)::
 
     window 4, ring_size 8, newest token 13       slot      0  1  2  3  4  5  6  7
     query 13 sees 10 .. 13                       position  8  9 10 11 12 13  6  7
@@ -32,21 +31,19 @@ further, to the beginning of a continuation or to where two conversations part, 
 
 A query at q sees the ring's tokens with q - n_recent < p <= q, and a selected slot only if its
 token lies before that window, so no token is seen twice, also when the prompt is shorter than the
-budget. The slack is why rejected drafts never damage the window. If a round rejects all of its
+budget. Because of the slack rejected drafts never damage the window. If a round rejects all of its
 gamma drafts, the next query is at the first one's position, and the last one lies gamma - 1
-positions further: with as many spare slots the window is whole. A draft model needs at least 1,
-because it is fed two tokens at once, and the second is written before the first one's query looks.
-The rest of gamma + 1 is a margin.
+positions further: as many spare slots are needed. A draft model is fed two tokens at once, and the
+second is written before the first one's query looks: it needs 1. The rest is a margin.
 
 A *policy* (`policies.py`) returns the positions to keep of one layer, ``[B, Hkv, n_selected]``, and
 `Selected.fill` gathers them. A layer with a window offers no choice: there a draft sees the
-newest min(K, window) tokens. A policy that observes is shown the newest tokens' queries. Who writes
-K and V into this cache has computed them, so they go into one more ring, of as many slots as it
-observes and the same slack: what was rejected has not overwritten those that count.
+newest min(K, window) tokens. A policy that observes is shown the newest tokens' queries. They go
+into one more ring, with the same slack: what was rejected has not overwritten those that count.
 
-**Read one, write several.** A forward reads one cache and writes the K and V of its tokens into any
-number of them. In self-speculation a verification reads the full cache and writes both, so the
-draft's window always holds exact values. Drafting reads and writes the sparse cache alone.
+**Read one, write several.** A forward reads one cache and writes its K and V into any number. In
+self-speculation a verification reads the full cache and writes both, so the draft's window holds
+what the target computed, if with fewer bits. Drafting reads and writes the sparse cache alone.
 
 A cache answers a forward twice, layer by layer: `slots(pos)` says where these tokens go, and
 `access(pos)` which slots they see. Masks are over queries with the G = H / Hkv heads of a KV head
@@ -113,6 +110,7 @@ class CacheSpec:
     kv_dtype: torch.dtype | None = None  # of what is stored; None: the same
     exact: int = 0  # drafts that every verification is padded to, see `exact.py`; 0: none
     operator: bool = False  # few queries go to `cpu_attention.py`
+    draft_dtype: torch.dtype | None = None  # of what a sparse cache stores; None: the same
     programs_per_sm: int | None = None  # of the split-KV kernel; None: kernels.PROGRAMS_PER_SM
     allocated: bool = True  # False: caches without memory, to be asked how much they would take
 
@@ -161,7 +159,8 @@ def seen(p: Tensor, q: Tensor, window: int | None) -> Tensor:  # [...], [...] ->
 
 def ring_pos(newest: Tensor, slot: Tensor, ring_size: int) -> Tensor:  # [...], [...] -> [...]
     """Position that a ring's slot holds; negative where nothing was written yet."""
-    return newest - (newest - slot) % ring_size
+    turn = newest % ring_size  # one division for all slots
+    return newest - turn + slot - ring_size * (slot > turn)
 
 
 def fold_mask(visible: Tensor, n_group: int) -> Tensor:  # [..., T, S] -> [..., G * T, S]
@@ -350,8 +349,8 @@ class Selected(NamedTuple):
         unknown = pos >= n_cached[:, None, None]
         self.pos.copy_(pos.masked_fill(unknown, NEVER))
         known = pos.masked_fill(unknown, 0)
-        self.k[b, h, slot] = k[b, h, known]  # compiled, this is one pass
-        self.v[b, h, slot] = v[b, h, known]
+        self.k[b, h, slot] = k[b, h, known].to(self.k.dtype)  # compiled, this is one pass
+        self.v[b, h, slot] = v[b, h, known].to(self.v.dtype)
 
 
 class SparseKVCache:
@@ -371,7 +370,8 @@ class SparseKVCache:
         self.n_observed = n_observed
         self.parts = [(n_selected, n_recent) if w is None else (0, min(K, w)) for w in spec.windows]
         n_slots = [sum(part) + self.slack for part in self.parts]
-        self.k, self.v = allocate(spec, n_slots), allocate(spec, n_slots)
+        own = replace(spec, kv_dtype=spec.draft_dtype or spec.kv_dtype)
+        self.k, self.v = allocate(own, n_slots), allocate(own, n_slots)
         ring = (spec.n_kv_head * spec.n_group, n_observed + self.slack, spec.head_dim)
         self.q = self.beside(*(ring if n_observed else ()))  # [B, H, n_ring, D]
         self.summary = self.beside(*((spec.n_kv_head, *summary) if summary else ()))

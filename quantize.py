@@ -5,7 +5,7 @@ little more than half of its time. The target verifies with its own weights, and
 writes K and V into the draft's window. So a twin can lower the acceptance rate, and nothing else.
 It is the model itself but for the linear layers of the blocks:
 
-    bf16    bfloat16, beside a float32 target
+    bf16    bfloat16, beside a float32 target; so are K and V in the draft's cache
     fp8     float8 e4m3, with a scale per row of the weights and per token: Hopper and later
     int8    with a scale per row of the weights; PyTorch has no product that is faster so (LOG.md)
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import WEIGHT_BYTES, ModelConfig
-from kernels import compile_blocks
+from kernels import compile_blocks, weights_first
 from model import Transformer
 
 KINDS = ("same", *WEIGHT_BYTES)
@@ -80,9 +80,7 @@ class BF16(LowLinear):
         return (weight.bfloat16(),)
 
     def product(self, x: Tensor) -> Tensor:
-        # Weights first: a CPU's library then packs the few tokens, not the weights (LOG.md).
-        y = torch.mm(self.weight, x.bfloat16().flatten(0, -2).T).T
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return weights_first(self.weight, x.bfloat16()).to(x.dtype)
 
 
 class FP8(LowLinear):

@@ -182,7 +182,11 @@ def test_draft_weights_of_fewer_bytes_are_read_faster_and_take_memory():
     assert copies == [blocks, 2 * blocks]
     on_cpu = replace(w, itemsize=4)
     saved = same.draft_seconds(LLAMA, A100, on_cpu) - bf16.draft_seconds(LLAMA, A100, on_cpu)
-    assert saved == pytest.approx(2 * blocks / A100.bandwidth)
+    kept = 24 * kv_bytes_per_token(LLAMA)  # of 2 bytes a number, where it would be 4
+    read = (STREAMING.budget + 1) * kept  # with the new token's
+    assert saved == pytest.approx((2 * blocks + read) / A100.bandwidth)
+    held = [s.memory_bytes(LLAMA, on_cpu, 999) for s in (same, bf16)]
+    assert held[0] - held[1] == (STREAMING.budget + STREAMING.gamma + 1) * kept - 2 * blocks
     table = [Acceptance("streaming", False, 512, 32768, 0.8, "measured")]
     assert fp8.expected_acceptance(32768, table) == pytest.approx(0.8 - LOW_LOSS)
 

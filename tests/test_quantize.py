@@ -128,17 +128,19 @@ def test_the_output_is_the_models_own(kind, sampling):
         assert outputs == [plain_greedy(model, p, 41) for p in PROMPTS]
 
 
-def test_the_drafts_window_holds_the_targets_keys():
-    """A twin's own K and V are overwritten by those of the verification."""
+@pytest.mark.parametrize("kind", LOW)
+def test_the_drafts_window_holds_the_targets_keys(kind):
+    """A twin's own K and V are overwritten by those of the verification; bf16 rounds them."""
     model = tiny_model()
-    engine = Engine(model, 4, 111, Strategy("streaming", 3, 400, 4, weights="fp8"), GREEDY)
+    engine = Engine(model, 4, 111, Strategy("streaming", 3, 400, 4, weights=kind), GREEDY)
     engine.prefill(PROMPTS, [41] * 4)
     engine.run(3, 5)
     sparse = engine.drafter.sparse
     for b, n in enumerate((engine.batch.seq_len - 1).tolist()):
         p = torch.arange(max(n - 50, 0), n)
         slot = sparse.n_selected + p % (sparse.n_recent + sparse.slack)
-        assert torch.equal(sparse.k[0][b, :, slot], engine.full.k[0][b, :, p])
+        assert sparse.k[0].dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
+        assert torch.equal(sparse.k[0][b, :, slot], engine.full.k[0][b, :, p].to(sparse.k[0].dtype))
 
 
 def test_drafters_share_a_twin_which_goes_with_the_last_of_them():

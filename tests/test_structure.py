@@ -30,7 +30,7 @@ ALGORITHM = {  # the chapters, and what they stand on
     "cpu_attention": (90, ""),
     "exact": (160, "kernels"),
     "kv_cache": (450, "cpu_attention exact kernels"),
-    "model": (405, "config cpu_attention exact kernels kv_cache"),
+    "model": (412, "config cpu_attention exact kernels kv_cache"),
     "parallel": (345, "config device model"),  # applied from outside; no chapter needs it
     "quantize": (225, "config kernels model"),
     "sampling": (330, ""),
@@ -41,7 +41,7 @@ ALGORITHM = {  # the chapters, and what they stand on
     "drafter": (235, "batch kv_cache lookup model policies quantize"),
     "draft_models": (170, "config drafter kv_cache model policies selection"),
     "drafters": (
-        215,
+        217,
         "config draft_models drafter kernels kv_cache lookup model policies quantize selection",
     ),
     "graphs": (110, "batch"),
