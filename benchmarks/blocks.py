@@ -76,8 +76,8 @@ def ways(raw: dict) -> list[dict]:
 
 def demo(raw: dict) -> str:
     """What the demo prints: a line for each way to draft, the formula beside the measurement."""
-    head = ("way to draft", "tokens/s", "acceptance rate", "tokens per round", "ms per draft token",
-            "ms per pass of the model", "formula", "speedup of a row", "of the batch",
+    head = ("way to draft", "tokens/s", "acceptance rate", "tokens per round", "T_D, ms",
+            "T_V, ms", "formula", "speedup of a row", "of the batch",
             "same text")  # fmt: skip
     rows = []
     for way in ways(raw):
@@ -101,7 +101,8 @@ def step_bytes() -> str:
     model, budget = load_config(DEMO_CHECKPOINT), Strategy().budget
     lengths, per_token = demo_lengths(DEMO_ROWS), kv_bytes_per_token(model, 4)
     layers = model.n_layer * layer_params(model)
-    full, draft = sum(lengths) * per_token, DEMO_ROWS * budget * per_token
+    full = sum(lengths) * per_token
+    draft = DEMO_ROWS * budget * kv_bytes_per_token(model, 2)  # bfloat16, as its weights
     weights = 4 * total_params(model)
     lower = weights - 2 * layers  # in the layers bfloat16 instead of float32
     rows = [

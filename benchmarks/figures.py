@@ -66,7 +66,6 @@ DEMO = "python generate.py --json FILE"
 TEXTS_BEFORE = "benchmarks/results/texts_before_2026-11-30.json"  # with the model of 21M tokens
 TRAINED = "2026-11-30"  # the demo's model, last: what is older shows another one's texts
 OF_TEXTS = ("budgets", "quarters", "strategies", "kv_dtype", "offline", "formula")
-MEASURED_BEFORE = ("auto_cpu_2026-11-30",)  # on that day
 FIGURES = {
     "scaling_picture": Figure(blocks.scaling_picture, ("scaling_cpu",)),
     "demo": Figure(blocks.demo, ("demo_cpu",), DEMO),
@@ -127,8 +126,7 @@ def body(name: str) -> str:
             [str(path.relative_to(ROOT)) for path in paths],
             [re.sub(" --out [^ ]+", "", command) for command in commands],
         ))  # fmt: skip
-        old = [path for path in paths if path.stem in MEASURED_BEFORE or
-               (name in OF_TEXTS and path.stem[-10:] < TRAINED)]  # fmt: skip
+        old = [path for path in paths if name in OF_TEXTS and path.stem[-10:] < TRAINED]
         which = "" if len(old) == len(paths) else "the older file "
         model = f", {which}with the demo's model before its last training" if old else ""
         text += "\n" * apart + f"From {files}{by and f', by {by}'}{model}.\n"
