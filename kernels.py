@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 Q_BLOCK = 128  # queries per flex_attention block
 # Programs of the split-KV kernel that a multiprocessor of Hopper runs at once, by tile of queries:
@@ -73,11 +72,6 @@ def compile_step(step: Callable, model) -> Callable | None:  # what a drafter do
     if not (model.compiled and on_cpu and len(model.layers) <= STEP_LAYERS):
         return None
     return torch.compile(step, fullgraph=True, dynamic=False)
-
-
-def weights_first(weight: Tensor, x: Tensor) -> Tensor:  # [N, K], [..., K] -> [..., N]
-    """A linear layer for a CPU: its library then packs the few tokens, not the weights (LOG.md)."""
-    return (weight @ x.reshape(-1, x.shape[-1]).T).T.view(*x.shape[:-1], len(weight))
 
 
 def query_tile(n_query: int) -> int:

@@ -43,7 +43,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 import cpu_attention
 from config import ModelConfig
 from exact import attend_by_position
-from kernels import flex_runs, weights_first
+from kernels import flex_runs
 from kv_cache import Access, KVCache, Span, SparseKVCache, Write, fold_mask, once_each, seen
 
 SHORT = 64  # tokens per forward, at least, where few of a text are new
@@ -255,14 +255,6 @@ def one_of_many(layer: Block, *args) -> Tensor:  # its arguments -> [B, T, dim]
     return layer(*args)
 
 
-class OutputLayer(nn.Linear):
-    """The largest matrix: the logits of every token of the vocabulary."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., V]."""
-        return super().forward(x) if x.is_cuda else weights_first(self.weight, x)
-
-
 class Transformer(nn.Module):
     """All layers; see the module docstring."""
 
@@ -272,7 +264,7 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config)
-        self.output = OutputLayer(config.dim, config.vocab_size, bias=False)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.compiled = False  # set by compile_blocks

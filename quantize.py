@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import WEIGHT_BYTES, ModelConfig
-from kernels import compile_blocks, weights_first
+from kernels import compile_blocks
 from model import Transformer
 
 KINDS = ("same", *WEIGHT_BYTES)
@@ -46,6 +46,19 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:  # [..., K] -> [..., K]
     """What is left of the numbers after `by_row`."""
     rows, scale = by_row(x.flatten(0, -2), dtype)
     return (rows.float() * scale).to(x.dtype).view_as(x)
+
+
+def weights_first(weight: Tensor, x: Tensor) -> Tensor:  # [N, K], [..., K] -> [..., N]
+    """A linear layer for a CPU: its library then packs the few tokens, not the weights (LOG.md)."""
+    return (weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+
+
+class OutputLayer(nn.Linear):
+    """The target's own, with its very tensor. What it adds up is the same, the order is another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., V]."""
+        return super().forward(x) if x.is_cuda else weights_first(self.weight, x)
 
 
 class LowLinear(nn.Module):
@@ -179,6 +192,8 @@ def make_twin(model: Transformer, kind: str) -> Transformer:
     layer = layer_class(model, kind)
     for owner, name, linear in linears(twin):
         setattr(owner, name, layer(linear.weight, linear.bias))
+    if type(twin.output) is nn.Linear:  # not one that is divided among ranks
+        twin.output.__class__ = OutputLayer
     if model.compiled:
         compile_blocks(twin)
     return twin

@@ -30,9 +30,9 @@ ALGORITHM = {  # the chapters, and what they stand on
     "cpu_attention": (90, ""),
     "exact": (160, "kernels"),
     "kv_cache": (450, "cpu_attention exact kernels"),
-    "model": (412, "config cpu_attention exact kernels kv_cache"),
+    "model": (405, "config cpu_attention exact kernels kv_cache"),
     "parallel": (345, "config device model"),  # applied from outside; no chapter needs it
-    "quantize": (225, "config kernels model"),
+    "quantize": (232, "config kernels model"),
     "sampling": (330, ""),
     "batch": (295, "sampling"),
     "policies": (240, "batch kv_cache quantize"),
