@@ -98,8 +98,8 @@ class Strategy:
             return 0.0
         m, w = self.model or target, self.on_its_gpus(w)
         context = w.prefix_len if self.policy == "full" else min(self.budget, w.prefix_len)
-        kind = WEIGHT_BYTES.get(self.weights)
-        seconds = forward_time(m, hw, self.cached(w), 1, context, kind).total
+        itemsize = WEIGHT_BYTES.get(self.weights)
+        seconds = forward_time(m, hw, self.cached(w), 1, context, itemsize).total
         if self.policy == "streaming" and self.model:  # read again before its own context ends
             rounds = max((m.max_seq_len - self.budget) // (self.gamma + 1), 1)
             again = forward_time(m, hw, w, self.budget, self.budget).total
@@ -131,10 +131,11 @@ class Strategy:
         elif self.model:  # and what it selects or reads again from
             n += {"streaming": self.budget}.get(self.policy, full)
         size = SELECTS.get(self.policy, (0, 1))[1]
-        n += full / size / 2 if size > 1 else 0  # the mean keys
+        means = full / size / 2 if size > 1 else 0  # of keys, with numbers as the target's have
+        caches = n * kv_bytes_on_gpu(m, self.cached(w)) + means * kv_bytes_on_gpu(m, w)
         own = held_bytes(m, w) if self.model else 0
         copied = m.n_layer * layer_params(m) * WEIGHT_BYTES.get(self.weights, 0) / w.num_gpus
-        return w.batch_size * n * kv_bytes_on_gpu(m, self.cached(w)) + own + copied
+        return w.batch_size * caches + own + copied
 
     def expected_acceptance(self, length: int, table: Iterable[Acceptance]) -> float | None:
         """Alpha of the measured entry nearest in length, of those with the budget nearest below.

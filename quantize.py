@@ -54,7 +54,7 @@ def weights_first(weight: Tensor, x: Tensor) -> Tensor:  # [N, K], [..., K] -> [
 
 
 class OutputLayer(nn.Linear):
-    """The target's own, with its very tensor. What it adds up is the same, the order is another."""
+    """The target's own, with its very tensor. It adds up in another order: not for `--exact`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., V]."""

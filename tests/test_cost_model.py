@@ -187,6 +187,8 @@ def test_draft_weights_of_fewer_bytes_are_read_faster_and_take_memory():
     assert saved == pytest.approx((2 * blocks + read) / A100.bandwidth)
     held = [s.memory_bytes(LLAMA, on_cpu, 999) for s in (same, bf16)]
     assert held[0] - held[1] == (STREAMING.budget + STREAMING.gamma + 1) * kept - 2 * blocks
+    chunks = (replace(s, policy="chunks").memory_bytes(LLAMA, on_cpu, 999) for s in (same, bf16))
+    assert [n - b for n, b in zip(chunks, held, strict=True)] == [999 / 16 * kept] * 2  # mean keys
     table = [Acceptance("streaming", False, 512, 32768, 0.8, "measured")]
     assert fp8.expected_acceptance(32768, table) == pytest.approx(0.8 - LOW_LOSS)
 

@@ -136,11 +136,12 @@ def test_the_drafts_window_holds_the_targets_keys(kind):
     engine.prefill(PROMPTS, [41] * 4)
     engine.run(3, 5)
     sparse = engine.drafter.sparse
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    assert sparse.k[0].dtype == dtype
     for b, n in enumerate((engine.batch.seq_len - 1).tolist()):
         p = torch.arange(max(n - 50, 0), n)
         slot = sparse.n_selected + p % (sparse.n_recent + sparse.slack)
-        assert sparse.k[0].dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
-        assert torch.equal(sparse.k[0][b, :, slot], engine.full.k[0][b, :, p].to(sparse.k[0].dtype))
+        assert torch.equal(sparse.k[0][b, :, slot], engine.full.k[0][b, :, p].to(dtype))
 
 
 def test_drafters_share_a_twin_which_goes_with_the_last_of_them():
