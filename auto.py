@@ -4,15 +4,15 @@
 
     calibrate   before the prompts: time plain steps and verifications, fit the cost model's
                 constants to them (`roofline.fit`), and time each candidate's draft step
-    probe       the first rounds of decoding: a few with each candidate that could win, on the
-                actual text; their tokens are output like any others. Prompt lookup needs none:
-                its guesses can be held against the text that is there
+    probe       a few rounds with each candidate that could win, on the actual text; their tokens
+                are output like any others. Prompt lookup needs none, because its guesses can be
+                held against the text that is there: it goes first, where it pays
     follow      use the candidate and gamma with the largest predicted speedup; every few rounds
                 look at the acceptance of the latest ones, and change either, down to none
 
 The engine keeps a drafter for every candidate, so a change costs nothing. A draft that the user
-named is used in any case: only its gamma is chosen. The choice follows the clock, but no text
-depends on it.
+named is used in any case, of `mixed` at least a part: only its gamma is chosen. The choice follows
+the clock, but no text depends on it.
 """
 
 import math
@@ -40,8 +40,8 @@ PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each can
 HOPE = 0.05  # the chance that a candidate not yet probed is as good as OPTIMISTIC
 FOLLOW = 2  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
-# At first a longer draft is preferred whose speedup is so near the largest predicted one: what a
-# model writes repeats more than its prompt, and by that a draft is judged until then.
+# A longer copy is preferred whose speedup is so near the largest predicted one. A text that repeats
+# itself goes on to, mostly, and what the last places are worth shows in long drafts only.
 NEAR = 0.9
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 # There are more sweeps within SHORT seconds, and while the latest differ by a factor of STEADY:
@@ -59,7 +59,8 @@ class Candidate:
     draft_model: Transformer | None = None
     drafter: Drafter = field(init=False, repr=False)  # the engine's, from the calibration on
     t_draft: float = 0.0  # T_D, seconds
-    t_select: float = 0.0  # seconds of one selection
+    t_select: float = 0.0  # seconds of one selection,
+    t_renew: float = 0.0  # and of what goes before the first one
     record: Record = field(default_factory=Record)
     probed: Record = field(default_factory=Record)  # that the first choice was made with,
     foreseen: int = 0  # and the gamma that was best by it
@@ -69,10 +70,10 @@ class Candidate:
         share = self.t_select / (self.drafter.select_every or math.inf)
         return ahead.seconds(gamma, rounds, gamma * self.t_draft + share)
 
-    def best(self, ahead: Ahead, threshold: float = MARGIN, near: float = 1.0) -> "Choice":
+    def best(self, ahead: Ahead, threshold: float = MARGIN) -> "Choice":
         """With the gamma of the largest predicted speedup; no draft unless that is above.
 
-        Or with the longest one whose speedup is `near` the largest.
+        Who copies has the longest one whose speedup is NEAR the largest.
         """
         tokens = self.record.tokens(max(ahead.verify))
         speedups = {
@@ -80,7 +81,7 @@ class Candidate:
             for g in ahead.verify
             if g
         }
-        least = near * max(speedups.values())
+        least = max(speedups.values()) * (NEAR if self.drafter.judges_itself else 1.0)
         good = [g for g, speedup in speedups.items() if speedup >= least and speedup > threshold]
         return Choice(self, max(good), speedups[max(good)]) if good else Choice()
 
@@ -146,6 +147,7 @@ class Auto:
         engine.switch(c.drafter)
         engine.warm_up_rounds(refills)
         with engine.pretend(engine.max_len):
+            c.t_renew = median_seconds(engine.device, c.drafter.renew, 1)
             c.t_select = median_seconds(engine.device, c.drafter.select, 1)
             for shorter in self.gammas:
                 engine.decide(engine.draft(shorter))
@@ -236,12 +238,13 @@ class Auto:
         for c in self.candidates:
             c.record = Record()
         self.look_back()
+        drafted = yield from self.lead()
         yield from self.probe()
-        self.look_back()  # now there is some new text to judge by
+        self.look_back(drafted)  # now there is some new text to judge by
         ahead = self.ahead()
         for c in self.candidates:
-            c.probed, c.foreseen = c.record, c.best(ahead, 0.0, NEAR).gamma
-        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0, NEAR)
+            c.probed, c.foreseen = c.record, c.best(ahead, 0.0).gamma
+        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0)
         yield from self.follow()
 
     def look_back(self, drafting: Candidate | None = None) -> None:
@@ -265,26 +268,57 @@ class Auto:
         accepted, drafted = counts if self.refilled else counts[:, :-1]  # the last: ended texts
         return self.by_row(accepted), self.by_row(drafted)
 
-    def probe(self) -> Iterator[None]:
-        """A few rounds with each candidate that could still be the best one.
+    def lead(self) -> Generator[None, None, Candidate | None]:
+        """The first rounds, with who needs no trial, if others may have one. Returns who drafted.
 
-        A trial is short: at most PROBE_SHARE of the tokens to come. It is skipped if its cost
-        exceeds HOPE times the best saving, and stopped after a quarter if the candidate cannot win
-        any more. Its first quarter has the second longest drafts: the longest are tried where all
-        of these are kept. A draft that was asked for by name has a trial in any case.
+        What is written tells more of it than the prompt. The others have to win over that.
         """
-        ahead, first = self.ahead(), self.gammas[-2:][0]
-        to_come = float(ahead.remaining.mean())
-        n = math.ceil(PROBE_DRAFTS / (first * len(ahead.remaining)) / 4)  # rounds of a quarter
-        n = max(min(n, int(PROBE_SHARE * to_come / 4)), 1)
-        quarter = torch.full_like(ahead.remaining, n)
-        best = max([1.0, *(c.best(ahead).speedup for c in self.candidates if c.record.known)])
+        known = [c.record.known for c in self.candidates]
+        if all(known) or not any(known):
+            return None
+        c, gamma, _ = self.choose(self.ahead(), None, 1.0)
+        if c:
+            c.record = c.record.after(*(yield from self.run(c, gamma, FOLLOW)))
+        return c
+
+    def worth_trying(self, c: Candidate, ahead: Ahead, best: float) -> bool:
+        """Whether nothing is known of it, and a trial costs at most HOPE times what it may save.
+
+        `best` is the speedup that there is without it. A draft that was asked for by name, alone,
+        has a trial in any case.
+        """
+        if c.record.known or c.drafter.judges_itself:
+            return False
+        quarter = torch.full_like(ahead.remaining, self.quarter(ahead))
+        saving = ahead.plain / best - ahead.plain / c.best(ahead).speedup
+        cost = c.seconds(ahead, self.shorter, quarter) - ahead.seconds(0, quarter)
+        asked_for = self.named and len(self.candidates) == 1
+        return asked_for or HOPE * saving >= cost + c.t_renew + c.t_select
+
+    @property
+    def shorter(self) -> int:
+        """The second longest drafts, if there are two."""
+        return self.gammas[-2:][0]
+
+    def quarter(self, ahead: Ahead) -> int:
+        """Rounds of a quarter of a trial, at least one: for PROBE_DRAFTS and PROBE_SHARE."""
+        rows, to_come = len(ahead.remaining), float(ahead.remaining.mean())
+        n = math.ceil(PROBE_DRAFTS / (self.shorter * rows) / 4)
+        return max(min(n, int(PROBE_SHARE * to_come / 4)), 1)
+
+    def probe(self) -> Iterator[None]:
+        """A few rounds with each candidate of which nothing is known, and that could be the best.
+
+        A trial is short: at most PROBE_SHARE of the tokens to come. It is stopped after a quarter
+        if the candidate cannot win any more. Its first quarter has the second longest drafts: the
+        longest are tried where all of these are kept.
+        """
+        ahead, known = self.ahead(), any(c.record.known for c in self.candidates)
+        n, best = self.quarter(ahead), self.choose(ahead, None, 1.0).speedup if known else 1.0
         for c in sorted(self.candidates, key=lambda c: -c.best(ahead).speedup):
-            saving = ahead.plain / best - ahead.plain / c.best(ahead).speedup
-            cost = c.seconds(ahead, first, quarter) - ahead.seconds(0, quarter)
-            if c.drafter.judges_itself or (HOPE * saving < cost and not self.named):
+            if not self.worth_trying(c, ahead, best):
                 continue
-            gamma = first
+            gamma = self.shorter
             for _ in range(4):
                 c.record = c.record.after(*(yield from self.run(c, gamma, n)))
                 choice = c.best(ahead, threshold=0.0)
@@ -293,11 +327,12 @@ class Auto:
                     break
             best = max(best, c.best(ahead).speedup)
 
-    def choose(self, ahead: Ahead, now: Candidate | None, stay: float, near: float = 1.0) -> Choice:
+    def choose(self, ahead: Ahead, now: Candidate | None, stay: float) -> Choice:
         """The largest predicted speedup; another candidate than `now` must gain `stay`."""
         options, threshold = ([], 0.0) if self.named else ([Choice()], MARGIN)
-        known = (c for c in self.candidates if c.record.known or self.named)
-        options += [c.best(ahead, threshold, near) for c in known]
+        known = [c for c in self.candidates if c.record.known]
+        known = known or (self.candidates if self.named else [])
+        options += [c.best(ahead, threshold) for c in known]
         best = max(options, key=lambda o: o.speedup * (stay if o.candidate is now else 1.0))
         return self.agreed(best)
 
@@ -310,7 +345,8 @@ class Auto:
     def follow(self) -> Iterator[None]:
         """Rounds to the end, with what the latest acceptance asks for.
 
-        A draft that was given up is tried again after a pause, longer every time.
+        A draft that was given up is tried again after a pause, longer every time. One that was not
+        worth a trial has it when it is.
         """
         choice, idle, pause = self.first, 0, 16 * FOLLOW
         watching = any(c.drafter.judges_itself for c in self.candidates)
@@ -329,7 +365,11 @@ class Auto:
                     forgotten = torch.zeros_like(other.probed.rounds)  # what comes counts alone
                     other.record = replace(other.probed, rounds=forgotten)
             self.look_back(c)
-            choice = self.choose(self.ahead(), c, STAY)
+            ahead = self.ahead()
+            choice = self.choose(ahead, c, STAY)
+            if any(self.worth_trying(other, ahead, choice.speedup) for other in self.candidates):
+                yield from self.probe()
+                choice = self.choose(self.ahead(), c, STAY)
 
     def decision(self) -> dict:
         """What was decided first, and by which numbers, for the JSON; seconds."""
@@ -353,12 +393,12 @@ class Auto:
         """The decision and the numbers behind it, in two lines."""
         steps = [f"T_V({g}) {1e3 * t:.1f}" if g else f"T_T {1e3 * t:.1f} ms"
                  for g, t in self.verify.items()]  # fmt: skip
-        about = []
+        about, alone = [], len(self.candidates) == 1
         for c in self.decision()["candidates"]:
             words = "acceptance {acceptance:.2f} at gamma {gamma}" if "gamma" in c else "not probed"
             about.append(f"{c['draft']}: T_D {1e3 * c['t_draft']:.1f} ms, {words.format(**c)}")
         return (
-            f"auto: {self.first}{' (the draft as asked)' if self.named else ''}, "
+            f"auto: {self.first}{' (the draft as asked)' if self.named and alone else ''}, "
             f"predicted speedup {self.first.speedup:.2f}; at the end {self.last}\n"
             f"      {', '.join(steps)} ms (fit within {self.fit_error:.0%}); "
             f"{'; '.join(about + self.dropped)}"

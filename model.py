@@ -34,6 +34,7 @@ are handed to them. Positions are rotated in float32, in the half-split conventi
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import cpu_attention
 from config import ModelConfig
+from cpu_attention import FEW
 from exact import attend_by_position
-from kernels import flex_runs
+from kernels import flex_runs, serve_any_length
 from kv_cache import Access, KVCache, Span, SparseKVCache, Write, fold_mask, once_each, seen
 
 SHORT = 64  # tokens per forward, at least, where few of a text are new
@@ -308,9 +310,13 @@ class Transformer(nn.Module):
         write: Caches | None = None,
     ) -> Tensor:  # [B, T, dim]
         """The forward without its output layer, [B, T, dim]: what a prefill chunk needs."""
-        x = self.embed(tokens)
+        x, ropes = self.embed(tokens), self.ropes(pos)
         memory = self.memory(pos, read, write)
-        for layer, rope, part in zip(self.layers, self.ropes(pos), memory, strict=True):
+        if isinstance(read, KVCache) and read.spec.operator and 1 < pos.shape[1] < FEW:
+            writes = (to for _, part in memory for to in part)
+            slots = (slot for to in writes for slot in (to.slot, to.q_slot) if slot is not None)
+            serve_any_length((x, *chain(*ropes), *slots))
+        for layer, rope, part in zip(self.layers, ropes, memory, strict=True):
             x = one_of_many(layer, x, rope, *part)
         return x
 

@@ -180,6 +180,12 @@ class Options:
         return self.draft != "none" and self.speculate_k != 0
 
     @property
+    def weighs(self) -> bool:
+        """Whether prompt lookup alone, a part of the draft that is named, may take its place."""
+        free = self.speculate_k == "auto" and not self.draft_checkpoint_path
+        return self.draft == "mixed" and free
+
+    @property
     def lower_weights(self) -> str:
         """The kind of low-precision draft weights that was asked for; none: an empty name."""
         return self.draft_weights if self.draft_weights not in ("auto", "same") else ""
@@ -202,10 +208,10 @@ class Options:
         """
         if not self.drafts:
             return [Strategy(gamma=gamma)]
-        automatic, found = self.draft == "auto", []
-        for policy in AUTO_POLICIES if automatic else (self.draft,):
+        several, found = self.draft == "auto" or self.weighs, []
+        for policy in AUTO_POLICIES if several else (self.draft,):
             reselects = policy in POLICIES and POLICIES[policy].reselect_every
-            every = self.reselect_every if reselects or not automatic else None
+            every = self.reselect_every if reselects or not several else None
             sizes = self.draft_budget, self.n_sink, self.obs_window
             found.append(Strategy(policy, gamma, *sizes, every))
         return found

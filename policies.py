@@ -30,7 +30,7 @@ from batch import MAX_GAMMA
 from kv_cache import NEVER, CacheSpec, SparseKVCache, fold_mask
 from quantize import KINDS
 
-POOL = 31  # SnapKV's scores are averaged over this many neighbours, an odd number (LOG.md)
+BEFORE, AFTER = 16, 5  # neighbours over which SnapKV's scores are averaged (LOG.md)
 CHUNK = 16  # tokens that an entry of a summary is made of
 SCORE_BYTES = 2**28  # most memory that SnapKV's scores may take at a time
 
@@ -122,9 +122,9 @@ def ranks(received: Tensor, layer: Layer, stride: int = 1) -> Tensor:  # [B, Hkv
 def select_snapkv(layer: Layer, n_selected: int) -> Tensor:  # [B, Hkv, n_selected]
     """SnapKV (arXiv 2404.14469): per KV head, what the newest queries attend to most.
 
-    Scores are pooled over POOL neighbours, so that a token is kept with its surroundings: a draft
-    that follows a passage needs what comes after the tokens that are attended to now. Row by row if
-    need be: the scores of all rows are [B, H, W, S].
+    Scores are pooled over neighbours, more BEFORE a slot than AFTER it: a token is kept with its
+    surroundings, for a draft that follows a passage needs what comes after the tokens that are
+    attended to now. Row by row if need be: the scores of all rows are [B, H, W, S].
     """
     k, queries, n_cached = layer.k, layer.queries, layer.n_cached
     assert queries is not None, "an entry that observes is given them"
@@ -132,8 +132,9 @@ def select_snapkv(layer: Layer, n_selected: int) -> Tensor:  # [B, Hkv, n_select
     rows = max(SCORE_BYTES // (4 * H * W * k.shape[2]), 1)
     parts = zip(k.split(rows), queries.split(rows), n_cached.split(rows), strict=True)
     received = torch.cat([attention_received(*part) for part in parts])
-    total = F.pad(received, (POOL // 2 + 1, POOL // 2)).cumsum(dim=-1)
-    pooled = ((total[..., POOL:] - total[..., :-POOL]) / POOL).clamp_min(0)
+    n = BEFORE + 1 + AFTER
+    total = F.pad(received, (BEFORE + 1, AFTER)).cumsum(dim=-1)
+    pooled = ((total[..., n:] - total[..., :-n]) / n).clamp_min(0)
     rank, pos = ranks(pooled, layer).topk(n_selected, dim=-1)
     return pos.masked_fill(rank < -1, NEVER)
 

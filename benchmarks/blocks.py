@@ -24,6 +24,7 @@ from benchmarks.offline import summary as offline_summary
 from benchmarks.peers import markdown as peers_table
 from benchmarks.saving import table
 from benchmarks.strategies import markdown as strategies_table
+from benchmarks.strategies import mixed_markdown
 from checkpoint import DEMO_CHECKPOINT
 from config import MODELS, kv_bytes_per_token, layer_params, total_params
 from families import load_config
@@ -194,6 +195,17 @@ def strategies(raw: dict) -> str:
         f"those of plain decoding. A verification of {results[0]['gamma']} drafts takes "
         f"{span([r['verify_ms'] / r['target_step_ms'] for r in results])} plain steps here. In the "
         f"paper's rows of Llama-2-7B from 8k tokens on, one of 2 drafts takes {span(theirs)}."
+    )  # fmt: skip
+
+
+def mixed(raw: dict) -> str:
+    """Prompt lookup, a self-draft, and both, with gamma chosen on the way."""
+    entries = [*raw["mixed"].values()]
+    n_turns = len(entries[0]["tokens_per_s"]["plain"])
+    return mixed_markdown(raw["mixed"]) + "\n" + sentences(
+        f"Speedups over plain decoding; medians of {n_turns} runs in turn. "
+        f"{sum(e['identical'] for e in entries)} of {sum(e['outputs'] for e in entries)} outputs "
+        f"are those of plain decoding."
     )  # fmt: skip
 
 

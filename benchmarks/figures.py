@@ -65,7 +65,7 @@ class Figure(NamedTuple):
 DEMO = "python generate.py --json FILE"
 TEXTS_BEFORE = "benchmarks/results/texts_before_2026-11-30.json"  # with the model of 21M tokens
 TRAINED = "2026-11-30"  # the demo's model, last: what is older shows another one's texts
-OF_TEXTS = ("budgets", "quarters", "strategies", "kv_dtype", "offline", "formula")
+OF_TEXTS = ("budgets", "quarters", "strategies", "mixed", "kv_dtype", "offline", "formula")
 FIGURES = {
     "scaling_picture": Figure(blocks.scaling_picture, ("scaling_cpu",)),
     "demo": Figure(blocks.demo, ("demo_cpu",), DEMO),
@@ -77,6 +77,7 @@ FIGURES = {
     "floor": Figure(blocks.floor, ("floor_cpu",)),
     "peers": Figure(blocks.peers, ("peers_cpu",)),
     "strategies": Figure(blocks.strategies, ("strategies_defaults_cpu",)),
+    "mixed": Figure(blocks.mixed, ("strategies_mixed_cpu",)),
     "budgets": Figure(blocks.budgets, ("strategies_grid_cpu",)),
     "quarters": Figure(blocks.quarters, ("strategies_quarters_cpu",)),
     "kv_dtype": Figure(

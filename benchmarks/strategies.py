@@ -1,7 +1,7 @@
 """Every drafting strategy on the demo checkpoint: acceptance, step times, speedup.
 
     python benchmarks/strategies.py              # all parts, about 30 minutes on 2 cores
-    python benchmarks/strategies.py --part grid  # or defaults, topics, recall, long, quarters
+    python benchmarks/strategies.py --part grid  # or one of the others below
     python benchmarks/strategies.py --smoke      # tiny sizes, a minute: does it run?
 
 grid      strategy x budget x gamma over three workloads that end just below the demo's 4,096 tokens
@@ -10,6 +10,8 @@ grid      strategy x budget x gamma over three workloads that end just below the
           outside any window; *mixed*, half of the rows each.
 defaults  the grid's workloads, every draft without a model of its own as `generate.py --draft NAME
           --gamma 5` has it: budget 128, selections as often as its policy says, draft weights auto.
+mixed     the grid's workloads by `--draft mixed` and by its two parts alone, prompt lookup and
+          snapkv, as `generate.py` has them: gamma is chosen on the way.
 topics    snapkv at several `reselect_every` on a text whose topic changes: the prompt is made of
           excerpts of ten modules and ends by repeating the end of one, so that the continuation
           goes on into the next excerpt.
@@ -35,12 +37,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from auto import GAMMAS, Auto, Candidate
 from benchmarks.saving import save, table
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from device import timed
+from drafters import with_weights
 from kernels import compile_blocks
-from measure import decode, environment, step_times
+from measure import decode, environment, step_times, warm_up
 from model import Transformer
+from options import parse_args
 from policies import POLICIES, Strategy
 from prompts import DEMO_LONGEST, DEMO_MODULES, demo_prompts, module_source
 from quantize import resolve
@@ -48,6 +53,7 @@ from sampling import Sampling
 from spec_decode import Engine
 from tokenizer import Tokenizer, load_tokenizer
 
+PARTS = ("ngram", "snapkv", "mixed")  # values of --draft: two, and what has both
 CUE = 32  # tokens of the repeated passage that are given
 
 
@@ -131,10 +137,12 @@ def prefilled(model: Transformer, prompts: list[list[int]], new_tokens: int) -> 
     return engine
 
 
-def decoded(engine: Engine, gamma: int) -> tuple[float, object, list[list[int]]]:
+def decoded(
+    engine: Engine, gamma: int, auto: Auto | None = None
+) -> tuple[float, object, list[list[int]]]:
     """Tokens per second of one run from the prefill, its counts, its outputs."""
     engine.rewind()
-    seconds, stats = timed(engine.device, lambda: decode(engine, gamma))
+    seconds, stats = timed(engine.device, lambda: decode(engine, gamma, auto))
     return stats.decoded_tokens / seconds, stats, engine.batch.outputs()
 
 
@@ -214,6 +222,38 @@ def grid(
         name: {"plain_tokens_per_s": plain[name].speeds, "results": results[name]}
         for name in engines
     }
+
+
+def mixed(model: Transformer, tokenizer: Tokenizer, sizes: Sizes, repeats: int) -> dict:
+    """workload -> tokens/s of plain decoding and of each of PARTS, repeated in turn."""
+    weight = model.norm.weight
+    kind = resolve("auto", model.config, weight.device, weight.dtype)
+    found = {}
+    for name, prompts in workloads(tokenizer, sizes).items():
+        torch._dynamo.reset()
+        longest = max(map(len, prompts)) + sizes.new_tokens
+        engine = Engine(model, len(prompts), longest, Strategy(), Sampling())
+        autos: dict[str, Auto | None] = {"plain": None}
+        for draft in PARTS:
+            allowed = parse_args(["--draft", draft]).strategies(max(GAMMAS))
+            drafts = [Candidate(with_weights(d, kind, False)) for d in allowed]
+            autos[draft] = Auto(engine, drafts, named=True)
+            warm_up(engine, autos[draft])
+        engine.prefill(prompts, [sizes.new_tokens] * len(prompts))
+        speeds: dict[str, list[float]] = {draft: [] for draft in autos}
+        expected, identical = None, 0
+        for _ in range(repeats):
+            for draft, auto in autos.items():
+                speed, _, outputs = decoded(engine, 0, auto)
+                speeds[draft].append(speed)
+                expected = expected or outputs
+                identical += sum(a == b for a, b in zip(outputs, expected, strict=True))
+        ended = {draft: auto.last for draft, auto in autos.items() if auto}
+        n_outputs = repeats * len(autos) * len(prompts)
+        found[name] = {"tokens_per_s": speeds, "identical": identical, "outputs": n_outputs,
+                       "ended_with": ended}  # fmt: skip
+        print(name, {draft: statistics.median(s) for draft, s in speeds.items()}, flush=True)
+    return found
 
 
 def say(workload: str, r: dict, plain: float) -> None:
@@ -322,9 +362,19 @@ def markdown(grid_results: dict) -> str:
     return table(head, rows)
 
 
+def mixed_markdown(found: dict) -> str:
+    """Speedups over plain decoding, and what both parts together make of it."""
+    rows = []
+    for workload, entry in found.items():
+        speed = {draft: statistics.median(s) for draft, s in entry["tokens_per_s"].items()}
+        gains = [speed[draft] / speed["plain"] for draft in PARTS]
+        rows.append((workload, *(f"{g:.2f}" for g in (*gains, gains[-1] / max(gains[:-1])))))
+    return table(("workload", *(f"`--draft {d}`" for d in PARTS), "mixed over the better"), rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = ("defaults", "topics", "recall", "long", "quarters", "grid")
+    parts = ("defaults", "mixed", "topics", "recall", "long", "quarters", "grid")
     parser.add_argument("--part", choices=parts)
     parser.add_argument("--draft_checkpoint_path", type=Path,
                         default=DEMO_CHECKPOINT.with_name("demo-draft"))  # fmt: skip
@@ -344,6 +394,7 @@ def main() -> None:
     repeats = 1 if args.smoke else args.repeats
     work = {
         "defaults": lambda: grid(model, tokenizer, sizes, defaults(model), repeats),
+        "mixed": lambda: mixed(model, tokenizer, sizes, repeats),
         "topics": lambda: reselect(
             model, topic_prompts(tokenizer, sizes), sizes, sizes.long_new_tokens // 8
         ),
@@ -367,6 +418,8 @@ def main() -> None:
             result[name] = work[name]()
     part = f"_{args.part}" if args.part else ""
     tables = [markdown(result[name]) for name in ("defaults", "grid") if name in result]
+    if args.part == "mixed":
+        tables = [mixed_markdown(result["mixed"])]
     save(result, f"strategies{part}_{args.device}", args.out, "\n".join(tables) or None)
 
 

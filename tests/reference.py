@@ -130,8 +130,10 @@ def reference_logits(
     return torch.stack([out @ normed(x, model.norm.weight, c.norm_eps) for x in xs])
 
 
-def snapkv_scores(queries: list, keys: list, obs_window: int, pool: int) -> list[list[float]]:
-    """Per KV head, the pooled attention that each token receives from the newest ones.
+def snapkv_scores(
+    queries: list, keys: list, obs_window: int, before: int, after: int
+) -> list[list[float]]:
+    """Per KV head, the attention that each token receives from the newest ones, pooled.
 
     queries [token][head] and keys [token][KV head] are those of one layer.
     """
@@ -148,9 +150,8 @@ def snapkv_scores(queries: list, keys: list, obs_window: int, pool: int) -> list
                 x = [math.exp(v) for v in (stacked[: q + 1] @ queries[q][head]).tolist()]
                 for p in range(q + 1):
                     received[p] += x[p] / sum(x) / (H // Hkv) / (n - start)
-        reach = pool // 2
-        around = [received[max(p - reach, 0) : p + reach + 1] for p in range(n)]
-        scores.append([sum(values) / pool for values in around])
+        around = [received[max(p - before, 0) : p + after + 1] for p in range(n)]
+        scores.append([sum(values) / (before + 1 + after) for values in around])
     return scores
 
 

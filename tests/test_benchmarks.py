@@ -15,6 +15,7 @@ import torch
 
 from batch import Request
 from benchmarks import load_memory, synthetic
+from benchmarks.strategies import mixed_markdown
 from benchmarks.synthetic import SyntheticEngine, random_prompts
 from checkpoint import DEMO_CHECKPOINT
 from config import MODELS, ModelConfig, total_params
@@ -50,7 +51,7 @@ def run_main(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, keys", [
-    ("strategies", {"defaults", "topics", "recall", "long", "quarters", "grid"}),
+    ("strategies", {"defaults", "mixed", "topics", "recall", "long", "quarters", "grid"}),
     ("auto", {"cells"}),
     ("scaling", {"model", "strategy", "cells", "calibration"}),
     ("offline", {"runs", "sharing", "prediction_error"}),
@@ -66,6 +67,9 @@ def test_smoke(run_main, name, keys):
     if name == "strategies":
         for workload in result["grid"].values():
             assert all(r["identical"] == r["rows"] == 2 for r in workload["results"])
+        for workload in result["mixed"].values():
+            assert workload["identical"] == workload["outputs"] == 4 * 2
+        assert len(mixed_markdown(result["mixed"]).splitlines()) == 2 + 3
     elif name == "offline":
         check_offline(result)
     elif name == "peers":

@@ -123,6 +123,21 @@ def test_compiled_decoding_uses_it_and_stays_lossless(monkeypatch):
     assert texts[0] == texts[1] and set(calls) == {(16, torch.bfloat16)}
 
 
+def test_verifications_of_any_length_are_compiled_once():
+    """Of two drafts or more, and with them what a forward writes into the draft's cache."""
+    model = tiny_model()
+    compile_blocks(model)
+    engine = compiled_engine(model, Strategy("snapkv", 7, 12, n_sink=3))
+    made = torch._dynamo.utils.counters["stats"]
+    with engine.pretend(9):
+        engine.refresh()
+        engine.decide(engine.draft(3))
+        before = made["unique_graphs"]
+        for gamma in (1, 2, 5, 7):
+            engine.decide(engine.draft(gamma))
+    assert made["unique_graphs"] == before > 0
+
+
 @pytest.mark.parametrize("kind", [("cuda", 16, torch.float32), ("cpu", 24, torch.float32),
                                   ("cpu", 16, torch.float16)])  # fmt: skip
 def test_it_says_where_it_does_not_run(kind):

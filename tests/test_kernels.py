@@ -98,10 +98,21 @@ def test_a_compiler_that_is_missing_is_noticed_before_the_cache_hides_it(monkeyp
     monkeypatch.setattr(torch, "compile", lambda f: f)  # as if all were in the cache
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
         assert not compiler_runs(CPU)
-    with torch._inductor.config.patch({"cpp.cxx": (None, "python")}):
+    with torch._inductor.config.patch({"cpp.cxx": (None, "python"), "cpp.vec_isa_ok": None}):
         assert compiler_runs(CPU)
         monkeypatch.setattr(torch, "compile", broken)
         assert not compiler_runs(CPU)
+
+
+def test_a_compiler_that_lacks_what_the_cpu_names_is_asked_what_it_has(monkeypatch):
+    def compile_for(f):
+        if torch._inductor.config.cpp.vec_isa_ok:
+            raise RuntimeError("unrecognized command-line option -mavx512f")
+        return f
+
+    monkeypatch.setattr(torch, "compile", compile_for)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "python"), "cpp.vec_isa_ok": None}):
+        assert compiler_runs(CPU) and torch._inductor.config.cpp.vec_isa_ok is None
 
 
 @pytest.mark.parametrize("device, options", [

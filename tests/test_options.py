@@ -17,6 +17,10 @@ def test_what_is_drafted_follows_from_the_flags():
     assert policies() == ["ngram", "mixed"]
     assert policies("--draft_budget", "6") == ["ngram", "mixed"]
     assert policies("--draft", "snapkv") == ["snapkv"]
+    assert policies("--draft", "mixed") == ["ngram", "mixed"]
+    assert policies("--draft", "mixed", "--reselect_every", "3") == ["ngram", "mixed"]
+    assert policies("--draft", "mixed", "--gamma", "7") == ["mixed"]
+    assert policies("--draft", "mixed", "--draft_checkpoint_path", "x") == ["mixed"]
     assert policies("--draft", "none") == ["none"]
     again = parse_args(["--reselect_every", "3"]).strategies(2)
     assert [strategy.reselect_every for strategy in again] == [None, 3]

@@ -5,7 +5,16 @@ import torch
 
 import policies
 from kv_cache import NEVER, CacheSpec
-from policies import POLICIES, POOL, Policy, Strategy, attention_received, observed, select_snapkv
+from policies import (
+    AFTER,
+    BEFORE,
+    POLICIES,
+    Policy,
+    Strategy,
+    attention_received,
+    observed,
+    select_snapkv,
+)
 from refill import generate
 from selection import newest_queries
 from spec_decode import Engine
@@ -31,7 +40,7 @@ def test_snapkv_selects_what_a_loop_selects(heads, chunk):
         trace = []
         reference_logits(model, prompt, trace=trace)
         for i, (queries, keys) in enumerate(trace):
-            for h, scores in enumerate(snapkv_scores(queries, keys, 9, POOL)):
+            for h, scores in enumerate(snapkv_scores(queries, keys, 9, BEFORE, AFTER)):
                 got = [p for p in sparse.selected_pos[i, b, h].tolist() if p != NEVER]
                 n = len(prompt)
                 assert len(set(got)) == len(got) == min(12, n)
@@ -64,9 +73,9 @@ def test_policies_select_in_layers_without_a_window_only(window):
     ours, (queries, keys) = newest_queries(sparse.q[1], pos), trace[1]
     assert sparse.q[0] is sparse.q[2] is None and sparse.n_recent == 8
     got = attention_received(full.k[1], ours, torch.tensor([50]))[0, :, :50]
-    expected = torch.tensor(snapkv_scores(queries, keys, W, 1))
+    expected = torch.tensor(snapkv_scores(queries, keys, W, 0, 0))
     assert (got - expected).abs().max() < 1e-5
-    pooled = torch.tensor(snapkv_scores(queries, keys, W, POOL))
+    pooled = torch.tensor(snapkv_scores(queries, keys, W, BEFORE, AFTER))
     for h in range(2):
         kept = sparse.selected_pos[0, 0, h]
         left_out = [p for p in range(n_sink, 50 - 8) if p not in kept]

@@ -26,11 +26,11 @@ ALGORITHM = {  # the chapters, and what they stand on
     "files": (80, ""),
     "families": (276, "config"),
     "device": (155, ""),
-    "kernels": (120, ""),
+    "kernels": (130, ""),
     "cpu_attention": (90, ""),
     "exact": (160, "kernels"),
     "kv_cache": (450, "cpu_attention exact kernels"),
-    "model": (405, "config cpu_attention exact kernels kv_cache"),
+    "model": (409, "config cpu_attention exact kernels kv_cache"),
     "parallel": (345, "config device model"),  # applied from outside; no chapter needs it
     "quantize": (232, "config kernels model"),
     "sampling": (330, ""),
@@ -58,7 +58,7 @@ ECONOMICS = {
     "cost_model": (450, "acceptance config families files picture roofline"),
     "capacity": (130, "config cost_model roofline"),
     "forecast": (110, ""),
-    "auto": (382, "device drafter forecast model parallel policies roofline spec_decode"),
+    "auto": (418, "device drafter forecast model parallel policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
 IN_AND_OUT = {
