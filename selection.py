@@ -14,8 +14,8 @@ Where rounds went on without the drafter, or another text began, all three are m
 with one forward over the observed tokens. It depends on the text alone, not on how it was read.
 
 Both are made of static tensors and never look at a value, so they could be captured. Where blocks
-are compiled, so is the selection of a layer, once for all of them. A draft model's observed queries
-are those of its own draft steps, which have read the sparse cache.
+are compiled, so is the selection of a layer, once for all of them, if it is to be repeated. A draft
+model's observed queries are those of its own draft steps, which have read the sparse cache.
 """
 
 from typing import NamedTuple
@@ -90,7 +90,7 @@ class Selection:
         n_changed = min((n_new + CHUNK - 2) // CHUNK + 1, self.n_all) if n_new else self.n_all
         self.sizes = Sizes(strategy.n_sink, sparse.n_recent, sparse.n_observed, n_changed)
         self.select_layer = select_layer
-        if model.compiled:
+        if model.compiled and strategy.select_every:  # not for once
             options = compile_options(full.spec.device)
             self.select_layer = torch.compile(select_layer, dynamic=False, options=options)
 
