@@ -40,8 +40,8 @@ PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each can
 HOPE = 0.05  # the chance that a candidate not yet probed is as good as OPTIMISTIC
 FOLLOW = 2  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
-# A longer copy is preferred whose speedup is so near the largest predicted one. A text that repeats
-# itself goes on to, mostly, and what the last places are worth shows in long drafts only.
+# At first a longer draft is preferred whose speedup is so near the largest predicted one: what a
+# model writes repeats more than its prompt, and by that a draft is judged until then.
 NEAR = 0.9
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 # There are more sweeps within SHORT seconds, and while the latest differ by a factor of STEADY:
@@ -70,10 +70,10 @@ class Candidate:
         share = self.t_select / (self.drafter.select_every or math.inf)
         return ahead.seconds(gamma, rounds, gamma * self.t_draft + share)
 
-    def best(self, ahead: Ahead, threshold: float = MARGIN) -> "Choice":
+    def best(self, ahead: Ahead, threshold: float = MARGIN, near: float = 1.0) -> "Choice":
         """With the gamma of the largest predicted speedup; no draft unless that is above.
 
-        Who copies has the longest one whose speedup is NEAR the largest.
+        Or with the longest one whose speedup is `near` the largest.
         """
         tokens = self.record.tokens(max(ahead.verify))
         speedups = {
@@ -81,7 +81,7 @@ class Candidate:
             for g in ahead.verify
             if g
         }
-        least = max(speedups.values()) * (NEAR if self.drafter.judges_itself else 1.0)
+        least = near * max(speedups.values())
         good = [g for g, speedup in speedups.items() if speedup >= least and speedup > threshold]
         return Choice(self, max(good), speedups[max(good)]) if good else Choice()
 
@@ -243,8 +243,8 @@ class Auto:
         self.look_back(drafted)  # now there is some new text to judge by
         ahead = self.ahead()
         for c in self.candidates:
-            c.probed, c.foreseen = c.record, c.best(ahead, 0.0).gamma
-        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0)
+            c.probed, c.foreseen = c.record, c.best(ahead, 0.0, NEAR).gamma
+        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0, NEAR)
         yield from self.follow()
 
     def look_back(self, drafting: Candidate | None = None) -> None:
@@ -276,7 +276,7 @@ class Auto:
         known = [c.record.known for c in self.candidates]
         if all(known) or not any(known):
             return None
-        c, gamma, _ = self.choose(self.ahead(), None, 1.0)
+        c, gamma, _ = self.choose(self.ahead(), None, 1.0, NEAR)
         if c:
             c.record = c.record.after(*(yield from self.run(c, gamma, FOLLOW)))
         return c
@@ -327,12 +327,12 @@ class Auto:
                     break
             best = max(best, c.best(ahead).speedup)
 
-    def choose(self, ahead: Ahead, now: Candidate | None, stay: float) -> Choice:
+    def choose(self, ahead: Ahead, now: Candidate | None, stay: float, near: float = 1.0) -> Choice:
         """The largest predicted speedup; another candidate than `now` must gain `stay`."""
         options, threshold = ([], 0.0) if self.named else ([Choice()], MARGIN)
         known = [c for c in self.candidates if c.record.known]
         known = known or (self.candidates if self.named else [])
-        options += [c.best(ahead, threshold) for c in known]
+        options += [c.best(ahead, threshold, near) for c in known]
         best = max(options, key=lambda o: o.speedup * (stay if o.candidate is now else 1.0))
         return self.agreed(best)
 

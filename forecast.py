@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
-MEMORY = 10.0  # rounds of a row: what all its earlier ones count for, at most, when new ones come
+MEMORY = 6.0  # rounds of a row: what all its earlier ones count for, at most, when new ones come
 PRIOR = 1.0  # rounds that a row is believed to go like all rows, before its own are known
 
 

@@ -33,6 +33,12 @@ def threads(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(THREADS if "compil" in request.node.name else 1)
 
 
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch) -> None:
+    """A calibration goes on until it has taken some time: no test needs such good medians."""
+    monkeypatch.setattr("auto.SHORT", 0.0)
+
+
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     """A tiny random model with the demo's tokenizer."""

@@ -45,17 +45,17 @@ def test_drafts_that_the_end_of_a_row_cuts_off_are_not_judged():
 
 
 def test_longer_rounds_than_seen_go_on_like_the_last_place():
-    record = saw([8, 8, 4])  # 12 of 20 keep the first draft, 4 of these 12 the second
+    record = saw([4, 4, 2])  # 6 of 10 keep the first draft, 2 of these 6 the second
     known = 1 + 0.6 + 0.2
     assert tokens(record, 2) == pytest.approx(known)
     assert tokens(record, 4) == pytest.approx(known + 0.2 / 3 + 0.2 / 9)
-    record = saw([3, 0, 0, 3], record=record)  # now with 3 drafts; what was before counts for 10
-    assert record.judged[0].tolist() == pytest.approx([16, 9, 3])
-    rates = 9 / 16, 5 / 9, 1.0
+    record = saw([3, 0, 0, 3], record=record)  # now with 3 drafts; what was before counts for 6
+    assert record.judged[0].tolist() == pytest.approx([12, 6.6, 3])
+    rates = 6.6 / 12, 4.2 / 6.6, 1.0
     assert tokens(record, 3) == pytest.approx(1 + rates[0] + 2 * rates[0] * rates[1])
     assert tokens(record, 4) == pytest.approx(tokens(record, 3) + rates[0] * rates[1])
     record = saw([0, 10], record=record)  # with one draft: nothing new of the others
-    first = (9 * 10 / 16 + 10) / (10 + 10)
+    first = (6.6 / 2 + 10) / (6 + 10)
     assert tokens(record, 3) == pytest.approx(1 + first * (1 + 2 * rates[1]))
     for _ in range(5):
         record = saw([0, 16], record=record)
@@ -67,10 +67,10 @@ def test_what_was_seen_before_counts_for_a_few_rounds_at_most():
     record = saw([10, 0, 0, 0])
     assert (tokens(record, 3), float(record.rounds)) == (1, 10)
     record = saw([0, 0, 0, 10], record=record)
-    assert tokens(record, 3) == pytest.approx(1 + 3 * 10 / 20) and record.rounds == 20
-    record = saw([0, 0, 0, 14], record=record)  # the 20 before weigh as much as 10
-    assert tokens(record, 3) == pytest.approx(1 + 3 * (10 * 10 / 20 + 14) / 24)
-    assert saw([0, 0, 0, 0], record=record) is record and record.rounds == 24
+    assert tokens(record, 3) == pytest.approx(1 + 3 * 10 / 16) and record.rounds == 16
+    record = saw([0, 0, 0, 14], record=record)  # the 16 before weigh as much as 6
+    assert tokens(record, 3) == pytest.approx(1 + 3 * (6 * 10 / 16 + 14) / 20)
+    assert saw([0, 0, 0, 0], record=record) is record and record.rounds == 20
     alone = record.after(*histograms([0, 5]), memory=0)
     assert tokens(alone, 1) == 2 and alone.rounds == 5
 
