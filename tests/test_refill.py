@@ -204,7 +204,7 @@ def test_a_choice_that_changes_with_the_clock_changes_no_text(monkeypatch, kind)
     engine = engine_of(3, "none", kind)
     names = ("ngram", "streaming", "snapkv")
     found = [Candidate(Strategy(p, 3, 24, 3, obs_window=7)) for p in names]
-    auto = Auto(engine, found, (1, 3))
+    auto = Auto(engine, found, (1, 3), refilled=True)
     monkeypatch.setattr(auto, "verify_seconds", lambda *_: rng.choice((CHEAP, DEAR)))
     for c in found:
         c.drafter = engine.add(c.strategy)
