@@ -26,7 +26,7 @@ from torch import Tensor
 
 from device import median_seconds, timed
 from drafter import Drafter
-from forecast import Ahead, Record
+from forecast import LIKELY, Ahead, Record
 from model import Transformer
 from parallel import from_first, reducer
 from policies import Strategy
@@ -37,7 +37,7 @@ GAMMAS, LONGEST = (2, 5, 12), 12  # compiled draft lengths on the CPU (LOG.md); 
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each candidate
-HOPE = 0.1  # the chance that a candidate not yet probed is as good as OPTIMISTIC
+HOPE = 0.15  # of what a candidate of acceptance LIKELY would save, its trial may cost
 FOLLOW = 2  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
 # At first a longer draft is preferred whose speedup is so near the largest predicted one: what a
@@ -70,12 +70,18 @@ class Candidate:
         share = self.t_select / (self.drafter.select_every or math.inf)
         return ahead.seconds(gamma, rounds, gamma * self.t_draft + share)
 
-    def best(self, ahead: Ahead, threshold: float = MARGIN, near: float = 1.0) -> "Choice":
+    def best(
+        self,
+        ahead: Ahead,
+        threshold: float = MARGIN,
+        near: float = 1.0,
+        record: Record | None = None,  # None: its own
+    ) -> "Choice":
         """With the gamma of the largest predicted speedup; no draft unless that is above.
 
         Or with the longest one whose speedup is `near` the largest.
         """
-        tokens = self.record.tokens(max(ahead.verify))
+        tokens = (record or self.record).tokens(max(ahead.verify))
         speedups = {
             g: ahead.plain / self.seconds(ahead, g, ahead.remaining / tokens[:, g])
             for g in ahead.verify
@@ -282,7 +288,7 @@ class Auto:
         return c
 
     def worth_trying(self, c: Candidate, ahead: Ahead, best: float) -> bool:
-        """Whether nothing is known of it, and a trial costs at most HOPE times what it may save.
+        """Whether nothing is known of it, and a trial costs at most HOPE of what it may save.
 
         `best` is the speedup that there is without it. A draft that was asked for by name, alone,
         has a trial in any case.
@@ -290,7 +296,7 @@ class Auto:
         if c.record.known or c.drafter.judges_itself:
             return False
         quarter = torch.full_like(ahead.remaining, self.quarter(ahead))
-        saving = ahead.plain / best - ahead.plain / c.best(ahead).speedup
+        saving = ahead.plain / best - ahead.plain / c.best(ahead, record=LIKELY).speedup
         cost = c.seconds(ahead, self.shorter, quarter) - ahead.seconds(0, quarter)
         asked_for = self.named and len(self.candidates) == 1
         return asked_for or HOPE * saving >= cost + c.t_renew + c.t_select
