@@ -37,7 +37,7 @@ GAMMAS, LONGEST = (2, 5, 12), 12  # compiled draft lengths on the CPU (LOG.md); 
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each candidate
-HOPE = 0.15  # of what a candidate of acceptance LIKELY would save, its trial may cost
+HOPE = 0.25  # of what a candidate of acceptance LIKELY would save, its trial may cost
 FOLLOW = 2  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
 # At first a longer draft is preferred whose speedup is so near the largest predicted one: what a
