@@ -122,10 +122,15 @@ def strategies(sizes: Sizes, draft: Transformer) -> list[Setting]:
     return settings
 
 
+def automatic_weights(model: Transformer) -> str:
+    """The kind that a draft with the model's own weights has without being told."""
+    weight = model.norm.weight
+    return resolve("auto", model.config, weight.device, weight.dtype)
+
+
 def defaults(model: Transformer) -> list[Setting]:
     """Every draft without a model of its own, at gamma 5 and with the flags' other defaults."""
-    weight = model.norm.weight
-    kind = resolve("auto", model.config, weight.device, weight.dtype)
+    kind = automatic_weights(model)
     drafts = [Strategy("ngram", 5), *(Strategy(policy, 5, weights=kind) for policy in POLICIES)]
     return [Setting(d.policy, d, None) for d in drafts]
 
@@ -226,8 +231,7 @@ def grid(
 
 def mixed(model: Transformer, tokenizer: Tokenizer, sizes: Sizes, repeats: int) -> dict:
     """workload -> tokens/s of plain decoding and of each of PARTS, repeated in turn."""
-    weight = model.norm.weight
-    kind = resolve("auto", model.config, weight.device, weight.dtype)
+    kind = automatic_weights(model)
     found = {}
     for name, prompts in workloads(tokenizer, sizes).items():
         torch._dynamo.reset()

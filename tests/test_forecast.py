@@ -77,9 +77,9 @@ def test_what_was_seen_before_counts_for_a_few_rounds_at_most():
 
 def test_a_row_goes_like_all_rows_until_its_own_rounds_are_known():
     """Row 0 keeps all, row 1 nothing, of row 2 nothing is known yet."""
-    record = saw([0, 20], [20, 0], [0, 0])
-    pooled = 20 / 40
-    rates = [(20 + PRIOR * pooled) / (20 + PRIOR), PRIOR * pooled / (20 + PRIOR), pooled]
+    record = saw([0, 8], [8, 0], [0, 0])
+    pooled = 8 / 16
+    rates = [(8 + PRIOR * pooled) / (8 + PRIOR), PRIOR * pooled / (8 + PRIOR), pooled]
     assert record.tokens(1)[:, 1].tolist() == pytest.approx([1 + rate for rate in rates])
     assert record.tokens(2)[:, 2].tolist() == pytest.approx([omega(2, rate) for rate in rates])
     assert record.tokens(2)[:, 0].tolist() == [1, 1, 1]
