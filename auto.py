@@ -247,10 +247,11 @@ class Auto:
         drafted = yield from self.lead()
         yield from self.probe()
         self.look_back(drafted)  # now there is some new text to judge by
+        near = 1.0 if drafted else NEAR
         ahead = self.ahead()
         for c in self.candidates:
-            c.probed, c.foreseen = c.record, c.best(ahead, 0.0, NEAR).gamma
-        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0, NEAR)
+            c.probed, c.foreseen = c.record, c.best(ahead, 0.0, near).gamma
+        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0, near)
         yield from self.follow()
 
     def look_back(self, drafting: Candidate | None = None) -> None:
@@ -282,10 +283,13 @@ class Auto:
         known = [c.record.known for c in self.candidates]
         if all(known) or not any(known):
             return None
-        c, gamma, _ = self.choose(self.ahead(), None, 1.0, NEAR)
-        if c:
-            c.record = c.record.after(*(yield from self.run(c, gamma, FOLLOW)))
-        return c
+        drafted = None
+        for near in (NEAR, 1.0):  # two looks: greedy text often repeats more than it did at first
+            c, gamma, _ = self.choose(self.ahead(), None, 1.0, near)
+            if c:
+                drafted = c
+                c.record = c.record.after(*(yield from self.run(c, gamma, FOLLOW)))
+        return drafted
 
     def worth_trying(self, c: Candidate, ahead: Ahead, best: float) -> bool:
         """Whether nothing is known of it, and a trial costs at most HOPE of what it may save.

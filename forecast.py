@@ -25,7 +25,7 @@ from torch import Tensor
 
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
 MEMORY = 6.0  # rounds of a row: what all its earlier ones count for, at most, when new ones come
-PRIOR = 1.0  # rounds that a row is believed to go like all rows, before its own are known
+PRIOR = 2.0  # rounds that a row is believed to go like all rows, before its own are known
 
 
 @dataclass(frozen=True, slots=True, eq=False)

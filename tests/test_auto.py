@@ -176,8 +176,8 @@ def test_a_named_draft_with_a_part_that_may_do_alone_has_a_trial_if_it_may_gain(
     monkeypatch.setattr(auto, "run", lambda c, *how: who.append((c, *how)) or run(c, *how))
     for _, _ in zip(auto.rounds(), range(9), strict=False):
         pass
-    assert who[0][0] is lookup and None not in [c for c, *_ in who]
-    assert (who[1][0] is both) == tried
+    assert who[0][0] is who[1][0] is lookup and None not in [c for c, *_ in who]
+    assert (who[2][0] is both) == tried
     assert "as asked" not in auto.explain()
 
 
@@ -348,9 +348,9 @@ def test_every_text_is_judged_anew(monkeypatch):
     outcomes, known[:] = [[0, 0, 0, 4]], []
     monkeypatch.setattr(auto.engine, "accept", reject)
     auto.engine.rewind()
-    for _, _ in zip(auto.rounds(), range(FOLLOW), strict=False):
+    for _, _ in zip(auto.rounds(), range(2 * FOLLOW), strict=False):
         assert auto.engine.drafter is lookup.drafter
-    assert known[0].tokens(3)[0, 3] == 1 + 3 * 4 / (4 + FOLLOW) and not outcomes
+    assert known[0].tokens(3)[0, 3] == 1 + 3 * 4 / (4 + 2 * FOLLOW) and not outcomes
 
 
 @pytest.mark.parametrize("kept", [0, 3])
