@@ -40,9 +40,6 @@ PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each can
 HOPE = 0.25  # of what a candidate of acceptance LIKELY would save, its trial may cost
 FOLLOW = 2  # rounds between two looks at the acceptance
 STAY = 1.05  # what another candidate must gain over the one in use
-# At first a longer draft is preferred whose speedup is so near the largest predicted one: what a
-# model writes repeats more than its prompt, and by that a draft is judged until then.
-NEAR = 0.9
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 # There are more sweeps within SHORT seconds, and while the latest differ by a factor of STEADY:
 # compilers that torch has started in the background slow all down for some seconds.
@@ -74,22 +71,17 @@ class Candidate:
         self,
         ahead: Ahead,
         threshold: float = MARGIN,
-        near: float = 1.0,
         record: Record | None = None,  # None: its own
     ) -> "Choice":
-        """With the gamma of the largest predicted speedup; no draft unless that is above.
-
-        Or with the longest one whose speedup is `near` the largest.
-        """
+        """With the gamma of the largest predicted speedup; no draft unless that is above."""
         tokens = (record or self.record).tokens(max(ahead.verify))
         speedups = {
             g: ahead.plain / self.seconds(ahead, g, ahead.remaining / tokens[:, g])
             for g in ahead.verify
             if g
         }
-        least = near * max(speedups.values())
-        good = [g for g, speedup in speedups.items() if speedup >= least and speedup > threshold]
-        return Choice(self, max(good), speedups[max(good)]) if good else Choice()
+        gamma = max(speedups, key=speedups.__getitem__)
+        return Choice(self, gamma, speedups[gamma]) if speedups[gamma] > threshold else Choice()
 
     def __str__(self) -> str:
         return ("draft model, " if self.draft_model else "") + str(self.strategy)
@@ -247,11 +239,10 @@ class Auto:
         drafted = yield from self.lead()
         yield from self.probe()
         self.look_back(drafted)  # now there is some new text to judge by
-        near = 1.0 if drafted else NEAR
         ahead = self.ahead()
         for c in self.candidates:
-            c.probed, c.foreseen = c.record, c.best(ahead, 0.0, near).gamma
-        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0, near)
+            c.probed, c.foreseen = c.record, c.best(ahead, 0.0).gamma
+        self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0)
         yield from self.follow()
 
     def look_back(self, drafting: Candidate | None = None) -> None:
@@ -284,8 +275,8 @@ class Auto:
         if all(known) or not any(known):
             return None
         drafted = None
-        for near in (NEAR, 1.0):  # two looks: greedy text often repeats more than it did at first
-            c, gamma, _ = self.choose(self.ahead(), None, 1.0, near)
+        for _ in range(2):  # looks: greedy text often repeats more than it did at first
+            c, gamma, _ = self.choose(self.ahead(), None, 1.0)
             if c:
                 drafted = c
                 c.record = c.record.after(*(yield from self.run(c, gamma, FOLLOW)))
@@ -337,12 +328,12 @@ class Auto:
                     break
             best = max(best, c.best(ahead).speedup)
 
-    def choose(self, ahead: Ahead, now: Candidate | None, stay: float, near: float = 1.0) -> Choice:
+    def choose(self, ahead: Ahead, now: Candidate | None, stay: float) -> Choice:
         """The largest predicted speedup; another candidate than `now` must gain `stay`."""
         options, threshold = ([], 0.0) if self.named else ([Choice()], MARGIN)
         known = [c for c in self.candidates if c.record.known]
         known = known or (self.candidates if self.named else [])
-        options += [c.best(ahead, threshold, near) for c in known]
+        options += [c.best(ahead, threshold) for c in known]
         best = max(options, key=lambda o: o.speedup * (stay if o.candidate is now else 1.0))
         return self.agreed(best)
 
