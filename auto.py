@@ -277,9 +277,9 @@ class Auto:
         drafted = None
         for _ in range(2):  # looks: greedy text often repeats more than it did at first
             c, gamma, _ = self.choose(self.ahead(), None, 1.0)
-            if c:
-                drafted = c
-                c.record = c.record.after(*(yield from self.run(c, gamma, FOLLOW)))
+            if not c:
+                break
+            drafted, c.record = c, c.record.after(*(yield from self.run(c, gamma, FOLLOW)))
         return drafted
 
     def worth_trying(self, c: Candidate, ahead: Ahead, best: float) -> bool:
