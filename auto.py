@@ -5,10 +5,11 @@
     calibrate   before the prompts: time plain steps and verifications, fit the cost model's
                 constants to them (`roofline.fit`), and time each candidate's draft step
     probe       a few rounds with each candidate that could win, on the actual text; their tokens
-                are output like any others. Prompt lookup needs none, because its guesses can be
-                held against the text that is there: it goes first, where it pays
+                are output like any others. Prompt lookup needs none, because the length of a match
+                tells what to expect of it: it goes first
     follow      use the candidate and gamma with the largest predicted speedup; every few rounds
-                look at the acceptance of the latest ones, and change either, down to none
+                look at the acceptance of the latest ones, and change either, down to none. Where
+                there is prompt lookup, look every round: how far to draft depends on the matches
 
 The engine keeps a drafter for every candidate, so a change costs nothing. A draft that the user
 named is used in any case, of `mixed` at least a part: only its gamma is chosen. The choice follows
@@ -17,7 +18,8 @@ the clock, but no text depends on it.
 
 import math
 import statistics
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -38,14 +40,15 @@ MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each candidate
 HOPE = 0.25  # of what a candidate of acceptance LIKELY would save, its trial may cost
-FOLLOW = 2  # rounds between two looks at the acceptance
+FOLLOW = 2  # rounds between two looks at the acceptance, where nothing tells it beforehand
+LEAD = 4  # rounds of who needs no trial, before others may have one
 STAY = 1.05  # what another candidate must gain over the one in use
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 # There are more sweeps within SHORT seconds, and while the latest differ by a factor of STEADY:
 # compilers that torch has started in the background slow all down for some seconds.
 SHORT, STEADY, MAX_SWEEPS = 1.5, 1.3, 20
+TIMED = 32  # tokens of context within which times are taken for the same
 LARGER = 64  # times as many bytes are in the second all-reduce that is timed
-Trial = Generator[None, None, tuple[Tensor, Tensor]]  # yields after each round
 
 
 @dataclass(slots=True, eq=False)
@@ -59,10 +62,11 @@ class Candidate:
     t_select: float = 0.0  # seconds of one selection,
     t_renew: float = 0.0  # and of what goes before the first one
     record: Record = field(default_factory=Record)
-    probed: Record = field(default_factory=Record)  # that the first choice was made with,
-    foreseen: int = 0  # and the gamma that was best by it
+    kinds: list[int] | None = None  # of rows, as they are now, in the record; None: row by row
+    probed: Record = field(default_factory=Record)  # that the first choice was made with, and by it
+    foreseen: tuple[int, float] = (0, 0.0)  # the best gamma, and its acceptance
 
-    def seconds(self, ahead: Ahead, gamma: int, rounds: Tensor) -> float:  # [B]
+    def seconds(self, ahead: Ahead, gamma: int, rounds: Sequence[float]) -> float:
         """Of so many rounds of each row."""
         share = self.t_select / (self.drafter.select_every or math.inf)
         return ahead.seconds(gamma, rounds, gamma * self.t_draft + share)
@@ -74,14 +78,34 @@ class Candidate:
         record: Record | None = None,  # None: its own
     ) -> "Choice":
         """With the gamma of the largest predicted speedup; no draft unless that is above."""
-        tokens = (record or self.record).tokens(max(ahead.verify))
-        speedups = {
-            g: ahead.plain / self.seconds(ahead, g, ahead.remaining / tokens[:, g])
-            for g in ahead.verify
-            if g
+        remaining, gammas = ahead.remaining.tolist(), [g for g in ahead.verify if g]
+        tokens = self.tokens(max(gammas), record).expand(len(remaining), -1).tolist()
+        seconds = {
+            g: self.seconds(
+                ahead, g, [n / row[g] for n, row in zip(remaining, tokens, strict=True)]
+            )
+            for g in gammas
         }
-        gamma = max(speedups, key=speedups.__getitem__)
-        return Choice(self, gamma, speedups[gamma]) if speedups[gamma] > threshold else Choice()
+        gamma = min(seconds, key=seconds.__getitem__)
+        speedup = ahead.plain / seconds[gamma]
+        return Choice(self, gamma, speedup) if speedup > threshold else Choice()
+
+    def tokens(self, gamma: int, record: Record | None = None) -> Tensor:  # [1 or B, gamma + 1]
+        """Expected of the next round of each row with 0, 1, .. gamma drafts."""
+        tokens = (record or self.record).tokens(gamma)
+        return tokens if self.kinds is None else tokens[self.kinds]
+
+    def saw(self, counts: Tensor, alike: bool) -> None:  # [2, B + 1, n]
+        """Keep in mind how often rows kept, and had, 0, 1, .. drafts; the last: texts that ended.
+
+        Where rows are alike, one soon has the text of another.
+        """
+        if (trust := self.drafter.trust) is None:
+            counts = counts.sum(dim=1, keepdim=True) if alike else counts[:, :-1]
+        else:
+            nothing = counts.new_zeros(2, len(trust), counts.shape[2])
+            counts = nothing.index_add_(1, torch.tensor(self.kinds), counts[:, :-1])
+        self.record = self.record.after(*counts)
 
     def __str__(self) -> str:
         return ("draft model, " if self.draft_model else "") + str(self.strategy)
@@ -111,9 +135,10 @@ class Auto:
     residual: dict[int, float] = field(default_factory=dict)  # gamma -> measured / predicted
     dropped: list[str] = field(default_factory=list)  # who is not considered any more, and why
     refilled: bool = False  # whether rows that end are followed by others
+    times: dict[int, tuple[dict, dict]] = field(default_factory=dict)  # the latest, by length
     verify: dict[int, float] = field(default_factory=dict)  # `verify_seconds` of the first choice
     first: Choice = Choice()  # after the probe
-    last: str = ""  # what was used when the last row finished
+    used: Counter["Choice"] = field(default_factory=Counter)  # for how many rounds since then
 
     def calibrate(self, refills: bool = False) -> None:
         """Time and fit, before there is a text. ValueError if a draft that was named cannot be.
@@ -188,6 +213,7 @@ class Auto:
         for i, gamma in enumerate(gammas):
             measured, predicted = map(sum, zip(*pairs[i :: len(gammas)], strict=True))
             self.residual[gamma] = measured / predicted
+        self.times = {}
 
     def time_all_reduces(self) -> dict[int, float]:
         """Seconds by bytes, of those in a plain step and of much larger ones."""
@@ -205,13 +231,12 @@ class Auto:
         sizes = {"itemsize": spec.dtype.itemsize, "kv_itemsize": spec.stored_dtype.itemsize}
         return Workload(spec.batch_size, length, **sizes)
 
-    def verify_seconds(self, length: int | None, seen: int | None = None) -> dict[int, float]:
-        """T_V by gamma at that length, None: the rows' mean length. Gamma 0 is T_T.
+    def verify_seconds(self, length: int, seen: int | None = None) -> dict[int, float]:
+        """T_V by gamma at that length. Gamma 0 is T_T.
 
         `seen` tokens are read instead, if given: none in rows that have ended.
         """
-        w = self.workload(length or int(self.engine.batch.seq_len.float().mean()))
-        parts = self.engine.model.config, self.hardware, w
+        parts = self.engine.model.config, self.hardware, self.workload(length)
         return {
             g: forward_time(*parts, self.width(g), seen).total * r for g, r in self.residual.items()
         }
@@ -223,10 +248,13 @@ class Auto:
     def ahead(self, length: int | None = None) -> Ahead:
         """What the rows still have to do, or before there is a text, all the same at a length."""
         batch = self.engine.batch
-        left = (batch.limit - batch.seq_len).masked_fill(batch.finished, 0).clamp_min(0)
-        remaining = (left if left.any() else torch.ones_like(left)).float().cpu()
-        times = self.verify_seconds(length), self.verify_seconds(length, 0)
-        return Ahead(remaining, *times, self.refilled)
+        n, limits, ended = (t.tolist() for t in (batch.seq_len, batch.limit, batch.finished))
+        left = [max(to - at, 0) * (not end) for at, to, end in zip(n, limits, ended, strict=True)]
+        remaining = torch.tensor(left if any(left) else [1] * len(left), dtype=torch.float32)
+        length = length or TIMED * math.ceil(sum(n) / len(n) / TIMED)
+        if length not in self.times:
+            self.times = {length: (self.verify_seconds(length), self.verify_seconds(length, 0))}
+        return Ahead(remaining, *self.times[length], self.refilled)
 
     def rounds(self) -> Iterator[None]:
         """Rounds until every row is finished: probe, choose, follow. ValueError without a text.
@@ -234,53 +262,44 @@ class Auto:
         After each, the caller may start other rows.
         """
         for c in self.candidates:
-            c.record = Record()
-        self.look_back()
-        drafted = yield from self.lead()
+            c.record = Record(believed=c.drafter.trust)
+        yield from self.lead()
         yield from self.probe()
-        self.look_back(drafted)  # now there is some new text to judge by
-        ahead = self.ahead()
+        ahead = self.look()
         for c in self.candidates:
-            c.probed, c.foreseen = c.record, c.best(ahead, 0.0).gamma
+            gamma = c.best(ahead, 0.0).gamma
+            tokens = float(c.tokens(gamma)[:, gamma].mean())
+            c.probed, c.foreseen = c.record, (gamma, (tokens - 1) / gamma)
         self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0)
+        self.used.clear()
         yield from self.follow()
 
-    def look_back(self, drafting: Candidate | None = None) -> None:
-        """Let those that judge themselves do so, by the text that is there now."""
+    def look(self) -> Ahead:
+        """What is ahead, and of what kind rows are now."""
         for c in self.candidates:
-            if c is not drafting and c.drafter.judges_itself:
-                accepted, drafted = map(self.by_row, c.drafter.look_back(c.strategy.gamma))
-                c.record = c.record.after(accepted, drafted, memory=0)
+            c.kinds = c.drafter.kinds()
+        return self.ahead()
 
-    def by_row(self, counts: Tensor) -> Tensor:  # [B, n] -> [B, n], or [1, n]
-        """Histograms on the host, of all rows together where a row's text may be another's soon."""
-        return (counts.sum(dim=0, keepdim=True) if self.refilled else counts).cpu()
-
-    def run(self, c: Candidate | None, gamma: int, n: int) -> Trial:
-        """Up to n rounds with it. Returns how often rows kept 0, 1, .. gamma drafts, and had."""
+    def run(self, c: Candidate | None, gamma: int, n: int) -> Iterator[None]:
+        """Up to n rounds with it, which it keeps in mind."""
         batch = self.engine.batch
         self.engine.switch(c.drafter if c else None)
-        before = batch.counts.clone()
-        yield from self.engine.rounds(gamma, n)
-        counts = (batch.counts - before)[..., : gamma + 1]
-        accepted, drafted = counts if self.refilled else counts[:, :-1]  # the last: ended texts
-        return self.by_row(accepted), self.by_row(drafted)
+        before = counts = batch.counts.clone()
+        for _ in self.engine.rounds(gamma, n):
+            counts = batch.counts - before
+            self.used[Choice(c, gamma)] += 1
+            yield  # here other rows may start
+        if c and counts is not before:
+            c.saw(counts[..., : gamma + 1].cpu(), self.refilled)
 
-    def lead(self) -> Generator[None, None, Candidate | None]:
-        """The first rounds, with who needs no trial, if others may have one. Returns who drafted.
+    def lead(self) -> Iterator[None]:
+        """The first rounds, with who needs no trial, if others may have one.
 
-        What is written tells more of it than the prompt. The others have to win over that.
+        The others have to win over what is known of it then.
         """
         known = [c.record.known for c in self.candidates]
-        if all(known) or not any(known):
-            return None
-        drafted = None
-        for _ in range(2):  # looks: greedy text often repeats more than it did at first
-            c, gamma, _ = self.choose(self.ahead(), None, 1.0)
-            if not c:
-                break
-            drafted, c.record = c, c.record.after(*(yield from self.run(c, gamma, FOLLOW)))
-        return drafted
+        for _ in range(LEAD if any(known) and not all(known) else 0):
+            yield from self.run(*self.choose(self.look(), None, 1.0)[:2], 1)
 
     def worth_trying(self, c: Candidate, ahead: Ahead, best: float) -> bool:
         """Whether nothing is known of it, and a trial costs at most HOPE of what it may save.
@@ -288,9 +307,9 @@ class Auto:
         `best` is the speedup that there is without it. A draft that was asked for by name, alone,
         has a trial in any case.
         """
-        if c.record.known or c.drafter.judges_itself:
+        if c.record.known:
             return False
-        quarter = torch.full_like(ahead.remaining, self.quarter(ahead))
+        quarter = [self.quarter(ahead)] * len(ahead.remaining)
         saving = ahead.plain / best - ahead.plain / c.best(ahead, record=LIKELY).speedup
         cost = c.seconds(ahead, self.shorter, quarter) - ahead.seconds(0, quarter)
         asked_for = self.named and len(self.candidates) == 1
@@ -314,14 +333,14 @@ class Auto:
         if the candidate cannot win any more. Its first quarter has the second longest drafts: the
         longest are tried where all of these are kept.
         """
-        ahead, known = self.ahead(), any(c.record.known for c in self.candidates)
+        ahead, known = self.look(), any(c.record.known for c in self.candidates)
         n, best = self.quarter(ahead), self.choose(ahead, None, 1.0).speedup if known else 1.0
         for c in sorted(self.candidates, key=lambda c: -c.best(ahead).speedup):
             if not self.worth_trying(c, ahead, best):
                 continue
             gamma = self.shorter
             for _ in range(4):
-                c.record = c.record.after(*(yield from self.run(c, gamma, n)))
+                yield from self.run(c, gamma, n)
                 choice = c.best(ahead, threshold=0.0)
                 gamma = choice.gamma
                 if choice.speedup <= 0.9 * best:
@@ -349,41 +368,44 @@ class Auto:
         A draft that was given up is tried again after a pause, longer every time. One that was not
         worth a trial has it when it is.
         """
-        choice, idle, pause = self.first, 0, 16 * FOLLOW
-        watching = any(c.drafter.judges_itself for c in self.candidates)
+        choice, idle, pause, looks = self.first, 0, 16 * FOLLOW, 0
         while True:
-            self.last, (c, gamma, _) = str(choice), choice
-            n = FOLLOW if gamma or watching else pause
-            rounds = yield from self.run(c, gamma, n)
+            c, gamma, _ = choice
+            told = any(one.drafter.trust is not None for one in ([c] if c else self.candidates))
+            n = 1 if told else FOLLOW if c else pause
+            yield from self.run(c, gamma, n)
             if all(self.engine.watch.rows):
                 return
             idle = 0 if gamma else idle + n
-            if c:
-                c.record = c.record.after(*rounds)
-            elif idle >= pause:
+            if idle >= pause:
                 idle, pause = 0, 2 * pause
                 for other in self.candidates:
                     forgotten = torch.zeros_like(other.probed.rounds)  # what comes counts alone
                     other.record = replace(other.probed, rounds=forgotten)
-            self.look_back(c)
-            ahead = self.ahead()
+            ahead, looks = self.look(), looks + 1
             choice = self.choose(ahead, c, STAY)
-            if any(self.worth_trying(other, ahead, choice.speedup) for other in self.candidates):
+            if looks % LEAD == 0 and any(
+                self.worth_trying(other, ahead, choice.speedup) for other in self.candidates
+            ):
                 yield from self.probe()
-                choice = self.choose(self.ahead(), c, STAY)
+                choice = self.choose(self.look(), c, STAY)
+
+    @property
+    def mostly(self) -> Choice:
+        """What drafted in most rounds since the first choice."""
+        return self.used.most_common(1)[0][0] if self.used else self.first
 
     def decision(self) -> dict:
         """What was decided first, and by which numbers, for the JSON; seconds."""
         candidates = []
         for c in self.candidates:
             entry = {"draft": str(c), "t_draft": c.t_draft, "t_select": c.t_select}
-            if (gamma := c.foreseen) and c.probed.known:
-                tokens = float(c.probed.tokens(gamma)[:, gamma].mean())
-                entry |= {"gamma": gamma, "acceptance": (tokens - 1) / gamma}
+            if c.probed.known:
+                entry |= zip(("gamma", "acceptance"), c.foreseen, strict=True)
             candidates.append(entry)
         return {
             "predicted_speedup": self.first.speedup,
-            "at_the_end": self.last,
+            "mostly": str(self.mostly),
             "fit_error": self.fit_error,
             "dropped": self.dropped,
             "verify_seconds": self.verify,
@@ -400,7 +422,7 @@ class Auto:
             about.append(f"{c['draft']}: T_D {1e3 * c['t_draft']:.1f} ms, {words.format(**c)}")
         return (
             f"auto: {self.first}{' (the draft as asked)' if self.named and alone else ''}, "
-            f"predicted speedup {self.first.speedup:.2f}; at the end {self.last}\n"
+            f"predicted speedup {self.first.speedup:.2f}; mostly {self.mostly}\n"
             f"      {', '.join(steps)} ms (fit within {self.fit_error:.0%}); "
             f"{'; '.join(about + self.dropped)}"
         )

@@ -131,10 +131,10 @@ class Show:
         return Line(name, plan, sampling.temperature, run, self.steps(plan["gamma"]))
 
     def line_of_auto(self, sampling: Sampling) -> Line:
-        """One run with what it chooses; the steps are those of its first choice."""
+        """One run with what it chooses; the steps are those of most rounds."""
         engine, auto = self.runs.engine, self.auto
         run = self.runs.decoding("decoding, auto", lambda: decode(engine, auto=auto))
-        candidate, gamma, _ = auto.first
+        candidate, gamma, _ = auto.mostly
         engine.switch(candidate.drafter if candidate else None)
         name = f"auto: {candidate}, {gamma}" if candidate else "auto: no draft"
         plan = {"strategy": "auto", "gamma": gamma}

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from batch import Batch
 from kv_cache import CacheSpec, KVCache
-from lookup import Histograms
 from model import Caches, Transformer
 from policies import Strategy
 from quantize import Twins
@@ -43,8 +42,7 @@ class Drafter:
     """One strategy at work. The engine asks it to `refresh`, then to `propose`."""
 
     reads = "{policy} draft cache of {budget} tokens ({n_sink} sinks)"  # for people, see `label`
-    judges_itself = False  # by `look_back`: what it would have got right, without any rounds
-    look_back: Callable[[int], Histograms]
+    trust: Tensor | None = None  # [n kinds of rows, gamma] acceptance by place; None: not known
     has_twin = False  # whether it drafts with `Strategy.weights`
     n_selected = 0  # tokens of a row that `select` keeps by choice
     caches: tuple[Any, ...]  # what `build` made
@@ -99,6 +97,9 @@ class Drafter:
         for i in range(gamma):
             tokens.append(pick(self.logits(i, tokens[-1]), i)[:, None])
         return torch.cat(tokens[1:], dim=1)
+
+    def kinds(self) -> list[int] | None:  # B
+        """Of what kind each row is now, of those that `trust` tells of."""
 
     def copies(self) -> Tensor:  # [B] bool
         """Rows whose latest proposal is copied from their own text."""

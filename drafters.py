@@ -25,7 +25,7 @@ from draft_models import ModelDrafter, SparseModelDrafter, StreamingModelDrafter
 from drafter import Drafter, Pick, Target
 from kernels import compile_step
 from kv_cache import NEVER, KVCache
-from lookup import NGRAM, Histograms, look_back, lookup
+from lookup import NGRAM, lookup, trust
 from model import Caches, Transformer
 from policies import POLICIES, Strategy
 from quantize import emulated
@@ -81,7 +81,9 @@ class SelfDrafter(Drafter):
 class LookupDrafter(Drafter):
     """Prompt lookup: copies from the row's own text. No model, no cache, no doubt."""
 
-    judges_itself = True
+    def __init__(self, strategy: Strategy, target: Target, draft_model: None = None) -> None:
+        super().__init__(strategy, target)
+        self.trust = trust(strategy.gamma)
 
     def propose(self, gamma: int, pick: Pick) -> Tensor:
         return lookup(self.batch.tokens, self.batch.seq_len, gamma)[0]
@@ -92,9 +94,9 @@ class LookupDrafter(Drafter):
     def label(self, model_name: str) -> str:
         return f"prompt lookup, matches of at most {NGRAM} tokens"
 
-    def look_back(self, gamma: int) -> Histograms:
-        """What `lookup.look_back` says of this batch. Copies to the host."""
-        return look_back(self.batch.tokens, self.batch.seq_len, self.batch.finished, gamma)
+    def kinds(self) -> list[int]:
+        """The lengths of the matches."""
+        return lookup(self.batch.tokens, self.batch.seq_len, 1)[1].tolist()
 
 
 class MixedDrafter(SelfDrafter):

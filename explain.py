@@ -91,7 +91,7 @@ def explain(o: Options, checkpoint: Checkpoint, engine: Engine, auto: Auto | Non
     runs.warm_up(auto)
     runs.prefill()
     for _ in auto.rounds() if auto else ():  # it probes; then comes the first round of its choice
-        if auto and auto.last:
+        if auto and auto.verify:
             print(f"auto: {auto.first}")
             break
     gamma = auto.first.gamma if auto else engine.gamma

@@ -135,9 +135,9 @@ def measure(
         main = runs.decoding("decoding", lambda: decode(engine, auto=auto))
     if auto:
         say(auto.explain())
-        engine.switch(auto.first.candidate.drafter if auto.first.candidate else None)
+        engine.switch(auto.mostly.candidate.drafter if auto.mostly.candidate else None)
     engine.rewind()
-    times = step_times(engine, gamma=auto.first.gamma if auto else None)
+    times = step_times(engine, gamma=auto.mostly.gamma if auto else None)
     return Measurement(
         setting(engine, auto), lengths, compile_seconds, prefill_seconds, draft_prefill_seconds,
         {name: statistics.median(values) for name, values in times.items()},
@@ -160,7 +160,7 @@ def setting(engine: Engine, auto: Auto | None) -> dict:
     if drafter and drafter.select_every:
         plan["select_every"] = drafter.select_every
     if auto:
-        plan |= auto.decision() | {"gamma": auto.first.gamma}
+        plan |= auto.decision() | {"gamma": auto.mostly.gamma}
     draft_model = drafter and drafter.own_model
     return {
         "environment": environment(engine),

@@ -108,7 +108,7 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
         "prepare_seconds": compile_s,
         "tokens_per_s": speeds,
         "auto_chose": str(auto.first),
-        "auto_ended_with": auto.last,
+        "auto_used_mostly": str(auto.mostly),
         "auto_over_plain": ours / plain,
         "best_fixed": best if median[best] > plain else "none",
         "best_fixed_over_plain": best_speed / plain,
@@ -120,11 +120,11 @@ def cell(model, tokenizer, B: int, S: int, new_tokens: int, repeats: int) -> dic
 
 def markdown(cells: list[dict]) -> str:
     """A line per cell of the grid."""
-    head = ("B", "S", "auto chose first", "at the end", "auto / plain", "best fixed",
+    head = ("B", "S", "auto chose first", "mostly", "auto / plain", "best fixed",
             "best fixed / plain",
             "auto / best fixed")  # fmt: skip
     rows = [
-        (c["batch_size"], c["prefix_len"], c["auto_chose"], c["auto_ended_with"],
+        (c["batch_size"], c["prefix_len"], c["auto_chose"], c["auto_used_mostly"],
          f"{c['auto_over_plain']:.2f}", c["best_fixed"], f"{c['best_fixed_over_plain']:.2f}",
          f"{c['auto_over_best_fixed']:.2f}")
         for c in cells

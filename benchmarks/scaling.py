@@ -137,7 +137,7 @@ class Cell:
         self.totals = {name: [Total() for _ in range(sizes.repeats)] for name in self.ways}
         self.steps: dict[str, list[float]] = {name: [] for name in STEPS}
         self.first: Counter[str] = Counter()  # what auto chose, and how often,
-        self.last: Counter[str] = Counter()  # what it used when the last row ended
+        self.mostly: Counter[str] = Counter()  # what it used in most rounds
         self.predicted: list[float] = []
         self.n_identical = 0
 
@@ -160,7 +160,7 @@ class Cell:
             self.n_identical += sum(a == b for a, b in zip(outputs, expected, strict=True))
             if name == "auto":
                 self.first[str(self.auto.first)] += 1
-                self.last[self.auto.last] += 1
+                self.mostly[str(self.auto.mostly)] += 1
                 self.predicted.append(self.auto.first.speedup)
         engine.rewind()
         engine.switch(self.streaming)
@@ -186,7 +186,7 @@ class Cell:
             }
         n_outputs = len(rows) * self.sizes.repeats * len(self.ways)
         ways["auto"] |= {"chose": dict(self.first.most_common()),
-                         "ended_with": dict(self.last.most_common()),
+                         "mostly": dict(self.mostly.most_common()),
                          "predicted_speedup": statistics.median(self.predicted)}  # fmt: skip
         return {
             "batch_size": self.B,

@@ -252,10 +252,10 @@ def mixed(model: Transformer, tokenizer: Tokenizer, sizes: Sizes, repeats: int) 
                 speeds[draft].append(speed)
                 expected = expected or outputs
                 identical += sum(a == b for a, b in zip(outputs, expected, strict=True))
-        ended = {draft: auto.last for draft, auto in autos.items() if auto}
+        mostly = {draft: str(auto.mostly) for draft, auto in autos.items() if auto}
         n_outputs = repeats * len(autos) * len(prompts)
         found[name] = {"tokens_per_s": speeds, "identical": identical, "outputs": n_outputs,
-                       "ended_with": ended}  # fmt: skip
+                       "mostly": mostly}  # fmt: skip
         print(name, {draft: statistics.median(s) for draft, s in speeds.items()}, flush=True)
     return found
 

@@ -12,6 +12,7 @@ import device
 from acceptance import omega
 from auto import (
     FOLLOW,
+    LEAD,
     MARGIN,
     MAX_SWEEPS,
     SHORT,
@@ -22,8 +23,9 @@ from auto import (
     Choice,
     draft_lengths,
 )
-from forecast import Ahead, Record
+from forecast import MEMORY, PRIOR, Ahead, Record
 from kv_cache import SparseKVCache
+from lookup import NGRAM
 from measure import decode
 from policies import POLICIES, Strategy
 from refill import generate
@@ -88,7 +90,7 @@ def test_a_candidates_speedup_is_the_formula():
     c = Candidate(Strategy("snapkv"), t_draft=0.1, t_select=0.8)
     c.drafter = selecting
     c.record = saw([8, 4, 2, 2])
-    assert c.seconds(ahead(CHEAP), 3, torch.ones(1)) == pytest.approx(3 * 0.1 + 0.2 + 1.1)
+    assert c.seconds(ahead(CHEAP), 3, [1.0]) == pytest.approx(3 * 0.1 + 0.2 + 1.1)
     best = c.best(ahead({0: 2.0, 3: 1.1}), 0.0)
     assert best == (c, 3, pytest.approx(2 * omega(3, 0.5) / 1.6))
     c.record, c.t_select = saw([7000, 2100, 630, 270]), 0.0
@@ -157,15 +159,15 @@ def test_a_named_draft_is_used_from_the_first_round_to_the_last(monkeypatch, pol
     assert f"{c}, gamma 1 (the draft as asked), predicted speedup 0." in auto.explain()
 
 
-@pytest.mark.parametrize("hit, tried", [([9, 0, 0, 0], True), ([0, 0, 0, 9], False)])
+@pytest.mark.parametrize("match, tried", [(0, True), (NGRAM, False)])
 def test_a_named_draft_with_a_part_that_may_do_alone_has_a_trial_if_it_may_gain(
-    monkeypatch, hit, tried
+    monkeypatch, match, tried
 ):
     """Something drafts in any case, though plain decoding would be faster."""
     auto = prefilled(candidates("ngram", "mixed"), {0: 1.0, 1: 4.0, 3: 4.0}, monkeypatch, 99, True)
     lookup, both = auto.candidates
     both.t_draft = 0.01
-    monkeypatch.setattr(lookup.drafter, "look_back", lambda gamma: counts(hit))
+    monkeypatch.setattr(lookup.drafter, "kinds", lambda: [match] * 4)
 
     def accept(draft, logits):
         return torch.full((len(logits),), 0 if tried else 3), logits[:, 0].argmax(dim=-1)
@@ -175,8 +177,8 @@ def test_a_named_draft_with_a_part_that_may_do_alone_has_a_trial_if_it_may_gain(
     monkeypatch.setattr(auto, "run", lambda c, *how: who.append((c, *how)) or run(c, *how))
     for _, _ in zip(auto.rounds(), range(9), strict=False):
         pass
-    assert who[0][0] is who[1][0] is lookup and None not in [c for c, *_ in who]
-    assert (who[2][0] is both) == tried
+    assert [c for c, *_ in who[:LEAD]] == [lookup] * LEAD and None not in [c for c, *_ in who]
+    assert (who[LEAD][0] is both) == tried
     assert "as asked" not in auto.explain()
 
 
@@ -257,8 +259,8 @@ def trials(auto: Auto, monkeypatch, **accepted: list[int]) -> list[tuple[str, in
     def run(c, gamma, n):
         runs.append((c.strategy.policy, gamma, n))
         kept = accepted[c.strategy.policy]
+        c.record = c.record.after(*counts([*kept[:gamma], sum(kept[gamma:])]))
         yield
-        return counts([*kept[:gamma], sum(kept[gamma:])])
 
     monkeypatch.setattr(auto, "run", run)
     for _ in auto.probe():
@@ -324,32 +326,45 @@ def test_nobody_is_tried_who_cannot_beat_the_best(monkeypatch):
 
 
 def test_every_text_is_judged_anew(monkeypatch):
-    """Before the probe and after it; the probe's own candidates, and who led, by their rounds."""
+    """By what is believed of its matches; then by the rounds of who led, and of who was probed."""
     auto = prefilled(candidates("ngram", "streaming"), CHEAP, monkeypatch)
     lookup, streaming = auto.candidates
-    lookup.record = streaming.record = saw([9, 0, 0, 0])
-    outcomes, known = [[4, 0, 0, 0], [4, 0, 0, 4]], []
-    monkeypatch.setattr(lookup.drafter, "look_back", lambda gamma: counts(outcomes.pop(0)))
-
-    def probe():
-        known.extend((lookup.record, streaming.record))
-        streaming.record = saw([7, 0, 0, 1])
-        yield from ()
-
-    monkeypatch.setattr(auto, "probe", probe)
-    monkeypatch.setattr(auto, "follow", lambda: iter(()))
-    decode(auto.engine, auto=auto)  # by the prompts no draft is better: nobody leads
-    assert [known[0].tokens(3)[0, 3], known[1].known] == [1, False] and not outcomes
-    assert lookup.probed is lookup.record and lookup.record.tokens(3)[0, 3] == 2.5
-    assert streaming.probed.tokens(3)[0, 3] == 1 + 3 / 8
-    auto.look_back(drafting=lookup)  # would ask for a third outcome
-    assert auto.first.candidate is lookup
-    outcomes, known[:] = [[0, 0, 0, 4]], []
+    monkeypatch.setattr(lookup.drafter, "kinds", lambda: [NGRAM] * 4)
     monkeypatch.setattr(auto.engine, "accept", reject)
-    auto.engine.rewind()
-    for _, _ in zip(auto.rounds(), range(2 * FOLLOW), strict=False):
-        assert auto.engine.drafter is lookup.drafter
-    assert known[0].tokens(3)[0, 3] == 1 + 3 * 4 / (4 + 2 * FOLLOW) and not outcomes
+    records, choose = [], auto.choose
+    monkeypatch.setattr(auto, "choose", lambda *how: records.append(lookup.record) or choose(*how))
+    for _ in range(2):
+        lookup.record = streaming.record = saw([0, 0, 0, 9])
+        auto.engine.rewind()
+        records.clear()
+        for _, _ in zip(range(LEAD), auto.rounds(), strict=False):
+            assert auto.engine.drafter is lookup.drafter and not streaming.record.known
+        assert records[0].tokens(1)[NGRAM, 1] == 1 + NGRAM / (NGRAM + 1)
+        of_4_rows = PRIOR * NGRAM / (NGRAM + 1) / (PRIOR + MEMORY + 4)
+        assert records[-1].tokens(1)[NGRAM, 1] == pytest.approx(1 + of_4_rows)
+
+
+def test_how_far_lookup_drafts_depends_on_the_matches_of_this_round(monkeypatch):
+    """Without one not at all, though all before were kept; each length has its own record."""
+    auto = prefilled(candidates("ngram"), {0: 1.0, 1: 1.2, 3: 1.8}, monkeypatch)
+    (c,) = auto.candidates
+    matches = [[0] * 4, [1] * 4, [NGRAM] * 4, [0] * 4, [NGRAM, NGRAM, NGRAM, 1]]
+    looks, drafted, run = iter([matches[0], *matches, [0] * 4]), [], auto.run
+    monkeypatch.setattr(c.drafter, "kinds", lambda: next(looks))
+    monkeypatch.setattr(
+        auto, "run", lambda c, gamma, n: drafted.append((gamma, n)) or run(c, gamma, n)
+    )
+    kept = iter([[0] * 4, [1, 0, 0, 0], [3, 3, 0, 3], [0] * 4, [1] * 4, [0] * 4])
+
+    def accept(draft, logits):
+        return torch.tensor(next(kept)), logits[:, 0].argmax(dim=-1)
+
+    monkeypatch.setattr(auto.engine, "accept", accept)
+    for _, _ in zip(range(6), auto.rounds(), strict=False):
+        pass
+    assert drafted == [(0, 1), (1, 1), (3, 1), (0, 1), (1, 1), (0, 1)]
+    assert c.record.judged.tolist() == [[0, 0, 0], [5, 0, 0], [0, 0, 0], [7, 3, 3]]
+    assert c.record.kept.tolist() == [[0, 0, 0], [2, 0, 0], [0, 0, 0], [6, 3, 3]]
 
 
 @pytest.mark.parametrize("kept", [0, 3])
@@ -358,7 +373,7 @@ def test_who_was_not_worth_a_trial_has_it_when_it_is(monkeypatch, kept):
     auto = prefilled(candidates("ngram", "streaming"), CHEAP, monkeypatch, n=200)
     lookup, other = auto.candidates
     other.t_draft, other.t_renew = 0.05, 3.0
-    monkeypatch.setattr(lookup.drafter, "look_back", lambda gamma: counts([0, 0, 0, 9]))
+    monkeypatch.setattr(lookup.drafter, "kinds", lambda: [NGRAM] * 4)
 
     def accept(draft, logits):
         n = kept if auto.engine.drafter is lookup.drafter else 0
@@ -401,7 +416,7 @@ def test_nothing_is_decided_any_more_when_all_rows_are_finished(monkeypatch):
     probes(auto, monkeypatch, streaming=[1, 0, 0, 3])
     monkeypatch.setattr(auto.engine, "accept", reject)
     decode(auto.engine, auto=auto)
-    assert auto.last == "streaming 24, gamma 3" and auto.engine.drafter is c.drafter
+    assert auto.mostly[:2] == (c, 3) and auto.engine.drafter is c.drafter
 
 
 def test_the_acceptance_of_the_first_prediction_is_printed_beside_it(monkeypatch):
@@ -411,7 +426,7 @@ def test_the_acceptance_of_the_first_prediction_is_printed_beside_it(monkeypatch
     probes(auto, monkeypatch, streaming=[1, 0, 0, 9])
     monkeypatch.setattr(auto.engine, "accept", reject)
     decode(auto.engine, auto=auto)
-    assert (c.record.tokens(3)[:, 3] < 1.9).all() and auto.last == "no draft"
+    assert (c.record.tokens(3)[:, 3] < 1.9).all() and auto.mostly == Choice()
     assert auto.first.speedup == pytest.approx((1 + 3 * 0.9) / 1.9)
     assert "acceptance 0.90 at gamma 3" in auto.explain()
     (said,) = auto.decision()["candidates"]
@@ -424,16 +439,11 @@ def test_prompt_lookup_takes_over_where_the_text_begins_to_repeat(monkeypatch):
     auto = prefilled([bad, *candidates("ngram")], CHEAP, monkeypatch, n=120)
     engine, (_, lookup) = auto.engine, auto.candidates
     probes(auto, monkeypatch, streaming=[10, 0, 0, 90])
-    rounds = iter([[9, 0, 0, 0]] * 2)  # before the probe and after it
-
-    def look_back(gamma):
-        assert gamma == 3
-        return counts(next(rounds, [0, 0, 0, 9]))
-
-    monkeypatch.setattr(lookup.drafter, "look_back", look_back)
+    looks = iter([0] * (LEAD + 1))  # before the first choice
+    monkeypatch.setattr(lookup.drafter, "kinds", lambda: [next(looks, NGRAM)] * 4)
     decode(auto.engine, auto=auto)
     assert auto.first.candidate is bad and engine.drafter is lookup.drafter
-    assert auto.last.startswith("ngram, gamma")
+    assert auto.mostly.candidate is lookup
     assert engine.batch.outputs() == [plain_greedy(tiny_model(), p, 120) for p in PROMPTS]
 
 
@@ -449,7 +459,7 @@ def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_lon
     auto = prefilled(found, {0: 1.0, 1: 1.4, 3: 1.9}, monkeypatch, n=250)
     c, *lookups = auto.candidates
     for lookup in lookups:
-        monkeypatch.setattr(lookup.drafter, "look_back", lambda gamma: counts([9, 0, 0, 0]))
+        monkeypatch.setattr(lookup.drafter, "kinds", lambda: [0] * 4)
     probes(auto, monkeypatch, streaming=[10, 0, 0, 90])
     monkeypatch.setattr(auto.engine, "accept", reject)
     runs, run = [], auto.run
@@ -457,9 +467,19 @@ def test_a_draft_that_turns_bad_is_given_up_and_tried_again_after_longer_and_lon
     stats = decode(auto.engine, auto=auto)
     assert auto.first.candidate is c and auto.first.speedup > 1.5
     tried = (c, 3, FOLLOW)
-    rests = [[(None, 0, FOLLOW if others else n)] * (n // FOLLOW if others else 1)
-             for n in (32, 64, 128, 256)]  # fmt: skip
-    until_the_end = [*[tried] * 4, *rests[0], tried, *rests[1], tried, *rests[2], tried, *rests[3]]
+    rests = [[(None, 0, 1)] * n if others else [(None, 0, n)] for n in (32, 64, 128, 256)]
+    led = [(None, 0, 1)] * LEAD if others else []
+    until_the_end = [
+        *led,
+        *[tried] * 4,
+        *rests[0],
+        tried,
+        *rests[1],
+        tried,
+        *rests[2],
+        tried,
+        *rests[3],
+    ]
     assert runs == until_the_end[: len(runs)] and len(runs) > len(until_the_end) - len(rests[3])
     assert stats.drafted_histogram[0] == stats.row_rounds - stats.drafts > 4 * 200
     assert auto.engine.batch.outputs() == [plain_greedy(tiny_model(), p, 250) for p in PROMPTS]
@@ -471,7 +491,8 @@ def test_it_follows_by_the_times_at_the_length_that_the_text_has_reached(monkeyp
     (c,) = auto.candidates
     probes(auto, monkeypatch, streaming=[0, 0, 0, 9])
     times, choose, asked = iter([CHEAP, DEAR]), auto.choose, []
-    monkeypatch.setattr(auto, "ahead", lambda: ahead(next(times, DEAR)))
+    four = torch.ones(4)
+    monkeypatch.setattr(auto, "ahead", lambda: Ahead(four, *[next(times, DEAR)] * 2))
     monkeypatch.setattr(auto.engine, "accept", reject)
     monkeypatch.setattr(auto, "choose", lambda *how: asked.append(how) or choose(*how))
     decode(auto.engine, auto=auto)

@@ -1,10 +1,11 @@
-"""Prompt lookup: against a loop over the text, and what it would have got right."""
+"""Prompt lookup: against a loop over the text, and how far it is trusted."""
 
 import random
 
+import pytest
 import torch
 
-from lookup import NGRAM, look_back, lookup
+from lookup import NGRAM, lookup, trust
 from tests.reference import latest_match
 
 
@@ -22,28 +23,12 @@ def test_lookup_against_a_loop():
             assert [*got] == [latest_match(row, NGRAM, gamma) for row in rows]
 
 
-def judged(rows: list[list[int]], finished: list[bool], gamma: int) -> list[list[int]]:
-    """Of rows in a buffer whose rest is full of 5s."""
-    tokens = torch.full((len(rows), 100), 5)
-    for row, text in zip(tokens, rows, strict=True):
-        row[: len(text)] = torch.tensor(text)
-    lengths = torch.tensor([len(text) for text in rows])
-    kept, had = look_back(tokens, lengths, torch.tensor(finished), gamma)
-    assert had[:, :gamma].sum() == 0 and had[:, gamma].tolist() == kept.sum(dim=1).tolist()
-    return kept.tolist()
-
-
-def test_what_it_would_have_got_right():
-    """Text of period 3 is foreseen completely, text without repetition not at all."""
-    rows = [[5, 6, 7] * 20 + [5], [*range(60), 90], [5, 6, 7] * 20 + [5]]
-    # 12 tokens back: 3 rounds of 4 drafts and one token where all are kept, else 12
-    foreseen = [0, 0, 0, 0, 3]
-    assert judged(rows, [False] * 3, 4) == [foreseen, [12, 0, 0, 0, 0], foreseen]
-    assert judged(rows, [False, True, False], 4) == [foreseen, [0] * 5, foreseen]
-
-
-def test_it_is_judged_by_decided_text_alone():
-    """What a run before left behind a short text must not be looked at: all of it is foreseen."""
-    assert judged([[5, 5]], [False], 4) == [[0] * 5]
-    # from 2 tokens on: 4 drafts, and the newest token
-    assert judged([[5] * 7], [False], 4) == [[0, 0, 0, 0, 1]]
+def test_the_longer_a_copy_was_right_the_more_it_is_trusted():
+    """In its match and since; without a match not at all."""
+    rates = trust(5)
+    assert rates[0, 0] == 0 and rates[1].tolist() == pytest.approx(
+        [1 / 2, 2 / 3, 3 / 4, 4 / 5, 5 / 6]
+    )
+    for match in range(NGRAM):
+        assert torch.equal(rates[match, 1:], rates[match + 1, :-1])
+    assert rates.shape == (NGRAM + 1, 5) and (rates.diff(dim=1) > 0).all()

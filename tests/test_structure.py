@@ -37,11 +37,11 @@ ALGORITHM = {  # the chapters, and what they stand on
     "batch": (295, "sampling"),
     "policies": (240, "batch kv_cache quantize"),
     "selection": (150, "kernels kv_cache model policies"),
-    "lookup": (75, ""),
-    "drafter": (235, "batch kv_cache lookup model policies quantize"),
+    "lookup": (50, ""),
+    "drafter": (235, "batch kv_cache model policies quantize"),
     "draft_models": (170, "config drafter kv_cache model policies selection"),
     "drafters": (
-        217,
+        219,
         "config draft_models drafter kernels kv_cache lookup model policies quantize selection",
     ),
     "graphs": (110, "batch"),
@@ -57,8 +57,8 @@ ECONOMICS = {
     "picture": (250, ""),
     "cost_model": (450, "acceptance config families files picture roofline"),
     "capacity": (130, "config cost_model roofline"),
-    "forecast": (110, ""),
-    "auto": (418, "device drafter forecast model parallel policies roofline spec_decode"),
+    "forecast": (113, ""),
+    "auto": (440, "device drafter forecast model parallel policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
 IN_AND_OUT = {
