@@ -138,7 +138,7 @@ class Auto:
     times: dict[int, tuple[dict, dict]] = field(default_factory=dict)  # the latest, by length
     verify: dict[int, float] = field(default_factory=dict)  # `verify_seconds` of the first choice
     first: Choice = Choice()  # after the probe
-    used: Counter["Choice"] = field(default_factory=Counter)  # for how many rounds since then
+    used: Counter["Choice"] = field(default_factory=Counter)  # for how many tokens since then
 
     def calibrate(self, refills: bool = False) -> None:
         """Time and fit, before there is a text. ValueError if a draft that was named cannot be.
@@ -284,13 +284,15 @@ class Auto:
         """Up to n rounds with it, which it keeps in mind."""
         batch = self.engine.batch
         self.engine.switch(c.drafter if c else None)
-        before = counts = batch.counts.clone()
+        before = batch.counts.clone()
+        counts = torch.zeros_like(before)
         for _ in self.engine.rounds(gamma, n):
             counts = batch.counts - before
-            self.used[Choice(c, gamma)] += 1
             yield  # here other rows may start
-        if c and counts is not before:
-            c.saw(counts[..., : gamma + 1].cpu(), self.refilled)
+        counts = counts[..., : gamma + 1].cpu()
+        self.used[Choice(c, gamma)] += int(counts[0].sum(dim=0) @ torch.arange(1, gamma + 2))
+        if c:
+            c.saw(counts, self.refilled)
 
     def lead(self) -> Iterator[None]:
         """The first rounds, with who needs no trial, if others may have one.
@@ -392,7 +394,7 @@ class Auto:
 
     @property
     def mostly(self) -> Choice:
-        """What drafted in most rounds since the first choice."""
+        """What most tokens came from since the first choice."""
         return self.used.most_common(1)[0][0] if self.used else self.first
 
     def decision(self) -> dict:

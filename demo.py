@@ -131,7 +131,7 @@ class Show:
         return Line(name, plan, sampling.temperature, run, self.steps(plan["gamma"]))
 
     def line_of_auto(self, sampling: Sampling) -> Line:
-        """One run with what it chooses; the steps are those of most rounds."""
+        """One run with what it chooses; the steps are of what it used mostly."""
         engine, auto = self.runs.engine, self.auto
         run = self.runs.decoding("decoding, auto", lambda: decode(engine, auto=auto))
         candidate, gamma, _ = auto.mostly

@@ -137,7 +137,7 @@ class Cell:
         self.totals = {name: [Total() for _ in range(sizes.repeats)] for name in self.ways}
         self.steps: dict[str, list[float]] = {name: [] for name in STEPS}
         self.first: Counter[str] = Counter()  # what auto chose, and how often,
-        self.mostly: Counter[str] = Counter()  # what it used in most rounds
+        self.mostly: Counter[str] = Counter()  # what most tokens came from
         self.predicted: list[float] = []
         self.n_identical = 0
 
