@@ -39,9 +39,9 @@ GAMMAS, LONGEST = (2, 5, 12), 12  # compiled draft lengths on the CPU (LOG.md); 
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each candidate
-HOPE = 0.5  # of what a candidate of acceptance LIKELY would save, its trial may cost
+HOPE = 0.35  # of what a candidate of acceptance LIKELY would save, its trial may cost
 FOLLOW = 2  # rounds between two looks at the acceptance, where nothing tells it beforehand
-LEAD = 4  # rounds of who needs no trial, before others may have one
+LEAD = 4  # rounds of who needs no trial before others may have one; looks that `gain` is a mean of
 STAY = 1.05  # what another candidate must gain over the one in use
 SWEEPS = 3  # of a calibration over its points: a shared machine is slow for a while, then fast
 # There are more sweeps within SHORT seconds, and while the latest differ by a factor of STEADY:
@@ -137,6 +137,9 @@ class Auto:
     refilled: bool = False  # whether rows that end are followed by others
     times: dict[int, tuple[dict, dict]] = field(default_factory=dict)  # the latest, by length
     verify: dict[int, float] = field(default_factory=dict)  # `verify_seconds` of the first choice
+    gain: float = (
+        1.0  # the mean predicted speedup of the latest looks: a single one goes up and down
+    )
     first: Choice = Choice()  # after the probe
     used: Counter["Choice"] = field(default_factory=Counter)  # for how many tokens since then
 
@@ -261,6 +264,7 @@ class Auto:
 
         After each, the caller may start other rows.
         """
+        self.gain = 1.0
         for c in self.candidates:
             c.record = Record(believed=c.drafter.trust)
         yield from self.lead()
@@ -300,8 +304,10 @@ class Auto:
         The others have to win over what is known of it then.
         """
         known = [c.record.known for c in self.candidates]
-        for _ in range(LEAD if any(known) and not all(known) else 0):
-            yield from self.run(*self.choose(self.look(), None, 1.0)[:2], 1)
+        for i in range(LEAD if any(known) and not all(known) else 0):
+            c, gamma, speedup = self.choose(self.look(), None, 1.0)
+            self.gain += (speedup - self.gain) / (i + 1)
+            yield from self.run(c, gamma, 1)
 
     def worth_trying(self, c: Candidate, ahead: Ahead, best: float) -> bool:
         """Whether nothing is known of it, and a trial costs at most HOPE of what it may save.
@@ -336,7 +342,8 @@ class Auto:
         longest are tried where all of these are kept.
         """
         ahead, known = self.look(), any(c.record.known for c in self.candidates)
-        n, best = self.quarter(ahead), self.choose(ahead, None, 1.0).speedup if known else 1.0
+        n = self.quarter(ahead)
+        best = max(self.choose(ahead, None, 1.0).speedup, self.gain) if known else 1.0
         for c in sorted(self.candidates, key=lambda c: -c.best(ahead).speedup):
             if not self.worth_trying(c, ahead, best):
                 continue
@@ -386,8 +393,9 @@ class Auto:
                     other.record = replace(other.probed, rounds=forgotten)
             ahead, looks = self.look(), looks + 1
             choice = self.choose(ahead, c, STAY)
+            self.gain += (choice.speedup - self.gain) / LEAD
             if looks % LEAD == 0 and any(
-                self.worth_trying(other, ahead, choice.speedup) for other in self.candidates
+                self.worth_trying(other, ahead, self.gain) for other in self.candidates
             ):
                 yield from self.probe()
                 choice = self.choose(self.look(), c, STAY)
