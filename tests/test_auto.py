@@ -386,6 +386,28 @@ def test_who_was_not_worth_a_trial_has_it_when_it_is(monkeypatch, kept):
     assert tried[0] is lookup and (other in tried) == (not kept)
 
 
+def test_one_bad_look_is_no_reason_for_a_trial(monkeypatch):
+    """At the look that trials are considered at, nothing matches; before and after it all does."""
+    auto = prefilled(candidates("ngram", "streaming"), CHEAP, monkeypatch, n=200)
+    lookup, other = auto.candidates
+    other.t_draft, looks = 0.05, []
+    bad = LEAD + 2 + LEAD  # after those of the lead, of the probe and of the first choice
+
+    def kinds() -> list[int]:
+        looks.append(0 if len(looks) == bad - 1 else NGRAM)
+        return looks[-1:] * 4
+
+    def accept(draft, logits):
+        return torch.full((len(logits),), draft.shape[1]), logits[:, 0].argmax(dim=-1)
+
+    monkeypatch.setattr(lookup.drafter, "kinds", kinds)
+    monkeypatch.setattr(auto.engine, "accept", accept)
+    tried, run = [], auto.run
+    monkeypatch.setattr(auto, "run", lambda c, *how: tried.append(c) or run(c, *how))
+    decode(auto.engine, auto=auto)
+    assert set(tried) == {lookup, None} and tried.index(None) == LEAD + LEAD
+
+
 def test_who_was_not_probed_is_not_chosen(monkeypatch):
     auto = prefilled(candidates("streaming", "snapkv"), CHEAP, monkeypatch)
     probes(auto, monkeypatch, snapkv=[50, 0, 0, 50])
