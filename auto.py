@@ -137,9 +137,7 @@ class Auto:
     refilled: bool = False  # whether rows that end are followed by others
     times: dict[int, tuple[dict, dict]] = field(default_factory=dict)  # the latest, by length
     verify: dict[int, float] = field(default_factory=dict)  # `verify_seconds` of the first choice
-    gain: float = (
-        1.0  # the mean predicted speedup of the latest looks: a single one goes up and down
-    )
+    gain: float = 1.0  # mean predicted speedup of the latest looks: one alone goes up and down
     first: Choice = Choice()  # after the probe
     used: Counter["Choice"] = field(default_factory=Counter)  # for how many tokens since then
 

@@ -58,7 +58,7 @@ ECONOMICS = {
     "cost_model": (450, "acceptance config families files picture roofline"),
     "capacity": (130, "config cost_model roofline"),
     "forecast": (113, ""),
-    "auto": (450, "device drafter forecast model parallel policies roofline spec_decode"),
+    "auto": (448, "device drafter forecast model parallel policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
 IN_AND_OUT = {
