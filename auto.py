@@ -3,7 +3,8 @@
 `--draft auto` never asks the user to know whether speculation pays. It decides in three stages:
 
     calibrate   before the prompts: time plain steps and verifications, fit the cost model's
-                constants to them (`roofline.fit`), and time each candidate's draft step
+                constants to them (`roofline.fit`), and time each candidate's draft step; what
+                rounds take later corrects it (`forecast.Clock`)
     probe       a few rounds with each candidate that could win, on the actual text; their tokens
                 are output like any others. Prompt lookup needs none, because the length of a match
                 tells what to expect of it: it goes first
@@ -18,24 +19,22 @@ the clock, but no text depends on it.
 
 import math
 import statistics
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import cycle
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from device import median_seconds, timed
 from drafter import Drafter
-from forecast import LIKELY, Ahead, Record
+from forecast import LIKELY, Ahead, Clock, Record, Table, together
 from model import Transformer
 from parallel import from_first, reducer
 from policies import Strategy
-from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time, preset, with_link
+from roofline import GAMMAS, Hardware, Timing, Workload, fit, forward_time, preset, with_link
 from spec_decode import Engine
 
-GAMMAS, LONGEST = (2, 5, 12), 12  # compiled draft lengths on the CPU (LOG.md); the most on a GPU
 MARGIN = 1.03  # a predicted gain below this is not worth its risk
 PROBE_DRAFTS = 200  # drafted tokens after which an acceptance is known well enough
 PROBE_SHARE = 0.04  # of the tokens still to come, at most, for probing each candidate
@@ -78,34 +77,29 @@ class Candidate:
         record: Record | None = None,  # None: its own
     ) -> "Choice":
         """With the gamma of the largest predicted speedup; no draft unless that is above."""
-        remaining, gammas = ahead.remaining.tolist(), [g for g in ahead.verify if g]
-        tokens = self.tokens(max(gammas), record).expand(len(remaining), -1).tolist()
-        seconds = {
-            g: self.seconds(
-                ahead, g, [n / row[g] for n, row in zip(remaining, tokens, strict=True)]
-            )
-            for g in gammas
-        }
+        gammas = [g for g in ahead.verify if g]
+        rows = [*zip(ahead.remaining, cycle(self.tokens(max(gammas), record)), strict=False)]
+        seconds = {g: self.seconds(ahead, g, [n / row[g] for n, row in rows]) for g in gammas}
         gamma = min(seconds, key=seconds.__getitem__)
         speedup = ahead.plain / seconds[gamma]
         return Choice(self, gamma, speedup) if speedup > threshold else Choice()
 
-    def tokens(self, gamma: int, record: Record | None = None) -> Tensor:  # [1 or B, gamma + 1]
-        """Expected of the next round of each row with 0, 1, .. gamma drafts."""
+    def tokens(self, gamma: int, record: Record | None = None) -> Table:
+        """[1 or B, gamma + 1], expected of the next round of a row with 0, 1, .. gamma drafts."""
         tokens = (record or self.record).tokens(gamma)
-        return tokens if self.kinds is None else tokens[self.kinds]
+        return tokens if self.kinds is None else [tokens[kind] for kind in self.kinds]
 
-    def saw(self, counts: Tensor, alike: bool) -> None:  # [2, B + 1, n]
+    def saw(self, counts: list[list[list[int]]], alike: bool) -> None:  # [2, B + 1, n]
         """Keep in mind how often rows kept, and had, 0, 1, .. drafts; the last: texts that ended.
 
         Where rows are alike, one soon has the text of another.
         """
-        if (trust := self.drafter.trust) is None:
-            counts = counts.sum(dim=1, keepdim=True) if alike else counts[:, :-1]
-        else:
-            nothing = counts.new_zeros(2, len(trust), counts.shape[2])
-            counts = nothing.index_add_(1, torch.tensor(self.kinds), counts[:, :-1])
-        self.record = self.record.after(*counts)
+        kinds, n = self.kinds, len(counts[0])
+        groups = [[*range(n)]] if alike else [[b] for b in range(n - 1)]
+        if kinds is not None:
+            n = len(self.drafter.trust or ())
+            groups = [[b for b, k in enumerate(kinds) if k == kind] for kind in range(n)]
+        self.record = self.record.after(*(together(rows, groups) for rows in counts))
 
     def __str__(self) -> str:
         return ("draft model, " if self.draft_model else "") + str(self.strategy)
@@ -130,13 +124,15 @@ class Auto:
     candidates: list[Candidate]
     gammas: tuple[int, ...] = GAMMAS
     named: bool = False  # the candidate was asked for: it drafts from the first round on
-    hardware: Hardware = HARDWARE["cpu"]  # as fitted
+    hardware: Hardware = preset("cpu")  # as fitted
     fit_error: float = 0.0
     residual: dict[int, float] = field(default_factory=dict)  # gamma -> measured / predicted
     dropped: list[str] = field(default_factory=list)  # who is not considered any more, and why
     refilled: bool = False  # whether rows that end are followed by others
     times: dict[int, tuple[dict, dict]] = field(default_factory=dict)  # the latest, by length
+    clock: Clock | None = None  # corrects them; None: they are true
     verify: dict[int, float] = field(default_factory=dict)  # `verify_seconds` of the first choice
+    seen: Ahead = field(init=False)  # at the latest look
     gain: float = 1.0  # mean predicted speedup of the latest looks: one alone goes up and down
     first: Choice = Choice()  # after the probe
     used: Counter["Choice"] = field(default_factory=Counter)  # for how many tokens since then
@@ -215,6 +211,9 @@ class Auto:
             measured, predicted = map(sum, zip(*pairs[i :: len(gammas)], strict=True))
             self.residual[gamma] = measured / predicted
         self.times = {}
+        # Rounds of a GPU need not end before the next one begins, and ranks must decide alike.
+        learns = engine.device.type == "cpu" and config.n_ranks == 1
+        self.clock = Clock(gammas) if learns else None
 
     def time_all_reduces(self) -> dict[int, float]:
         """Seconds by bytes, of those in a plain step and of much larger ones."""
@@ -251,11 +250,13 @@ class Auto:
         batch = self.engine.batch
         n, limits, ended = (t.tolist() for t in (batch.seq_len, batch.limit, batch.finished))
         left = [max(to - at, 0) * (not end) for at, to, end in zip(n, limits, ended, strict=True)]
-        remaining = torch.tensor(left if any(left) else [1] * len(left), dtype=torch.float32)
         length = length or TIMED * math.ceil(sum(n) / len(n) / TIMED)
         if length not in self.times:
             self.times = {length: (self.verify_seconds(length), self.verify_seconds(length, 0))}
-        return Ahead(remaining, *self.times[length], self.refilled)
+        times = self.times[length]
+        if self.clock:
+            times = self.clock.corrected(times[0]), self.clock.corrected(times[1])
+        return Ahead(left if any(left) else [1] * len(left), *times, self.refilled)
 
     def rounds(self) -> Iterator[None]:
         """Rounds until every row is finished: probe, choose, follow. ValueError without a text.
@@ -270,7 +271,7 @@ class Auto:
         ahead = self.look()
         for c in self.candidates:
             gamma = c.best(ahead, 0.0).gamma
-            tokens = float(c.tokens(gamma)[:, gamma].mean())
+            tokens = statistics.fmean(row[gamma] for row in c.tokens(gamma))
             c.probed, c.foreseen = c.record, (gamma, (tokens - 1) / gamma)
         self.verify, self.first = ahead.verify, self.choose(ahead, None, 1.0)
         self.used.clear()
@@ -280,19 +281,25 @@ class Auto:
         """What is ahead, and of what kind rows are now."""
         for c in self.candidates:
             c.kinds = c.drafter.kinds()
-        return self.ahead()
+        self.seen = self.ahead()
+        return self.seen
 
     def run(self, c: Candidate | None, gamma: int, n: int) -> Iterator[None]:
         """Up to n rounds with it, which it keeps in mind."""
         batch = self.engine.batch
         self.engine.switch(c.drafter if c else None)
-        before = batch.counts.clone()
-        counts = torch.zeros_like(before)
+        before = after = batch.counts.clone()
+        running, start = self.engine.watch.running, time.perf_counter()
         for _ in self.engine.rounds(gamma, n):
-            counts = batch.counts - before
+            if self.clock and not (c and c.drafter.caches):  # what takes time is verifying
+                foreseen = self.seen.seconds(gamma, running)
+                self.clock.saw(gamma, (time.perf_counter() - start) / foreseen)
+            after = batch.counts.clone()
             yield  # here other rows may start
-        counts = counts[..., : gamma + 1].cpu()
-        self.used[Choice(c, gamma)] += int(counts[0].sum(dim=0) @ torch.arange(1, gamma + 2))
+            running, start = self.engine.watch.running, time.perf_counter()
+        counts = (after - before)[..., : gamma + 1].tolist()
+        made = (n * times for row in counts[0] for n, times in enumerate(row, 1))
+        self.used[Choice(c, gamma)] += sum(made)
         if c:
             c.saw(counts, self.refilled)
 
@@ -328,7 +335,7 @@ class Auto:
 
     def quarter(self, ahead: Ahead) -> int:
         """Rounds of a quarter of a trial, at least one: for PROBE_DRAFTS and PROBE_SHARE."""
-        rows, to_come = len(ahead.remaining), float(ahead.remaining.mean())
+        rows, to_come = len(ahead.remaining), statistics.fmean(ahead.remaining)
         n = math.ceil(PROBE_DRAFTS / (self.shorter * rows) / 4)
         return max(min(n, int(PROBE_SHARE * to_come / 4)), 1)
 
@@ -387,8 +394,7 @@ class Auto:
             if idle >= pause:
                 idle, pause = 0, 2 * pause
                 for other in self.candidates:
-                    forgotten = torch.zeros_like(other.probed.rounds)  # what comes counts alone
-                    other.record = replace(other.probed, rounds=forgotten)
+                    other.record = other.probed.forgotten()
             ahead, looks = self.look(), looks + 1
             choice = self.choose(ahead, c, STAY)
             self.gain += (choice.speedup - self.gain) / LEAD
@@ -434,15 +440,3 @@ class Auto:
             f"      {', '.join(steps)} ms (fit within {self.fit_error:.0%}); "
             f"{'; '.join(about + self.dropped)}"
         )
-
-
-def draft_lengths(device_type: str, n_group: int) -> tuple[int, ...]:
-    """The values of gamma that are worth compiling, ascending; n_group is G, heads per KV head.
-
-    CUDA computes attention in tiles of 16, 32 or 64 queries, whatever G * (gamma + 1) is. Drafts
-    that fill a tile are free. More than 12 are rarely kept.
-    """
-    if device_type != "cuda":
-        return GAMMAS
-    n_tokens = {2, 4} | {min(tile // n_group, LONGEST + 1) for tile in (16, 32, 64)}
-    return tuple(sorted(n - 1 for n in n_tokens if n > 1))

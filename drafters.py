@@ -84,9 +84,13 @@ class LookupDrafter(Drafter):
     def __init__(self, strategy: Strategy, target: Target, draft_model: None = None) -> None:
         super().__init__(strategy, target)
         self.trust = trust(strategy.gamma)
+        self.found: Tensor | None = None  # drafts for the text as it is
 
     def propose(self, gamma: int, pick: Pick) -> Tensor:
-        return lookup(self.batch.tokens, self.batch.seq_len, gamma)[0]
+        found, self.found = self.found, None
+        if found is None:
+            found, _ = lookup(self.batch.tokens, self.batch.seq_len, gamma)
+        return found[:, :gamma]
 
     def copies(self) -> Tensor:
         return torch.ones_like(self.batch.finished)
@@ -95,8 +99,22 @@ class LookupDrafter(Drafter):
         return f"prompt lookup, matches of at most {NGRAM} tokens"
 
     def kinds(self) -> list[int]:
-        """The lengths of the matches."""
-        return lookup(self.batch.tokens, self.batch.seq_len, 1)[1].tolist()
+        """The lengths of the matches. On a CPU the next round need not look again."""
+        drafts, match = lookup(self.batch.tokens, self.batch.seq_len, self.strategy.gamma)
+        self.found = drafts if drafts.device.type == "cpu" else None  # a GPU replays a whole round
+        return match.tolist()
+
+    def leave(self) -> None:
+        super().leave()
+        self.found = None
+
+    def forget(self, rows: slice, n_kept: int) -> None:
+        super().forget(rows, n_kept)
+        self.found = None
+
+    def rewind(self) -> None:
+        super().rewind()
+        self.found = None
 
 
 class MixedDrafter(SelfDrafter):

@@ -14,87 +14,166 @@ to the end, as if all rounds were like the next one::
 Where rows are refilled nobody waits, and the mean takes the place of the maximum.
 
 A row's own rounds are few, so its rates lean on those of all rows. What is long past counts less:
-texts change from one passage to the next.
+texts change from one passage to the next. And the clock is corrected by what rounds really take
+(`Clock`): a machine that others use has slow minutes and fast ones.
+
+All of this happens between two rounds, with a few hundred numbers. In plain Python, for there a
+tensor operation costs more than the numbers in it.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate, chain, repeat, zip_longest
+from operator import mul
 from typing import NamedTuple
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 OPTIMISTIC = 0.95  # an acceptance that real text hardly exceeds
 MEMORY = 6.0  # rounds of a row: what all its earlier ones count for, at most, when new ones come
 PRIOR = 2.0  # rounds that what is believed of a row counts for, before its own are known
 
+NOISE = 0.1  # deviation of the logarithm of a round's seconds,
+SLIP = 0.15  # and of what a calibration has wrong
+OUTLIER = 0.5  # a round that is off by more was interrupted
+KEEP = 0.99  # of what is known of a machine, from one round to the next
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Record:
+
+Table = Sequence[Sequence[float]]  # [B, n]
+
+
+def at_least(histogram: Sequence[float]) -> list[float]:
+    """How many had 0, 1, .. or more, by how many had exactly so many."""
+    return [*accumulate(reversed(histogram))][::-1]
+
+
+def together(rows: Table, groups: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The sums of rows, [n] each, by group."""
+    none = [0.0] * len(rows[0])
+    return [[*map(sum, zip(none, *(rows[b] for b in group), strict=True))] for group in groups]
+
+
+class Row(NamedTuple):
+    """Which drafts of a row were kept, by place. Places that were never reached may be missing."""
+
+    judged: Sequence[float] = ()  # [P], how often
+    kept: Sequence[float] = ()  # [P]
+    rounds: float = 0.0  # that they rest on
+
+    def after(self, accepted: Sequence[float], drafted: Sequence[float]) -> "Row":
+        """With more rounds: [gamma + 1], how many kept, and had, 0, 1, .. drafts."""
+        if not any(accepted):
+            return self
+        kept, had = at_least(accepted), at_least(drafted)
+        judged = [
+            max(before * room / max(of, 1), here)  # of those with i - 1 drafts, had an i-th
+            for before, here, of, room in zip(kept, kept[1:], had, had[1:], strict=False)
+        ]
+        share = min(self.rounds, MEMORY) / max(self.rounds, 1)
+
+        def joined(old: Sequence[float], new: list[float]) -> list[float]:
+            return [share * a + b for a, b in zip_longest(old, new, fillvalue=0)]
+
+        rounds = share * self.rounds + kept[0]
+        return Row(joined(self.judged, judged), joined(self.kept, kept[1:]), rounds)
+
+    def tokens(self, gamma: int, believed: Sequence[float]) -> list[float]:  # [gamma + 1], [<= g]
+        """Expected of a round with 0, 1, .. gamma drafts, the target's own included.
+
+        A place of which nothing is believed goes like the one before it.
+        """
+        own = (chain(places, repeat(0)) for places in (self.judged, self.kept))
+        seen = zip(believed, *own, strict=False)
+        rates = [(kept + PRIOR * rate) / (judged + PRIOR) for rate, judged, kept in seen]
+        rates += [*rates[-1:], OPTIMISTIC][:1] * (gamma - len(rates))
+        return [*accumulate(accumulate((1.0, *rates), mul))]
+
+
+class Record(NamedTuple):
     """Which drafts were kept, by row and by place: where four of a round were, the fifth mostly is.
 
     Instead of rows there can be kinds of rows, of which something is believed beforehand.
     """
 
-    judged: Tensor = field(default_factory=lambda: torch.zeros(1, 0))  # [B, P], how often
-    kept: Tensor = field(default_factory=lambda: torch.zeros(1, 0))  # [B, P]
-    rounds: Tensor = field(default_factory=lambda: torch.zeros(1))  # [B], that they rest on
-    believed: Tensor | None = None  # [B, >= P], acceptance; None: rows go like all of them
+    rows: Sequence[Row] = ()  # [B]
+    believed: Table | None = None  # [B, >= P], acceptance; None: rows go like all of them
 
     @property
     def known(self) -> bool:
         """Whether it rests on anything."""
-        return self.believed is not None or self.judged.numel() > 0
+        return self.believed is not None or len(self.rows) > 0
 
     def after(
         self,
-        accepted: Tensor,  # [B, gamma + 1], how many rounds of a row kept 0, 1, .. drafts,
-        drafted: Tensor,  # [B, gamma + 1], and how many had so many
+        accepted: Table,  # [B, gamma + 1], how many rounds kept 0, 1, .. drafts,
+        drafted: Table,  # [B, gamma + 1], and how many had so many
     ) -> "Record":
         """With more rounds. A draft is judged if all before it were kept."""
-        if not drafted[:, 1:].any():
+        if not any(any(row[1:]) for row in drafted):
             return self
-        counts = torch.stack((accepted, drafted)).float()
-        kept, had = counts.flip(2).cumsum(dim=2).flip(2)  # i or more
-        room = had[:, 1:] / had[:, :-1].clamp_min(1)  # of those with i - 1 drafts, had an i-th
-        judged, kept = torch.maximum(kept[:, :-1] * room, kept[:, 1:]), kept[:, 1:]
-        share = self.rounds.clamp_max(MEMORY) / self.rounds.clamp_min(1)
-        P = max(self.judged.shape[1], judged.shape[1])
+        found = zip(self.rows or repeat(Row()), accepted, drafted, strict=False)
+        return Record([row.after(kept, had) for row, kept, had in found], self.believed)
 
-        def joined(old: Tensor, new: Tensor) -> Tensor:  # [1 or B, <= P], [B, <= P] -> [B, P]
-            old, new = (F.pad(t, (0, P - t.shape[1])) for t in (old, new))
-            return share[:, None] * old + new
-
-        places = joined(self.judged, judged), joined(self.kept, kept)
-        return Record(*places, share * self.rounds + counts[0].sum(dim=1), self.believed)
-
-    def tokens(self, gamma: int) -> Tensor:  # [B, gamma + 1]
+    def tokens(self, gamma: int) -> Table:  # [1 or B, gamma + 1]
         """Expected of a round of each row with 0, 1, .. gamma drafts, the target's own included.
 
-        A row of which little is known goes as believed, or like all of them. There a place of
-        which less than one round is known goes like the place before it.
+        A row of which little is known goes as believed, or like all of them, where at least one
+        round is known of all.
         """
-        n, believed = gamma, self.believed
+        believed = self.believed
         if believed is None:
-            judged, kept = self.judged.sum(dim=0), self.kept.sum(dim=0)
-            n = min(int((judged >= 1).sum()), gamma)  # places that are known are the first ones
-            believed = (kept / judged)[None]
-        room = 0, max(n - self.judged.shape[1], 0)
-        judged, kept = (F.pad(t, room)[:, :n] for t in (self.judged, self.kept))
-        rate = (kept + PRIOR * believed[:, :n]) / (judged + PRIOR)
-        last = rate[:, -1:] if n else torch.full((len(rate), 1), OPTIMISTIC)
-        rate = torch.cat((torch.ones_like(last), rate, last.expand(-1, gamma - n)), dim=1)
-        return rate.cumprod(dim=1).cumsum(dim=1)
+            judged = map(sum, zip_longest(*(row.judged for row in self.rows), fillvalue=0))
+            kept = map(sum, zip_longest(*(row.kept for row in self.rows), fillvalue=0))
+            rates = [k / n for n, k in zip(judged, kept, strict=True) if n >= 1]
+            believed = [rates] * max(len(self.rows), 1)
+        return [
+            row.tokens(gamma, rates[:gamma])
+            for row, rates in zip(self.rows or repeat(Row()), believed, strict=False)
+        ]
+
+    def forgotten(self) -> "Record":
+        """The same until there are more rounds, which then count alone."""
+        return self._replace(rows=[row._replace(rounds=0.0) for row in self.rows])
 
 
-LIKELY = Record(torch.tensor([[4.0]]), torch.tensor([[3.0]]))  # three of four drafts are kept
+LIKELY = Record([Row([4], [3], 4)])  # three of four drafts are kept
+
+
+class Clock:
+    """What rounds take, over what was foreseen: a factor for each gamma of a menu.
+
+    Every round is a noisy measurement of its gamma's factor, and says something of the others: the
+    more, the nearer they are. That is a Kalman filter over the factors' logarithms. They wander, so
+    what is known fades.
+    """
+
+    def __init__(self, gammas: Sequence[int]) -> None:
+        self.places = {gamma: i for i, gamma in enumerate(gammas)}
+        widths = [gamma + 1 for gamma in gammas]
+        self.prior = [[SLIP**2 * math.sqrt(min(a, b) / max(a, b)) for b in widths] for a in widths]
+        self.mean, self.covariance = [0.0] * len(widths), self.prior
+
+    def saw(self, gamma: int, ratio: float) -> None:
+        """A round took so much more than was foreseen with `factors`."""
+        at = self.covariance[self.places[gamma]]
+        gains = [c / (at[self.places[gamma]] + NOISE**2) for c in at]
+        error = min(max(math.log(ratio), -OUTLIER), OUTLIER)
+        self.mean = [KEEP * (m + gain * error) for m, gain in zip(self.mean, gains, strict=True)]
+        self.covariance = [
+            [
+                KEEP**2 * (c - gain * a) + (1 - KEEP**2) * p
+                for c, a, p in zip(row, at, old, strict=True)
+            ]
+            for row, gain, old in zip(self.covariance, gains, self.prior, strict=True)
+        ]
+
+    def corrected(self, seconds: dict[int, float]) -> dict[int, float]:
+        """Times by gamma."""
+        return {g: s * math.exp(self.mean[self.places[g]]) for g, s in seconds.items()}
 
 
 class Ahead(NamedTuple):
     """What is still to be decoded, and what forwards take."""
 
-    remaining: Tensor  # [B] float32, tokens; 0 in rows that have ended
+    remaining: Sequence[float]  # [B], tokens; 0 in rows that have ended
     verify: dict[int, float]  # T_V in seconds by gamma, while all rows run; gamma 0 is T_T
     idle: dict[int, float]  # the same of rows that have ended
     refilled: bool = False  # whether rows that end are followed by others
@@ -110,4 +189,4 @@ class Ahead(NamedTuple):
     @property
     def plain(self) -> float:
         """Seconds of plain decoding."""
-        return self.seconds(0, self.remaining.tolist())
+        return self.seconds(0, self.remaining)

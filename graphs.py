@@ -77,6 +77,11 @@ class Watch:
             self.copies = torch.zeros(shape, dtype=torch.bool, pin_memory=True)
             self.events = [torch.cuda.Event() for _ in range(self.lag + 1)]
 
+    @property
+    def running(self) -> list[int]:
+        """1 for each row that runs, 0 for the others."""
+        return [int(not finished) for finished in self.rows]
+
     def look(self) -> None:
         """Learn what the device has done."""
         last, self.looks = self.looks, self.looks + 1

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 import prompts
-from auto import Auto, Candidate, draft_lengths
+from auto import Auto, Candidate
 from batch import MAX_EOS
 from checkpoint import DTYPES, KV_DTYPES, Checkpoint, open_checkpoint
 from config import ModelConfig, kv_bytes
@@ -26,7 +26,7 @@ from options import Options
 from parallel import Shard, check_same, shard_of
 from policies import POLICIES, Strategy
 from quantize import emulated, resolve
-from roofline import Workload, preset, whole_is_faster
+from roofline import Workload, draft_lengths, preset, whole_is_faster
 from sampling import Sampling, widest
 from spec_decode import Engine
 

@@ -38,11 +38,10 @@ def lookup(tokens: Tensor, seq_len: Tensor, gamma: int) -> tuple[Tensor, Tensor]
     return tokens.gather(1, end + 1 + copied), length[:, 0].long()
 
 
-def trust(gamma: int) -> Tensor:  # [NGRAM + 1, gamma]
+def trust(gamma: int) -> list[list[float]]:  # [NGRAM + 1, gamma]
     """How likely a draft is kept if all before it are, by the length of the match and by place.
 
     Copies have no usual length: of n tokens or more there are as many as 1 / n says. So one that
     was right n times, in its match and since, is so once more with n / (n + 1).
     """
-    n = torch.arange(NGRAM + 1)[:, None] + torch.arange(gamma)
-    return n / (n + 1)
+    return [[n / (n + 1) for n in range(match, match + gamma)] for match in range(NGRAM + 1)]

@@ -32,6 +32,8 @@ from config import (
     visible_tokens,
 )
 
+GAMMAS, LONGEST = (2, 5, 12), 12  # compiled draft lengths on the CPU (LOG.md); the most on a GPU
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -273,3 +275,15 @@ def fit(m: ModelConfig, hw: Hardware, timings: list[Timing]) -> tuple[Hardware, 
             factor = factor**0.5
     constants = {n: getattr(hw, n) * c for n, c in zip(names, best, strict=True)}
     return replace(hw, **constants), statistics.median(abs(r - 1) for r in ratios(best))
+
+
+def draft_lengths(device_type: str, n_group: int) -> tuple[int, ...]:
+    """The values of gamma that are worth compiling, ascending; n_group is G, heads per KV head.
+
+    CUDA computes attention in tiles of 16, 32 or 64 queries, whatever G * (gamma + 1) is. Drafts
+    that fill a tile are free. More than 12 are rarely kept.
+    """
+    if device_type != "cuda":
+        return GAMMAS
+    n_tokens = {2, 4} | {min(tile // n_group, LONGEST + 1) for tile in (16, 32, 64)}
+    return tuple(sorted(n - 1 for n in n_tokens if n > 1))

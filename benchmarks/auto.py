@@ -23,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from auto import GAMMAS, Auto, Candidate
+from auto import Auto, Candidate
 from benchmarks.saving import save, table
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from cost_model import Strategy as Planned
@@ -33,7 +33,7 @@ from measure import decode, environment, step_times, warm_up
 from options import AUTO_POLICIES
 from policies import Strategy
 from prompts import demo_prompts
-from roofline import forward_time
+from roofline import GAMMAS, forward_time
 from sampling import Sampling
 from spec_decode import Engine
 from tokenizer import load_tokenizer

@@ -22,7 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from auto import GAMMAS, Auto, Candidate
+from auto import Auto, Candidate
 from benchmarks.saving import save
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from device import timed
@@ -31,6 +31,7 @@ from measure import Run, decode, differences, environment, step_times, warm_up
 from options import AUTO_POLICIES
 from policies import POLICIES, Strategy
 from prompts import demo_prompts
+from roofline import GAMMAS
 from sampling import Sampling
 from spec_decode import Engine
 from tokenizer import load_tokenizer

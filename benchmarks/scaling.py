@@ -41,7 +41,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from auto import GAMMAS, Auto, Candidate
+from auto import Auto, Candidate
 from benchmarks.saving import result_path, table
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from config import ModelConfig
@@ -59,7 +59,7 @@ from picture import Panel, Series, draw, short
 from policies import Strategy
 from prompts import DEMO_MODULES, module_source
 from quantize import resolve
-from roofline import Hardware, Timing, Workload, fit, preset
+from roofline import GAMMAS, Hardware, Timing, Workload, fit, preset
 from sampling import Sampling, Stats
 from spec_decode import Engine
 from tokenizer import Tokenizer, load_tokenizer

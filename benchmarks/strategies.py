@@ -37,7 +37,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from auto import GAMMAS, Auto, Candidate
+from auto import Auto, Candidate
 from benchmarks.saving import save, table
 from checkpoint import DEMO_CHECKPOINT, DTYPES, load_model
 from device import timed
@@ -49,6 +49,7 @@ from options import parse_args
 from policies import POLICIES, Strategy
 from prompts import DEMO_LONGEST, DEMO_MODULES, demo_prompts, module_source
 from quantize import resolve
+from roofline import GAMMAS
 from sampling import Sampling
 from spec_decode import Engine
 from tokenizer import Tokenizer, load_tokenizer

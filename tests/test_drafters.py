@@ -1,6 +1,7 @@
 """Every drafting strategy: lossless, exact where it must be, and selecting what it says."""
 
 import math
+import random
 import re
 from pathlib import Path
 
@@ -8,11 +9,15 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+import drafters
 import policies
+from batch import Request
 from draft_models import StreamingModelDrafter
+from drafter import Drafter
 from drafters import ANY_POLICY, DRAFTERS, shared_policies
 from kernels import STEP_LAYERS, compile_blocks, compile_step
 from kv_cache import NEVER, CacheSpec
+from lookup import lookup
 from measure import decode
 from model import Transformer
 from policies import POLICIES, Strategy
@@ -488,3 +493,34 @@ def test_impossible_settings_are_refused(make, words):
 def engine(policy: str, context: int | None) -> Engine:
     draft = draft_model(context) if context else None
     return Engine(tiny_model(), 1, 100, Strategy(policy, budget=128), GREEDY, draft_model=draft)
+
+
+def test_what_a_look_at_the_matches_found_is_proposed_while_the_text_is_the_same(monkeypatch):
+    """A round need not look again. Whatever else happens to the text, nothing old is kept."""
+    engine = Engine(tiny_model(), 4, 110, Strategy(), Sampling())
+    ngram, other = (engine.add(Strategy(name, 3, 24, 3)) for name in ("ngram", "streaming"))
+    batch, rng = engine.batch, random.Random(0)
+    engine.prefill(PROMPTS, [40] * 4)
+
+    def refill() -> None:
+        for _ in engine.start(1, Request(PROMPTS[rng.randrange(4)], 30)):
+            engine.round(0)
+
+    def round_of(drafter: Drafter, gamma: int) -> None:
+        engine.switch(drafter)
+        engine.round(gamma)
+
+    events = [lambda: ngram.found, engine.rewind, refill, lambda: engine.prefill(PROMPTS, [40] * 4)]
+    events += [lambda d=d, g=g: round_of(d, g) for d in (ngram, other) for g in (0, 2)]
+    looks = []
+    monkeypatch.setattr(drafters, "lookup", lambda *given: looks.append(given) or lookup(*given))
+    for event in rng.choices(events, k=150):
+        engine.rewind() if batch.finished.all() else ngram.kinds()
+        event()
+        fresh = lookup(batch.tokens, batch.seq_len, 3)[0]
+        assert ngram.found is None or torch.equal(ngram.found, fresh)
+        ngram.kinds()
+        looks.clear()
+        for gamma, n_looks in ((2, 0), (3, 1)):  # a second proposal looks for itself
+            assert torch.equal(ngram.propose(gamma, None), fresh[:, :gamma])
+            assert len(looks) == n_looks

@@ -26,7 +26,7 @@ class Game:
         self.batch, self.drafter = self.engine.batch, self.engine.drafter
         self.texts, self.kind, self.own = texts, kind, torch.tensor(right)[:, None]
         self.begin()
-        self.drafter.away = False
+        self.drafter.away, self.drafter.found = False, None  # the latter as a LookupDrafter
         monkeypatch.setattr(SelfDrafter, "propose", lambda _, gamma, pick: self.self_draft(gamma))
 
     def begin(self) -> None:

@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 
 from config import MODELS, ModelConfig, kv_bytes_per_token, matrix_params, total_params
-from roofline import HARDWARE, Hardware, Timing, Workload, fit, forward_time, layer_windows
+from roofline import (
+    HARDWARE,
+    Hardware,
+    Timing,
+    Workload,
+    draft_lengths,
+    fit,
+    forward_time,
+    layer_windows,
+)
 
 LLAMA, A100 = MODELS["llama-3.1-8b"], HARDWARE["a100"]
 # A device and a model whose numbers can be worked out by hand.
@@ -120,3 +129,12 @@ def test_every_layer_reads_its_own_window():
         assert t.attention_compute == pytest.approx(attention)
         assert t.weights == forward_time(four, ROUND, Workload(3, 70), T=2).weights
         assert forward_time(four, ROUND, Workload(3, 99), 2, context=length) == t
+
+
+@pytest.mark.parametrize("G, gammas", [
+    (1, (1, 3, 12)), (2, (1, 3, 7, 12)), (3, (1, 3, 4, 9, 12)), (4, (1, 3, 7, 12)),
+    (7, (1, 3, 8)), (8, (1, 3, 7)), (16, (1, 3)), (64, (1, 3)),
+])  # fmt: skip
+def test_on_cuda_drafts_fill_a_tile_of_queries(G, gammas):
+    assert draft_lengths("cuda", G) == gammas
+    assert draft_lengths("cpu", G) == (2, 5, 12)

@@ -41,7 +41,7 @@ ALGORITHM = {  # the chapters, and what they stand on
     "drafter": (235, "batch kv_cache model policies quantize"),
     "draft_models": (170, "config drafter kv_cache model policies selection"),
     "drafters": (
-        219,
+        240,
         "config draft_models drafter kernels kv_cache lookup model policies quantize selection",
     ),
     "graphs": (110, "batch"),
@@ -52,13 +52,13 @@ ALGORITHM = {  # the chapters, and what they stand on
     ),
 }
 ECONOMICS = {
-    "roofline": (276, "config"),
+    "roofline": (295, "config"),
     "acceptance": (100, "config"),
     "picture": (250, ""),
     "cost_model": (450, "acceptance config families files picture roofline"),
     "capacity": (130, "config cost_model roofline"),
-    "forecast": (113, ""),
-    "auto": (448, "device drafter forecast model parallel policies roofline spec_decode"),
+    "forecast": (192, ""),
+    "auto": (444, "device drafter forecast model parallel policies roofline spec_decode"),
     "refill": (260, "auto batch device sampling spec_decode"),
 }
 IN_AND_OUT = {
