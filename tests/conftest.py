@@ -6,6 +6,7 @@ a second thread takes longer than what it would do. What is compiled is compiled
 those tests say "compil" in their names.
 """
 
+import math
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,8 +36,9 @@ def threads(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch) -> None:
-    """A calibration goes on until it has taken some time: no test needs such good medians."""
+    """A calibration goes on until it is long and steady enough: no test needs such good medians."""
     monkeypatch.setattr("auto.SHORT", 0.0)
+    monkeypatch.setattr("auto.STEADY", math.inf)
 
 
 @pytest.fixture

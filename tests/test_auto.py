@@ -17,6 +17,7 @@ from auto import (
     MAX_SWEEPS,
     SHORT,
     STAY,
+    STEADY,
     SWEEPS,
     Auto,
     Candidate,
@@ -582,6 +583,7 @@ def test_calibration_finds_the_times_of_a_known_machine(monkeypatch, factor, wit
 
 def test_a_slow_moment_does_not_count(monkeypatch):
     """Two of the first sweeps take far longer: it goes on until three agree, and believes those."""
+    monkeypatch.setattr("auto.STEADY", STEADY)
     engine = Engine(tiny_model(), 2, 200, Strategy("streaming", 3, 24, 3), Sampling())
     clock, accept = on_a_known_machine(engine, {}, monkeypatch), engine.accept
     calls = []
