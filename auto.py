@@ -94,11 +94,12 @@ class Candidate:
 
         Where rows are alike, one soon has the text of another.
         """
-        kinds, n = self.kinds, len(counts[0])
-        groups = [[*range(n)]] if alike else [[b] for b in range(n - 1)]
-        if kinds is not None:
-            n = len(self.drafter.trust or ())
-            groups = [[b for b, k in enumerate(kinds) if k == kind] for kind in range(n)]
+        B = len(counts[0]) - 1
+        groups: list[list[int]] = [[*range(B + 1)]] if alike else [[b] for b in range(B)]
+        if self.kinds is not None:
+            groups = [[] for _ in self.drafter.trust or ()]
+            for b, kind in enumerate(self.kinds):
+                groups[kind].append(b)
         self.record = self.record.after(*(together(rows, groups) for rows in counts))
 
     def __str__(self) -> str:
@@ -253,10 +254,10 @@ class Auto:
         length = length or TIMED * math.ceil(sum(n) / len(n) / TIMED)
         if length not in self.times:
             self.times = {length: (self.verify_seconds(length), self.verify_seconds(length, 0))}
-        times = self.times[length]
+        verify, idle = self.times[length]
         if self.clock:
-            times = self.clock.corrected(times[0]), self.clock.corrected(times[1])
-        return Ahead(left if any(left) else [1] * len(left), *times, self.refilled)
+            verify, idle = map(self.clock.corrected, (verify, idle))
+        return Ahead(left if any(left) else [1] * len(left), verify, idle, self.refilled)
 
     def rounds(self) -> Iterator[None]:
         """Rounds until every row is finished: probe, choose, follow. ValueError without a text.

@@ -42,7 +42,7 @@ class Drafter:
     """One strategy at work. The engine asks it to `refresh`, then to `propose`."""
 
     reads = "{policy} draft cache of {budget} tokens ({n_sink} sinks)"  # for people, see `label`
-    trust: list[list[float]] | None = None  # [n kinds of rows, gamma] acceptance; None: not known
+    trust: list[list[float]] | None = None  # [n kinds of rows, gamma], by place; None: not known
     has_twin = False  # whether it drafts with `Strategy.weights`
     n_selected = 0  # tokens of a row that `select` keeps by choice
     caches: tuple[Any, ...]  # what `build` made

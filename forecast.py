@@ -36,7 +36,6 @@ SLIP = 0.15  # and of what a calibration has wrong
 OUTLIER = 0.5  # a round that is off by more was interrupted
 KEEP = 0.99  # of what is known of a machine, from one round to the next
 
-
 Table = Sequence[Sequence[float]]  # [B, n]
 
 
@@ -152,9 +151,10 @@ class Clock:
         self.mean, self.covariance = [0.0] * len(widths), self.prior
 
     def saw(self, gamma: int, ratio: float) -> None:
-        """A round took so much more than was foreseen with `factors`."""
-        at = self.covariance[self.places[gamma]]
-        gains = [c / (at[self.places[gamma]] + NOISE**2) for c in at]
+        """A round took so many times what `corrected` times had foreseen."""
+        i = self.places[gamma]
+        at = self.covariance[i]
+        gains = [c / (at[i] + NOISE**2) for c in at]
         error = min(max(math.log(ratio), -OUTLIER), OUTLIER)
         self.mean = [KEEP * (m + gain * error) for m, gain in zip(self.mean, gains, strict=True)]
         self.covariance = [
@@ -166,7 +166,7 @@ class Clock:
         ]
 
     def corrected(self, seconds: dict[int, float]) -> dict[int, float]:
-        """Times by gamma."""
+        """Times by gamma, as rounds now take them."""
         return {g: s * math.exp(self.mean[self.places[g]]) for g, s in seconds.items()}
 
 

@@ -1,4 +1,4 @@
-"""Records of acceptance by row and by place, and the time to the end of a batch."""
+"""Acceptance by row and by place, the time to the end of a batch, and what rounds really take."""
 
 import math
 import random
