@@ -2,11 +2,12 @@
 
 Blocks are compiled one by one, into one function that all layers share: a 32-layer model compiles
 as fast as a 2-layer one. Attention is flex_attention. On a CPU with AVX2 it becomes C++, for a
-prefill; few queries have an operator of their own (`cpu_attention.py`). On CUDA it becomes one of
-two Triton kernels: one for prefill, and for few queries a split-KV kernel, which divides the slots
-of each row among its programs. Left to themselves these kernels waste a Hopper GPU in ways that can
-be counted without one (`scripts/check_cuda_offline.py`): registers that are spilled, shared memory,
-programs that run at once. No time has been measured yet.
+prefill; few queries have an operator of their own (`cpu_attention.py`), and linear layers are
+oneDNN's (`cpu_linear.py`). On CUDA it becomes one of two Triton kernels: one for prefill, and for
+few queries a split-KV kernel, which divides the slots of each row among its programs. Left to
+themselves these kernels waste a Hopper GPU in ways that can be counted without one
+(`scripts/check_cuda_offline.py`): registers that are spilled, shared memory, programs that run at
+once. No time has been measured yet.
 """
 
 import shutil
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+from cpu_linear import use_onednn
 
 Q_BLOCK = 128  # queries per flex_attention block
 # Programs of the split-KV kernel that a multiprocessor of Hopper runs at once, by tile of queries:
@@ -63,6 +66,7 @@ def compile_blocks(model) -> None:  # a model.Transformer
     # One entry per T and cache: few, but more than the default of 8. It is for the whole process,
     # because it counts where a new shape is run for the first time, in anybody's code.
     torch._dynamo.config.recompile_limit = 64
+    use_onednn(model)
     options = compile_options(model.norm.weight.device)
     for layer in model.layers:
         layer.compile(fullgraph=True, dynamic=False, options=options)

@@ -53,14 +53,6 @@ def weights_first(weight: Tensor, x: Tensor) -> Tensor:  # [N, K], [..., K] -> [
     return (weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
 
 
-class OutputLayer(nn.Linear):
-    """The target's own, with its very tensor. It adds up in another order: not for `--exact`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., V]."""
-        return super().forward(x) if x.is_cuda else weights_first(self.weight, x)
-
-
 class LowLinear(nn.Module):
     """A linear layer with weights of its own, from those of another; the bias is the other's."""
 
@@ -192,8 +184,6 @@ def make_twin(model: Transformer, kind: str) -> Transformer:
     layer = layer_class(model, kind)
     for owner, name, linear in linears(twin):
         setattr(owner, name, layer(linear.weight, linear.bias))
-    if type(twin.output) is nn.Linear:  # not one that is divided among ranks
-        twin.output.__class__ = OutputLayer
     if model.compiled:
         compile_blocks(twin)
     return twin

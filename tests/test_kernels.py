@@ -123,7 +123,8 @@ def test_no_kernel_is_autotuned_on_cuda(device, options):
     compiled = []
     block = SimpleNamespace(compile=lambda **settings: compiled.append(settings))
     weight = SimpleNamespace(device=torch.device(device))
-    compile_blocks(SimpleNamespace(layers=[block] * 2, norm=SimpleNamespace(weight=weight)))
+    norm = SimpleNamespace(weight=weight)
+    compile_blocks(SimpleNamespace(layers=[block] * 2, norm=norm, modules=lambda: []))
     assert compiled == [{"fullgraph": True, "dynamic": False, "options": options}] * 2
     for name, value in (options or {}).items():
         with torch._inductor.config.patch({name: value}):  # an error if there is no such setting
