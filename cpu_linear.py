@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import Library, register_fake
 
-LIBRARY = Library("magicdec", "FRAGMENT")  # calls of a custom_op take as long as small products do
+LIBRARY = Library("magicdec", "FRAGMENT")  # custom_op would add 10 microseconds to every call
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 

@@ -59,9 +59,10 @@ def compile_options(device: torch.device) -> dict | None:
 def compile_blocks(model) -> None:  # a model.Transformer
     """Compile every block, in place, into one shared function per (T, cache geometry).
 
-    On CUDA nothing is autotuned. Inductor would time several versions of the kernel that writes
-    the cache, each on copies of all that it writes to: two whole buffers of the cache. That kernel
-    is elementwise, or, where keys are normalised, a reduction.
+    Before, linear layers become oneDNN's, where they can. On CUDA nothing is autotuned: Inductor
+    would time several versions of the kernel that writes the cache, each on copies of all that it
+    writes to, two whole buffers of the cache. That kernel is elementwise, or, where keys are
+    normalised, a reduction.
     """
     # One entry per T and cache: few, but more than the default of 8. It is for the whole process,
     # because it counts where a new shape is run for the first time, in anybody's code.

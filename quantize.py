@@ -48,11 +48,6 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:  # [..., K] -> [..., K]
     return (rows.float() * scale).to(x.dtype).view_as(x)
 
 
-def weights_first(weight: Tensor, x: Tensor) -> Tensor:  # [N, K], [..., K] -> [..., N]
-    """A linear layer for a CPU: its library then packs the few tokens, not the weights (LOG.md)."""
-    return (weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
-
-
 class LowLinear(nn.Module):
     """A linear layer with weights of its own, from those of another; the bias is the other's."""
 
@@ -85,7 +80,11 @@ class BF16(LowLinear):
         return (weight.bfloat16(),)
 
     def product(self, x: Tensor) -> Tensor:
-        return weights_first(self.weight, x.bfloat16()).to(x.dtype)
+        rows = x.bfloat16().flatten(0, -2)
+        y = (
+            self.weight @ rows.T
+        ).T  # so the library packs the few tokens, not the weights (LOG.md)
+        return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
 class FP8(LowLinear):
