@@ -7,9 +7,17 @@
 // Whoever compiles this puts definitions of D (a multiple of W) and KV before it.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
-constexpr int W = 16, N = D / W;  // floats of a vector, which compilers split where need be
-constexpr int TILE = 32, PART = 1024, LINE = 64 / sizeof(KV), LINES = D / LINE;
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats of a vector
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr int SUMS = std::max(W, 8);  // vectors that grow at the same time, all in registers
+constexpr int N = D / W, TILE = 32, PART = 1024, LINE = 64 / sizeof(KV);
 constexpr float HIDDEN = -1e30f;
 typedef float F __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * W)));
@@ -21,9 +29,20 @@ static inline F load(const float* p) { return *(const F*)p; }
 static inline F load(const uint16_t* p) {  // bfloat16: the upper half of a float
   return (F)(__builtin_convertvector(*(const U*)p, I) << 16);
 }
-static inline F pairs(F a, F b) {  // a0 + a1, a2 + a3, .. b0 + b1, ..
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+constexpr int first(int n, int i) {  // of two floats that are added: in fours, then whole fours
+  return n < 4 ? i / 4 * 4 + i % 2 * 2 + i % 4 / 2 * W : i / 4 * 8 + i % 4;
+}
+template <int n, int... i>
+static inline F pairs(F a, F b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, first(n, i)...) +
+         __builtin_shufflevector(a, b, first(n, i) + (n < 4 ? 1 : 4)...);
+}
+template <int n, int step = 1>  // of n vectors, each in a place of its own when W are reached
+static inline F sums(F* x) {
+  for (int j = 0; j < n / 2; j++)
+    x[j] = pairs<step>(x[2 * j], x[2 * j + 1], std::make_integer_sequence<int, W>{});
+  if constexpr (n > 2) return sums<n / 2, 2 * step>(x);
+  return *x;
 }
 static inline F exp(F x) {  // of x <= 0: 2^n * e^r with |r| <= ln(2) / 2, and e^r by its series
   x = x < -87.0f ? F{} - 87.0f : x;
@@ -33,23 +52,35 @@ static inline F exp(F x) {  // of x <= 0: 2^n * e^r with |r| <= ln(2) / 2, and e
   for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
   return (F)((I)y + (n << 23));
 }
-static inline void fetch(const KV* slot, int i, int n) {  // the i-th of n shares, one per query
-  for (int l = LINES * i / n; l < LINES * (i + 1) / n; l++)
-    __builtin_prefetch(slot + l * LINE, 0, 2);
-}
-template <class X>  // scores of W slots
-static inline F score(const float* q, const X* k, const KV* next, int r, int R) {
-  F dot[W];
-#pragma GCC unroll 16
-  for (int j = 0; j < W; j++) {
-    dot[j] = load(q) * load(k + j * D);
-    for (int d = W; d < int(D); d += W) dot[j] += load(q + d) * load(k + j * D + d);
-    fetch(next + j * D, r, R);
+struct Ahead {  // the share of the next tile that queries r and r + 1 of R fetch, bit by bit
+  const KV *line, *end;
+  int step;  // as much as they read meanwhile, or less, where there are other queries
+  Ahead(const KV* tile, int r, int R) {
+    int i = r / 2, n = (R + 1) / 2, lines = TILE * D / LINE;
+    line = tile + lines * i / n * LINE, end = tile + lines * (i + 1) / n * LINE;
+    step = std::max(SUMS * W / LINE / (n * std::min(R - r, 2)), 1) * LINE;
   }
-#pragma GCC unroll 4
-  for (int n = W / 2; n; n /= 2)
-    for (int j = 0; j < n; j++) dot[j] = pairs(dot[2 * j], dot[2 * j + 1]);
-  return dot[0];
+  void fetch() {
+    for (auto to = std::min(line + step, end); line < to; line += LINE)
+      __builtin_prefetch(line, 0, 2);
+  }
+};
+template <int M, class X>  // of M queries
+static inline void score(State* s, const float* q, const X* k, Ahead next) {
+  constexpr int P = std::min(W, SUMS / M);  // slots at a time
+  for (int i = 0; i < TILE / W; i++) {
+    F some[M][W / P];
+    for (int h = 0; h < W / P; h++, k += P * D) {
+      F dot[M][P] = {};
+      for (int d = 0; d < D; d += W, next.fetch())
+        for (int j = 0; j < P; j++) {
+          F x = load(k + j * D + d);
+          for (int m = 0; m < M; m++) dot[m][j] += load(q + m * D + d) * x;
+        }
+      for (int m = 0; m < M; m++) some[m][h] = sums<P>(dot[m]);
+    }
+    for (int m = 0; m < M; m++) s[m].w[i] = sums<W / P, P>(some[m]);
+  }
 }
 static inline void softmax(State& s) {  // of a tile's scores; what was before is rescaled
   F top = s.m;
@@ -60,44 +91,58 @@ static inline void softmax(State& s) {  // of a tile's scores; what was before i
   s.m = F{} + m, s.l *= before;
   for (F& w : s.w) s.l += w = w > HIDDEN ? exp(w - m) : F{};
 }
-template <int M, class X>  // of M queries
-static inline void add_values(State* s, const X* v, const KV* next, int r, int R) {
-  F y[M][N];
-  for (int i = 0; i < M * N; i++) y[i / N][i % N] = s[i / N].y[i % N];
-  for (int j = 0; j < TILE; j++, fetch(next + (j - 1) * D, r / 2, (R + 1) / 2))
-    for (int d = 0; d < N; d++) {
-      F x = load(v + j * D + d * W);
-      for (int i = 0; i < M; i++) y[i][d] += ((float*)s[i].w)[j] * x;
+template <int M, int P, class X>  // P vectors of each slot, from the at-th on
+static inline void add(State* s, const X* v, int at, Ahead& next) {
+  F y[M][P];
+  for (int i = 0; i < M * P; i++) y[i / P][i % P] = s[i / P].y[at + i % P];
+  for (int j = 0; j < TILE; j++, next.fetch())
+    for (int d = 0; d < P; d++) {
+      F x = load(v + j * D + (at + d) * W);
+      for (int m = 0; m < M; m++) y[m][d] += ((float*)s[m].w)[j] * x;
     }
-  for (int i = 0; i < M * N; i++) s[i / N].y[i % N] = y[i / N][i % N];
+  for (int i = 0; i < M * P; i++) s[i / P].y[at + i % P] = y[i / P][i % P];
+}
+template <int M, class X>  // of M queries
+static inline void add_values(State* s, const X* v, Ahead next) {
+  constexpr int P = std::min(N, SUMS / M), rest = N % P;
+  for (int at = 0; at < N - rest; at += P) add<M, P>(s, v, at, next);
+  if constexpr (rest) add<M, rest>(s, v, N - rest, next);
 }
 // States of the queries of one row and head after its slots first .. last - 1.
 static void part(const Call& c, const float* q, const KV* k, const KV* v, State* states,
                  const bool* mask, int64_t start, int64_t first, int64_t last) {
-  constexpr I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  I lane;
+  for (int l = 0; l < W; l++) lane[l] = l;
   int newest = start + c.T - 1, turn = newest % c.S, R = c.R;  // slots up to `turn`: latest turn
   F buffer[2][TILE * N];
   for (int r = 0; r < R; r++) states[r] = {};
   for (int slot = first; slot < last; slot += TILE) {
     const KV *keys = k + slot * int64_t(D), *values = v + slot * int64_t(D);
     auto look = [&](const auto* keys_now, const auto* values_now) {
+      for (int r = 0; r < R; r += 2) {  // two queries for each load
+        Ahead next(keys + TILE * D, r, R);
+        if (r + 1 < R) score<2>(states + r, q + r * D, keys_now, next);
+        else score<1>(states + r, q + r * D, keys_now, next);
+      }
       for (int r = 0; r < R; r++) {
         int at = start + r % c.T, oldest = std::max<int64_t>(at - c.window + 1, 0);
         for (int i = 0; i < TILE; i += W) {
-          F x = score(q + r * D, keys_now + i * D, keys + (TILE + i) * D, r, R);
+          F& x = states[r].w[i / W];
           for (int l = 0; c.cap && l < W; l++) x[l] = c.cap * std::tanh(x[l] / c.cap);
           I p = lane + (slot + i - turn);  // position, counted from the newest
           p = (p > 0 ? p - int(c.S) : p) + newest;
-          I seen = (p <= at) & (p >= oldest);
+          I seen = (p <= at) & (p >= oldest) & (lane + (slot + i) < int(c.S));
           for (int l = 0, j = slot + i; mask && l < W; l++, j++)
             seen[l] = -(j < c.S && mask[r * c.S + j]);
-          states[r].w[i / W] = seen ? x : F{} + HIDDEN;
+          x = seen ? x : F{} + HIDDEN;
         }
+        softmax(states[r]);
       }
-      for (int r = 0; r < R; r++) softmax(states[r]);
-      int r = 0;  // two queries for each load of V
-      for (; r + 1 < R; r += 2) add_values<2>(states + r, values_now, values + TILE * D, r, R);
-      if (r < R) add_values<1>(states + r, values_now, values + TILE * D, r, R);
+      for (int r = 0; r < R; r += 2) {
+        Ahead next(values + TILE * D, r, R);
+        if (r + 1 < R) add_values<2>(states + r, values_now, next);
+        else add_values<1>(states + r, values_now, next);
+      }
     };
     bool whole = slot + TILE <= c.S, convert = sizeof(KV) < sizeof(float) && R > 2;
     if (whole && !convert) { look(keys, values); continue; }

@@ -20,7 +20,7 @@ from torch._inductor.codecache import CppCodeCache
 
 FEW = 64  # tokens per row from which on flex_attention is used: a prefill is bound by arithmetic
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}  # of K and V
-W, TILE, PART = 16, 32, 1024  # floats of a vector; slots; as in the source
+W, TILE, PART = 16, 32, 1024  # floats of the widest vector; slots; as in the source
 ALL = 2**31 - 1  # a window that hides nothing
 
 

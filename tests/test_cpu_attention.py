@@ -47,8 +47,9 @@ def inputs(B: int, Hkv: int, G: int, T: int, D: int, S: int, dtype=torch.float32
         (16, 2, 1, 1, 256, ALL, 0.0, False),
         (16, 1, 7, 3, 512, 100, 0.0, False),
         (16, 2, 2, 6, 2 * PART + 256, ALL, 20.0, False),
-        (32, 3, 4, 13, PART, 300, 0.0, True),
+        (48, 3, 4, 13, PART, 300, 0.0, True),
         (16, 1, 1, 6, 512, 400, 5.0, True),
+        (16, 1, 3, 1, 39, ALL, 0.0, False),  # slots that do not fill a tile
     ],
 )
 def test_it_is_attention(D, Hkv, G, T, S, window, cap, turned, dtype):
