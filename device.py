@@ -102,7 +102,8 @@ def device_name(device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} CPUs" if names else platform.machine()
+    kind = f"{names[0]}, {len(names)} CPUs" if names else platform.machine()
+    return f"{kind}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
