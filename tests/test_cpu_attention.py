@@ -1,6 +1,8 @@
 """The CPU's own operator: exact, the same for a token alone and among others, and optional."""
 
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +75,18 @@ def test_a_token_is_the_same_alone_and_among_others(G, dtype):
     for t in range(T):
         one = q[:, :, :, t : t + 1]
         assert torch.equal(attend(one, k, v, start + t, ALL, 0.0), together[:, :, :, t : t + 1])
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_vectors_of_any_width_do_the_same(lanes, tmp_path, monkeypatch):
+    """Those of other machines, too: here a compiler makes several instructions of a wide one."""
+    source = Path(cpu_attention.__file__).with_suffix(".cpp").read_text(encoding="utf-8")
+    choice = re.search(r"#if defined.*?#endif\n", source, flags=re.S)[0]
+    (tmp_path / "lanes.cpp").write_text(source.replace(choice, f"constexpr int W = {lanes};\n"))
+    monkeypatch.setattr(cpu_attention, "__file__", str(tmp_path / "lanes.py"))
+    monkeypatch.setattr(cpu_attention, "build", build.__wrapped__)
+    test_it_is_attention(48, 1, 3, 3, 512, 100, 0.0, True, torch.float32)
+    test_a_token_is_the_same_alone_and_among_others(1, torch.float32)
 
 
 def test_threads_change_nothing():
