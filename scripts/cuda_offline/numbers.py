@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -237,8 +238,12 @@ def interpret(job: dict) -> float:
 
 def interpret_all(file: Path) -> int:
     """The second process. Returns the exit status."""
+    import numpy
     from torch._inductor.runtime import triton_helpers, triton_heuristics
 
+    # On a tensor core the bits of a row's product do not depend on its place. What numpy calls does
+    # not promise that: with AVX2 it is not so.
+    numpy.matmul = partial(numpy.einsum, "...ik,...kj->...ij")
     triton_helpers.set_driver_to_gpu = lambda: None
     triton_heuristics.template = lambda **settings: lambda function: function
     torch.manual_seed(0)
