@@ -29,13 +29,13 @@ static inline F load(const float* p) { return *(const F*)p; }
 static inline F load(const uint16_t* p) {  // bfloat16: the upper half of a float
   return (F)(__builtin_convertvector(*(const U*)p, I) << 16);
 }
-constexpr int first(int n, int i) {  // of two floats that are added: in fours, then whole fours
+constexpr int left(int n, int i) {  // of two floats that are added: in fours, then whole fours
   return n < 4 ? i / 4 * 4 + i % 2 * 2 + i % 4 / 2 * W : i / 4 * 8 + i % 4;
 }
 template <int n, int... i>
 static inline F pairs(F a, F b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, first(n, i)...) +
-         __builtin_shufflevector(a, b, first(n, i) + (n < 4 ? 1 : 4)...);
+  return __builtin_shufflevector(a, b, left(n, i)...) +
+         __builtin_shufflevector(a, b, left(n, i) + (n < 4 ? 1 : 4)...);
 }
 template <int n, int step = 1>  // of n vectors, each in a place of its own when W are reached
 static inline F sums(F* x) {

@@ -80,10 +80,8 @@ class BF16(LowLinear):
         return (weight.bfloat16(),)
 
     def product(self, x: Tensor) -> Tensor:
-        rows = x.bfloat16().flatten(0, -2)
-        y = (
-            self.weight @ rows.T
-        ).T  # so the library packs the few tokens, not the weights (LOG.md)
+        # Weights first: a CPU's library then packs the few tokens, not the weights (LOG.md).
+        y = (self.weight @ x.bfloat16().flatten(0, -2).T).T
         return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
